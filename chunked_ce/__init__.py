@@ -1,0 +1,9 @@
+"""Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored."""
+
+from .functional import cross_entropy, token_stats
+from .perplexity import Perplexity, PerplexityReport, perplexity
+from .stats import TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = ["Perplexity", "PerplexityReport", "TokenStats", "cross_entropy", "perplexity", "token_stats"]

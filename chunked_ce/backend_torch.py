@@ -1,0 +1,326 @@
+"""The plain-PyTorch streaming backend: the CPU's default, and any device without Triton.
+
+Logits are walked in blocks that stay in cache, through one buffer; rows longer than a block are
+split and merged. Nothing of N x V elements is allocated but the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .blocks import Head, block_gradient, block_statistics, compute_dtype, lowest_exponent
+from .huge_pages import advise_huge_pages
+from .stats import Coefficients, Part, RowGradient, TokenStats, finish, finish_by_target, merge, row_gradient
+
+_CACHED_ELEMENTS = 1 << 19  # 2 MiB of fp32; with half of it the calls cost more, with twice of it the cache misses
+_COMPILED_ELEMENTS = 1 << 21  # a compiled block keeps nothing in cache, and has guards to check
+_DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
+
+
+class Options(NamedTuple):
+    vocab_size: int
+    head: Head
+    compiled: bool
+
+
+class Block(NamedTuple):
+    index: tuple[int | slice, ...]  # into the leading dimensions
+    rows: slice  # the same rows, counted flat
+    start: int  # columns start to stop
+    stop: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """[R, columns]; [..., columns] where the leading dimensions do not merge."""
+        x = x[self.index]
+        return x if self.stop - self.start == x.shape[-1] else x[..., self.start : self.stop]
+
+
+def row_statistics(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    options: Options,
+    **wanted: bool,  # entropy, mean_logprob, rank, argmax
+) -> tuple[TokenStats, Tensor]:
+    """The statistics of every row, flat, and the targets' logits."""
+    x = _flat(input)
+    target, skipped, broken = _targets(target, ignore_index, options.vocab_size)
+    index = target[:, None] if x.dim() == 2 else target.view(*x.shape[:-1], 1)
+    target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
+    if broken is not None:
+        target_logit.masked_fill_(broken, float("nan"))
+    if _on_host(x) and not wanted["entropy"] and not wanted["argmax"]:
+        stats = _by_target(x, target, target_logit, options, wanted)
+    else:
+        stats = _by_maximum(x, target, target_logit, options, wanted)
+    if skipped is None:
+        return stats, target_logit
+    return _blank(stats, skipped), target_logit.masked_fill(skipped, 0.0)
+
+
+def logits_gradient(
+    input: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    logprob: Tensor,
+    target_logit: Tensor,
+    coefficients: Coefficients,
+    ignore_index: int,
+    options: Options,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """dL/dinput, in a new tensor or over `input`."""
+    out = input if inplace else advise_huge_pages(torch.empty_like(input))
+    x, grad = _flat(input), _flat(out)
+    if x.dim() != grad.dim():
+        x, grad = input, out
+    target, skipped, _ = _targets(target, ignore_index, options.vocab_size)
+    rows = row_gradient(lse, logprob, target_logit, coefficients)
+    rows = RowGradient(*(None if r is None else r[:, None] for r in rows))  # type: ignore[arg-type]
+    lse, target = lse[:, None], target[:, None]
+    clamp = _needs_clamp(x, lse, options)
+    gradient = _compile(_write_gradient) if options.compiled else _write_gradient
+    elements = _elements_per_block(x, options)
+    buffer = None if options.compiled else _buffer(x, options, elements)
+    if options.vocab_size < grad.shape[-1]:
+        grad[..., options.vocab_size :].zero_()
+    for block in _blocks(x.shape[:-1], options.vocab_size, elements):
+        column, inside = _column(target, block, options)
+        of_block = RowGradient(*(None if r is None else r[block.rows] for r in rows))  # type: ignore[arg-type]
+        skip = None if skipped is None else skipped[block.rows, None]
+        gradient(
+            block.of(x), column, inside, lse[block.rows], of_block, options.head, buffer, clamp, skip, block.of(grad)
+        )  # fmt: skip
+    return out
+
+
+def _by_target(
+    x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
+) -> TokenStats:
+    """From sums of exp(z - z_target), which need no maximum: one pass. They overflow where a loss exceeds 88; such rows,
+    and those with inf or NaN, are done again from their maximum."""
+    part = _sum_rows(x, target, target_logit, target_logit, options, wanted)
+    stats = finish_by_target(part, target_logit, options.vocab_size)
+    if math.isfinite(float((part.s + target_logit).sum())):
+        return stats
+    again = (~(part.s + target_logit).isfinite()).nonzero()[:, 0]
+    leading = x.shape[:-1]
+    for rows in again.split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
+        some = x[torch.unravel_index(rows, leading)]
+        new = _by_maximum(some, target[rows], target_logit[rows], options._replace(compiled=False), wanted)
+        for whole, changed in zip(stats, new, strict=True):
+            if whole is not None:
+                whole[rows] = changed
+    return stats
+
+
+def _by_maximum(
+    x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
+) -> TokenStats:
+    # A target of +inf makes its row NaN, as torch has it; log(1 + exp(-inf)) would make the loss 0.
+    target_logit.masked_fill_(target_logit == float("inf"), float("nan"))
+    part = _sum_rows(x, target, target_logit, None, options, wanted)
+    return finish(part, target_logit, target, options.vocab_size)
+
+
+def _sum_rows(
+    x: Tensor,
+    target: Tensor,
+    target_logit: Tensor,
+    reference: Tensor | None,
+    options: Options,
+    wanted: dict[str, bool],
+) -> Part:
+    """The sums of every row over all classes but the target."""
+    statistics = _compile(block_statistics) if options.compiled else block_statistics
+    elements = _elements_per_block(x, options)
+    buffer = None if options.compiled else _buffer(x, options, elements)
+    target, target_logit = target[:, None], target_logit[:, None]
+    clamp = _needs_clamp(x, target_logit, options)
+    parts: list[Part] = []
+    row_part: Part | None = None
+    for block in _blocks(x.shape[:-1], options.vocab_size, elements):
+        block_x = _two_dimensional(block.of(x))
+        column, inside = _column(target, block, options)
+        z_target = target_logit[block.rows]
+        work = None if buffer is None else _part_of(buffer, block_x)
+        part = statistics(
+            block_x,
+            column,
+            inside,
+            z_target,
+            None if reference is None else z_target,
+            options.head,
+            work,
+            clamp,
+            **wanted,
+        )
+        if part.argmax is not None:
+            part = part._replace(argmax=part.argmax + block.start)
+        row_part = part if row_part is None else merge(row_part, part)
+        if block.stop == options.vocab_size:
+            parts.append(row_part)
+            row_part = None
+    return _concatenate(parts)
+
+
+def _write_gradient(
+    x: Tensor,
+    column: Tensor,
+    inside: Tensor | None,
+    lse: Tensor,
+    rows: RowGradient,
+    head: Head,
+    buffer: Tensor | None,
+    clamp: bool,
+    skipped: Tensor | None,
+    out: Tensor,
+) -> None:
+    work = None
+    if buffer is not None:
+        writable = out.dtype == buffer.dtype and out.dim() == 2 and out.stride(1) == 1
+        work = out if writable else _part_of(buffer, x)
+    grad = block_gradient(_two_dimensional(x), column, inside, lse, rows, head, work, clamp)
+    if skipped is not None:
+        grad = grad.masked_fill_(skipped, 0.0)
+    if grad is not out:
+        out.copy_(grad.view(out.shape))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[rows, V] where strides allow it without a copy, else as it came."""
+    if x.dim() == 2:
+        return x
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x
+
+
+def _two_dimensional(block: Tensor) -> Tensor:
+    return block if block.dim() == 2 else block.reshape(-1, block.shape[-1])
+
+
+def _elements_per_block(x: Tensor, options: Options) -> int:
+    if not _on_host(x):
+        return _DEVICE_ELEMENTS
+    return _COMPILED_ELEMENTS if options.compiled else _CACHED_ELEMENTS
+
+
+_scratch = threading.local()
+
+
+def _buffer(x: Tensor, options: Options, elements: int) -> Tensor:
+    """A block to work in. The CPU keeps one per thread: touching fresh pages would cost more than the arithmetic."""
+    size = min(prod(x.shape[:-1]) * options.vocab_size, elements)
+    dtype = compute_dtype(x.dtype)
+    if not _on_host(x) or dtype != torch.float32:
+        return torch.empty(size, dtype=dtype, device=x.device)
+    kept: Tensor | None = getattr(_scratch, "buffer", None)
+    if kept is None:
+        with torch.inference_mode(False):  # else it could not be written to outside of inference mode
+            kept = _scratch.buffer = torch.empty(_CACHED_ELEMENTS)
+    return kept[:size]
+
+
+def _part_of(buffer: Tensor, block: Tensor) -> Tensor:
+    columns = block.shape[-1]
+    return buffer[: block.numel()].view(-1, columns)
+
+
+def _blocks(leading: torch.Size, vocab_size: int, elements: int) -> Iterator[Block]:
+    """Blocks of at most `elements`: many whole rows, or a piece of one row, whose pieces follow one another."""
+    columns = min(vocab_size, elements)
+    limit = elements // columns
+    dim, inner = len(leading) - 1, 1
+    while dim > 0 and inner * leading[dim] <= limit:
+        inner *= leading[dim]
+        dim -= 1
+    step = max(1, limit // inner)
+    row = 0
+    for outer in product(*(range(size) for size in leading[:dim])):
+        for first in range(0, leading[dim], step):
+            last = min(first + step, leading[dim])
+            rows = slice(row, row + (last - first) * inner)
+            row = rows.stop
+            for start in range(0, vocab_size, columns):
+                yield Block((*outer, slice(first, last)), rows, start, min(start + columns, vocab_size))
+
+
+def _targets(target: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(targets with some class in every row, so that gather needs no branch; the rows ignored; the rows out of range).
+
+    All [rows]; None where there are none.
+    """
+    target = target.reshape(-1).long()
+    if _on_host(target):  # looking costs nothing here
+        low, high = map(int, target.aminmax())
+        if low >= 0 and high < vocab_size and not low <= ignore_index <= high:
+            return target, None, None
+        checks.targets_in_range(target, vocab_size, ignore_index)
+    ignored = target == ignore_index
+    if _on_host(target):
+        return target.masked_fill(ignored, 0), ignored, None
+    broken = ((target < 0) | (target >= vocab_size)) & ~ignored
+    return target.masked_fill(ignored | broken, 0), ignored, broken
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether reading a value of `x` makes nothing wait, and exp is slow on subnormal results."""
+    return x.device.type == "cpu"
+
+
+def _column(
+    target: Tensor,  # [rows, 1]
+    block: Block,
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """The targets' columns in a block, and which are inside it when it is a piece of a row."""
+    column = target[block.rows]
+    if block.stop - block.start == options.vocab_size:
+        return column, None
+    inside = (column >= block.start) & (column < block.stop)
+    return (column - block.start).clamp(0, block.stop - block.start - 1), inside
+
+
+def _needs_clamp(x: Tensor, reference: Tensor, options: Options) -> bool:
+    """Whether many logits lie so far below `reference` [rows, 1] that exp is subnormal: masked vocabularies.
+
+    A CPU's exp is 30 to 100 times slower there. A sample decides, for only speed depends on it.
+    """
+    if not _on_host(x):
+        return False
+    if options.compiled or x.dim() != 2:
+        return True
+    rows, columns = max(1, x.shape[0] // 64), max(1, options.vocab_size // 64)
+    sample = x[::rows, : options.vocab_size : columns] - reference[::rows]
+    return float(sample.amin()) < lowest_exponent(reference.dtype)
+
+
+def _concatenate(parts: list[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    return Part(*(torch.cat(list(f)) if isinstance(f[0], Tensor) else f[0] for f in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def _blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
+    """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
+    return TokenStats(
+        *(s if s is None else s.masked_fill(ignored, 0 if s.is_floating_point() else -1) for s in stats)  # type: ignore[arg-type]
+    )
+
+
+@cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.no_grad()(torch.compile(function, dynamic=True))

@@ -1,0 +1,165 @@
+"""The two inner functions of the plain-PyTorch backend: a block's statistics and a block's gradient.
+
+Both are functions of [rows, columns] logits alone. Eagerly they run in place in a caller's buffer
+that stays in cache; `torch.compile` fuses the same lines into one loop (`backend="inductor"`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stats import Part, RowGradient
+
+
+class Head(NamedTuple):
+    """What a model's head does to its logits: z = softcap tanh(logit_scale x / softcap)."""
+
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def is_identity(self) -> bool:
+        return self.softcap is None and self.logit_scale == 1.0
+
+    def apply_(self, z: Tensor) -> Tensor:
+        if self.logit_scale != 1.0:
+            z = z.mul_(self.logit_scale)
+        if self.softcap is not None:
+            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def chain_(self, grad: Tensor, z: Tensor | None) -> Tensor:
+        """Multiplies `grad` by dz/dx, written in terms of z."""
+        if self.softcap is not None:
+            assert z is not None
+            grad = grad.mul_((z / self.softcap).square_().neg_().add_(1.0))
+        if self.logit_scale != 1.0:
+            grad = grad.mul_(self.logit_scale)
+        return grad
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_statistics(
+    x: Tensor,  # [R, C]
+    column: Tensor,  # [R, 1] column of the target, clamped into the block
+    inside: Tensor | None,  # [R, 1] whether the target is in this block; None: always
+    target_logit: Tensor,  # [R, 1]
+    reference: Tensor
+    | None,  # [R, 1] to subtract before exp; None, as argmax wants it: the maximum over the other classes
+    head: Head,
+    buffer: Tensor | None,  # [R, C], overwritten
+    clamp: bool,
+    *,
+    entropy: bool,
+    mean_logprob: bool,
+    rank: bool,
+    argmax: bool,
+) -> Part:
+    beaten_by = best = weighted = total = count = None
+    if reference is not None and not rank:
+        z = _shifted(x, reference, head, buffer)
+    else:
+        z = head.apply_(_working_copy(x, buffer))
+        _set_target(z, column, inside, float("-inf"))
+        if rank:
+            beaten_by = _beaten_by(z, column, inside, target_logit)
+        if argmax:
+            reference, best = z.max(1, keepdim=True)
+            best = best[:, 0]
+        elif reference is None:
+            reference = z.amax(1, keepdim=True)
+        # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
+        z.sub_(reference.clamp(min=torch.finfo(z.dtype).min))
+    if mean_logprob:
+        _set_target(z, column, inside, 0.0)
+        total = _row_sum(z)
+        count = z.shape[1] - (1 if inside is None else inside[:, 0].to(z.dtype))
+    if clamp:
+        z.clamp_(min=lowest_exponent(z.dtype))
+    shifted = z.clamp(min=lowest_exponent(z.dtype)) if entropy else None
+    e = z.exp_()
+    _set_target(e, column, inside, 0.0)
+    if shifted is not None:
+        weighted = _row_sum(shifted.mul_(e))
+    s = _row_sum(e)
+    if clamp:  # no more than what clamped logits, -inf above all, would add up to: 0
+        s = s.masked_fill(s <= z.shape[1] * 2 * torch.finfo(z.dtype).tiny, 0.0)
+    return Part(reference[:, 0], s, weighted, total, count, beaten_by, best)
+
+
+def block_gradient(
+    x: Tensor,  # [R, C]
+    column: Tensor,
+    inside: Tensor | None,
+    lse: Tensor,  # [R, 1], as are the parts of `rows`
+    rows: RowGradient,
+    head: Head,
+    buffer: Tensor | None,
+    clamp: bool,
+) -> Tensor:
+    z = None
+    if head.softcap is not None:
+        z = head.apply_(x.to(compute_dtype(x.dtype), copy=True))
+        relative = torch.sub(z, lse, out=buffer) if buffer is not None else z - lse
+    else:
+        relative = _shifted(x, lse, head, buffer)
+    if clamp:
+        relative.clamp_(min=lowest_exponent(relative.dtype))
+    if rows.slope is not None:
+        factor = relative.clamp(min=lowest_exponent(relative.dtype)).mul_(rows.slope).add_(rows.scale)
+        grad = relative.exp_().mul_(factor)
+    else:
+        grad = relative.exp_()
+        if clamp:  # what was clamped has p = 0
+            torch.threshold_(grad, 2 * torch.finfo(grad.dtype).tiny, 0.0)
+        grad.mul_(rows.scale)
+    if rows.u is not None:
+        grad.add_(rows.u)
+    at_target = rows.at_target if inside is None else torch.where(inside, rows.at_target, grad.gather(1, column))
+    grad.scatter_(1, column, at_target)
+    return head.chain_(grad, z)
+
+
+def _working_copy(x: Tensor, buffer: Tensor | None) -> Tensor:
+    """`x` in the compute dtype, to be overwritten: in `buffer`, which may be `x`, or a new tensor."""
+    if buffer is None:
+        return x.to(compute_dtype(x.dtype), copy=True)
+    return buffer if buffer.data_ptr() == x.data_ptr() else buffer.copy_(x)
+
+
+def _shifted(x: Tensor, reference: Tensor, head: Head, buffer: Tensor | None) -> Tensor:
+    if buffer is not None and head.is_identity and x.dtype == buffer.dtype:
+        return torch.sub(x, reference, out=buffer)
+    return head.apply_(_working_copy(x, buffer)).sub_(reference)
+
+
+def _set_target(z: Tensor, column: Tensor, inside: Tensor | None, value: float) -> None:
+    if inside is None:
+        z.scatter_(1, column, value)
+    else:
+        z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
+
+
+def _beaten_by(z: Tensor, column: Tensor, inside: Tensor | None, target_logit: Tensor) -> Tensor:
+    """How many classes of the block beat the target, itself masked: greater, NaN, or equal with a lower index."""
+    equal = z == target_logit
+    before = torch.arange(z.shape[1], device=z.device) < column
+    if inside is not None:  # the target may lie right of the block, or left of it
+        before = torch.where(inside, before, column > 0)
+    return (~(z <= target_logit)).sum(1) + (equal & before).sum(1)
+
+
+def lowest_exponent(dtype: torch.dtype) -> float:
+    """Below it exp is subnormal, or 0."""
+    return -708.0 if dtype == torch.float64 else -87.0
+
+
+def _row_sum(z: Tensor) -> Tensor:
+    """Sum of each row. torch splits a lone sum over its threads, which would round it differently: give it two rows."""
+    return z.sum(1) if z.shape[0] > 1 else z.expand(2, -1).sum(1)[:1]

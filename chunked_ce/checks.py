@@ -1,0 +1,297 @@
+"""Every message a user's mistake can produce: what came, what was expected, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+BACKENDS = ("auto", "torch", "inductor", "triton")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def _names(values: tuple[object, ...]) -> str:
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def one_target_per_row(input: Tensor, target: Tensor) -> None:
+    """`input` [..., V] and `target` [...], class dimension last."""
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {_shape(target)}, but input of shape {_shape(input)} has one row per target of "
+            f"shape {_shape(input[..., 0])}: give one class index per row of logits"
+        )
+    same_device("target", target, input)
+
+
+def logits(input: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor of logits, got {type(input).__name__}")
+    if input.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"input has dtype {input.dtype}, expected one of {_names(LOGIT_DTYPES)}: convert it with .float()"
+        )
+    if input.dim() == 0:
+        raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., V]")
+    if input.shape[-1] == 0:
+        raise ValueError(f"input of shape {_shape(input)} has no classes: its last dimension must be at least 1")
+
+
+def target_indices(target: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor of class indices, got {type(target).__name__}")
+    if target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected class indices of an integer dtype: "
+            "use target.long() if it holds indices (class probabilities are not supported yet)"
+        )
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(f"target has dtype {target.dtype}, expected one of {_names(TARGET_DTYPES)}: use target.long()")
+
+
+def same_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, but input is on {input.device}: move it with .to(input.device)"
+        )
+
+
+def class_dimension(input: Tensor, target: Tensor, dim: int) -> None:
+    """`dim` says where the classes of `input` are, as in `F.cross_entropy`; today that must be the last dimension."""
+    if not _is_int(dim):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    n = input.dim()
+    if n == 1:
+        if dim not in (0, 1, -1):
+            raise ValueError(f"dim is {dim}, but an input of shape {_shape(input)} has its classes in dimension 0")
+        return
+    if not -n <= dim < n:
+        raise ValueError(f"dim is {dim}, but input of shape {_shape(input)} has dimensions {-n} to {n - 1}")
+    if dim % n == n - 1:
+        return
+    classes_last = target.shape == input.shape[:-1]
+    as_torch = target.shape == input.shape[:dim] + input.shape[dim:][1:]
+    if classes_last and not as_torch:
+        raise ValueError(
+            f"input of shape {_shape(input)} and target of shape {_shape(target)} have the classes in the last "
+            f"dimension, but dim={dim} (torch's default is 1): pass dim=-1"
+        )
+    raise NotImplementedError(
+        f"input of shape {_shape(input)} with its classes in dimension {dim} is not supported yet: "
+        "move them last with input.movedim(dim, -1) and pass dim=-1"
+    )
+
+
+def ignore_index(value: object) -> None:
+    if not _is_int(value):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}: use -100 to ignore no class")
+
+
+def vocab_size(value: Any, input: Tensor) -> int:
+    """The number of classes that exist: `value`, or all columns of `input`."""
+    columns = input.shape[-1]
+    if value is None:
+        return columns
+    if not _is_int(value):
+        raise TypeError(f"vocab_size must be an int or None, got {type(value).__name__}")
+    if not 1 <= value <= columns:
+        raise ValueError(
+            f"vocab_size is {value}, but input of shape {_shape(input)} has {columns} columns: "
+            f"give a number from 1 to {columns}, or None for all of them"
+        )
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (float, int, Real)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, expected a finite number")
+    return number
+
+
+def softcap(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = _number("softcap", value)
+    if number <= 0:
+        raise ValueError(f"softcap is {number}, expected a number above 0, or None for no cap")
+    return number
+
+
+def logit_scale(value: Any) -> float:
+    return _number("logit_scale", value)
+
+
+def label_smoothing(value: Any) -> float:
+    number = _number("label_smoothing", value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"label_smoothing is {number}, expected a number from 0 to 1")
+    return number
+
+
+def z_loss_weight(value: Any) -> float:
+    number = _number("z_loss_weight", value)
+    if number < 0:
+        raise ValueError(f"z_loss_weight is {number}, expected a number of at least 0 (1e-4 is usual)")
+    return number
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def reduction(value: object) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction is {value!r}, expected one of {_names(REDUCTIONS)}")
+
+
+def token_weight(weight: Any, input: Tensor, target: Tensor) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"token_weight must be a Tensor, got {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise TypeError(f"token_weight has dtype {weight.dtype}, expected a floating dtype: use token_weight.float()")
+    if weight.shape != target.shape:
+        raise ValueError(
+            f"token_weight has shape {_shape(weight)}, expected one weight per target, {_shape(target)} "
+            "(for one weight per class, see weight)"
+        )
+    same_device("token_weight", weight, input)
+
+
+def num_items(value: Any, reduction: str) -> None:
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items is what reduction='mean' divides by, but reduction is {reduction!r}: leave it None"
+        )
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(
+                f"num_items has shape {_shape(value)}, expected an int or a 0-dimensional tensor: sum it first"
+            )
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
+    elif not _is_int(value):
+        raise TypeError(f"num_items must be an int or a 0-dimensional tensor, got {type(value).__name__}")
+    elif value <= 0:
+        raise ValueError(f"num_items is {value}, expected at least 1: skip a batch that has no tokens")
+
+
+def class_weight(weight: object) -> None:
+    if weight is not None:
+        raise NotImplementedError(
+            f"weight is a {type(weight).__name__}, but class weights are not supported yet: pass None "
+            "(for one weight per token, see token_weight)"
+        )
+
+
+def grad_in_forward(value: object) -> None:
+    flag("grad_in_forward", value)
+    if value:
+        raise NotImplementedError("grad_in_forward=True is not supported yet: pass False; the result is the same")
+
+
+def inplace_backward(value: object, input: Tensor) -> None:
+    """Whether backward may write the gradient over these logits."""
+    flag("inplace_backward", value)
+    if not value or not input.requires_grad:
+        return
+    if input.is_leaf:
+        raise ValueError(
+            "inplace_backward=True would overwrite a leaf tensor, whose values you still own: pass logits that a model "
+            "computed, or inplace_backward=False"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
+        raise ValueError(
+            f"inplace_backward=True needs one memory location per logit, but input of shape {_shape(input)} is expanded "
+            f"(strides {input.stride()}): pass inplace_backward=False"
+        )
+
+
+def backend_name(value: object) -> None:
+    if value not in BACKENDS:
+        raise ValueError(f"backend is {value!r}, expected one of {_names(BACKENDS)}")
+
+
+def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) -> None:
+    if not installed:
+        raise ValueError(
+            "backend='triton' needs the triton package, which is not installed: "
+            "pip install 'chunked-ce[triton]', or pass backend='auto'"
+        )
+    if device.type == "cpu" and not interpreted:
+        raise ValueError(
+            "backend='triton' needs tensors on a GPU, but input is on cpu: move it with .to('cuda'), pass backend='auto', "
+            "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
+        )
+
+
+def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """`IndexError` that names the first offending row."""
+    target = target.reshape(-1).long()
+    bad = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+    if not bad.any():
+        return
+    row = int(bad.long().argmax())
+    raise IndexError(
+        f"target {int(target[row])} in row {row} is out of range: expected a class from 0 to {vocab_size - 1} "
+        f"or ignore_index={ignore_index} (use ignore_index for padding)"
+    )
+
+
+def double_backward() -> None:
+    raise RuntimeError(
+        "chunked_ce computes first derivatives only: for a second derivative of the loss use "
+        "torch.nn.functional.cross_entropy"
+    )
+
+
+def text_count(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} is {value}, expected at least 0")
+    return value
+
+
+def nll_and_tokens(nll_sum: Any, tokens: Any) -> tuple[Tensor, Tensor]:
+    """As 0-d tensors, where they are."""
+    for name, value in (("nll_sum", nll_sum), ("tokens", tokens)):
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise ValueError(
+                f"{name} has shape {_shape(value)}, expected a number or a 0-dimensional tensor: sum it first"
+            )
+    if not isinstance(nll_sum, Tensor):
+        if not isinstance(nll_sum, Real) or isinstance(nll_sum, bool):
+            raise TypeError(f"nll_sum must be a number or a 0-dimensional tensor, got {type(nll_sum).__name__}")
+        nll_sum = torch.tensor(float(nll_sum), dtype=torch.float64)
+    if not isinstance(tokens, Tensor):
+        if not _is_int(tokens):
+            raise TypeError(f"tokens must be an int or a 0-dimensional integer tensor, got {type(tokens).__name__}")
+        if tokens < 0:
+            raise ValueError(f"tokens is {tokens}, expected at least 0")
+        tokens = torch.tensor(tokens, dtype=torch.int64)
+    elif tokens.dtype not in TARGET_DTYPES:
+        raise TypeError(f"tokens has dtype {tokens.dtype}, expected an integer dtype: it is a count")
+    return nll_sum, tokens

@@ -1,0 +1,26 @@
+"""Launch tables: how large a tile, how many warps. WIDTH is 16 bytes of logits, one load of one thread."""
+
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    GROUPS: int
+    WIDTH: int
+    num_warps: int
+
+    @property
+    def columns(self) -> int:
+        return self.GROUPS * self.WIDTH
+
+
+def tile(vocab_size: int, itemsize: int) -> Launch:
+    """Tile of a streamed kernel for rows of `vocab_size` logits of `itemsize` bytes."""
+    width = max(2, 16 // itemsize)
+    groups = 32
+    while groups < 512 and groups * width < vocab_size:
+        groups *= 2
+    return Launch(GROUPS=groups, WIDTH=width, num_warps=max(1, groups // 128))
+
+
+GRAD_TILES = 4
+"""Tiles that one program of the gradient kernel walks: enough to amortise its eight row scalars."""
