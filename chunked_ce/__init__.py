@@ -6,4 +6,11 @@ from .stats import TokenStats
 
 __version__ = "0.1.0"
 
-__all__ = ["Perplexity", "PerplexityReport", "TokenStats", "cross_entropy", "perplexity", "token_stats"]
+__all__ = [
+    "Perplexity",
+    "PerplexityReport",
+    "TokenStats",
+    "cross_entropy",
+    "perplexity",
+    "token_stats",
+]

@@ -20,10 +20,21 @@ from torch import Tensor
 from . import checks
 from .blocks import Head, block_gradient, block_statistics, compute_dtype, lowest_exponent
 from .huge_pages import advise_huge_pages
-from .stats import Coefficients, Part, RowGradient, TokenStats, finish, finish_by_target, merge, row_gradient
+from .stats import (
+    Coefficients,
+    Part,
+    RowGradient,
+    TokenStats,
+    finish,
+    finish_by_target,
+    merge,
+    row_gradient,
+)
 
-_CACHED_ELEMENTS = 1 << 19  # 2 MiB of fp32; with half of it the calls cost more, with twice of it the cache misses
+# 2 MiB of fp32; with half of it the calls cost more, with twice of it the cache misses.
+_CACHED_ELEMENTS = 1 << 19
 _COMPILED_ELEMENTS = 1 << 21  # a compiled block keeps nothing in cache, and has guards to check
+_LARGEST_SUM = math.exp(30)
 _DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 
@@ -34,14 +45,14 @@ class Options(NamedTuple):
 
 
 class Block(NamedTuple):
-    index: tuple[int | slice, ...]  # into the leading dimensions
+    where: tuple[int | slice, ...]  # into the leading dimensions
     rows: slice  # the same rows, counted flat
     start: int  # columns start to stop
     stop: int
 
     def of(self, x: Tensor) -> Tensor:
         """[R, columns]; [..., columns] where the leading dimensions do not merge."""
-        x = x[self.index]
+        x = x[self.where]
         return x if self.stop - self.start == x.shape[-1] else x[..., self.start : self.stop]
 
 
@@ -52,7 +63,7 @@ def row_statistics(
     options: Options,
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> tuple[TokenStats, Tensor]:
-    """The statistics of every row, flat, and the targets' logits."""
+    """The statistics of every row, flat, and what rounding took from lse."""
     x = _flat(input)
     target, skipped, broken = _targets(target, ignore_index, options.vocab_size)
     index = target[:, None] if x.dim() == 2 else target.view(*x.shape[:-1], 1)
@@ -60,12 +71,12 @@ def row_statistics(
     if broken is not None:
         target_logit.masked_fill_(broken, float("nan"))
     if _on_host(x) and not wanted["entropy"] and not wanted["argmax"]:
-        stats = _by_target(x, target, target_logit, options, wanted)
+        stats, lse_low = _by_target(x, target, target_logit, options, wanted)
     else:
-        stats = _by_maximum(x, target, target_logit, options, wanted)
+        stats, lse_low = _by_maximum(x, target, target_logit, options, wanted)
     if skipped is None:
-        return stats, target_logit
-    return _blank(stats, skipped), target_logit.masked_fill(skipped, 0.0)
+        return stats, lse_low
+    return _blank(stats, skipped), lse_low.masked_fill(skipped, 0.0)
 
 
 def logits_gradient(
@@ -73,7 +84,7 @@ def logits_gradient(
     target: Tensor,
     lse: Tensor,
     logprob: Tensor,
-    target_logit: Tensor,
+    lse_low: Tensor,
     coefficients: Coefficients,
     ignore_index: int,
     options: Options,
@@ -86,7 +97,7 @@ def logits_gradient(
     if x.dim() != grad.dim():
         x, grad = input, out
     target, skipped, _ = _targets(target, ignore_index, options.vocab_size)
-    rows = row_gradient(lse, logprob, target_logit, coefficients)
+    rows = row_gradient(logprob, lse_low, coefficients)
     rows = RowGradient(*(None if r is None else r[:, None] for r in rows))  # type: ignore[arg-type]
     lse, target = lse[:, None], target[:, None]
     clamp = _needs_clamp(x, lse, options)
@@ -97,37 +108,44 @@ def logits_gradient(
         grad[..., options.vocab_size :].zero_()
     for block in _blocks(x.shape[:-1], options.vocab_size, elements):
         column, inside = _column(target, block, options)
-        of_block = RowGradient(*(None if r is None else r[block.rows] for r in rows))  # type: ignore[arg-type]
+        of_block = RowGradient(
+            *(None if r is None else r[block.rows] for r in rows)  # type: ignore[arg-type]
+        )
         skip = None if skipped is None else skipped[block.rows, None]
         gradient(
-            block.of(x), column, inside, lse[block.rows], of_block, options.head, buffer, clamp, skip, block.of(grad)
+            block.of(x), column, inside, lse[block.rows], of_block, options.head, buffer, clamp,
+            skip, block.of(grad),
         )  # fmt: skip
     return out
 
 
 def _by_target(
     x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
-) -> TokenStats:
-    """From sums of exp(z - z_target), which need no maximum: one pass. They overflow where a loss exceeds 88; such rows,
-    and those with inf or NaN, are done again from their maximum."""
+) -> tuple[TokenStats, Tensor]:
+    """From sums of exp(z - z_target), which need no maximum: one pass.
+
+    Where a loss exceeds 30 they begin to lose digits, beyond 88 they overflow: such rows, and those
+    with inf or NaN, are done again from their maximum.
+    """
     part = _sum_rows(x, target, target_logit, target_logit, options, wanted)
-    stats = finish_by_target(part, target_logit, options.vocab_size)
-    if math.isfinite(float((part.s + target_logit).sum())):
-        return stats
-    again = (~(part.s + target_logit).isfinite()).nonzero()[:, 0]
-    leading = x.shape[:-1]
-    for rows in again.split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
-        some = x[torch.unravel_index(rows, leading)]
-        new = _by_maximum(some, target[rows], target_logit[rows], options._replace(compiled=False), wanted)
-        for whole, changed in zip(stats, new, strict=True):
-            if whole is not None:
+    stats, lse_low = finish_by_target(part, target_logit, options.vocab_size)
+    if float(part.s.amax()) < _LARGEST_SUM and math.isfinite(float(target_logit.sum())):
+        return stats, lse_low
+    fine = (part.s < _LARGEST_SUM) & target_logit.isfinite()
+    for rows in (~fine).nonzero()[:, 0].split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
+        some = x[torch.unravel_index(rows, x.shape[:-1])]
+        again, low = _by_maximum(
+            some, target[rows], target_logit[rows], options._replace(compiled=False), wanted
+        )
+        for whole, changed in zip((*stats, lse_low), (*again, low), strict=True):
+            if whole is not None and changed is not None:
                 whole[rows] = changed
-    return stats
+    return stats, lse_low
 
 
 def _by_maximum(
     x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
-) -> TokenStats:
+) -> tuple[TokenStats, Tensor]:
     # A target of +inf makes its row NaN, as torch has it; log(1 + exp(-inf)) would make the loss 0.
     target_logit.masked_fill_(target_logit == float("inf"), float("nan"))
     part = _sum_rows(x, target, target_logit, None, options, wanted)
@@ -222,15 +240,19 @@ _scratch = threading.local()
 
 
 def _buffer(x: Tensor, options: Options, elements: int) -> Tensor:
-    """A block to work in. The CPU keeps one per thread: touching fresh pages would cost more than the arithmetic."""
+    """A block to work in.
+
+    The CPU keeps one per thread: touching fresh pages would cost more than the arithmetic.
+    """
     size = min(prod(x.shape[:-1]) * options.vocab_size, elements)
     dtype = compute_dtype(x.dtype)
     if not _on_host(x) or dtype != torch.float32:
         return torch.empty(size, dtype=dtype, device=x.device)
     kept: Tensor | None = getattr(_scratch, "buffer", None)
-    if kept is None:
-        with torch.inference_mode(False):  # else it could not be written to outside of inference mode
-            kept = _scratch.buffer = torch.empty(_CACHED_ELEMENTS)
+    if kept is None or kept.numel() < size:
+        # Else it could not be written to outside of inference mode.
+        with torch.inference_mode(False):
+            kept = _scratch.buffer = torch.empty(elements)
     return kept[:size]
 
 
@@ -240,7 +262,10 @@ def _part_of(buffer: Tensor, block: Tensor) -> Tensor:
 
 
 def _blocks(leading: torch.Size, vocab_size: int, elements: int) -> Iterator[Block]:
-    """Blocks of at most `elements`: many whole rows, or a piece of one row, whose pieces follow one another."""
+    """Blocks of at most `elements`: many whole rows, or a piece of one row.
+
+    The pieces of a row follow one another.
+    """
     columns = min(vocab_size, elements)
     limit = elements // columns
     dim, inner = len(leading) - 1, 1
@@ -255,16 +280,21 @@ def _blocks(leading: torch.Size, vocab_size: int, elements: int) -> Iterator[Blo
             rows = slice(row, row + (last - first) * inner)
             row = rows.stop
             for start in range(0, vocab_size, columns):
-                yield Block((*outer, slice(first, last)), rows, start, min(start + columns, vocab_size))
+                yield Block(
+                    (*outer, slice(first, last)), rows, start, min(start + columns, vocab_size)
+                )
 
 
-def _targets(target: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(targets with some class in every row, so that gather needs no branch; the rows ignored; the rows out of range).
+def _targets(
+    target: Tensor, ignore_index: int, vocab_size: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(targets, the rows ignored, the rows out of range).
 
+    The targets have some class in every row, so that gather needs no branch.
     All [rows]; None where there are none.
     """
     target = target.reshape(-1).long()
-    if _on_host(target):  # looking costs nothing here
+    if _on_host(target) and target.numel():  # looking costs nothing here
         low, high = map(int, target.aminmax())
         if low >= 0 and high < vocab_size and not low <= ignore_index <= high:
             return target, None, None
@@ -295,9 +325,10 @@ def _column(
 
 
 def _needs_clamp(x: Tensor, reference: Tensor, options: Options) -> bool:
-    """Whether many logits lie so far below `reference` [rows, 1] that exp is subnormal: masked vocabularies.
+    """Whether many logits lie so far below `reference` [rows, 1] that exp is subnormal.
 
-    A CPU's exp is 30 to 100 times slower there. A sample decides, for only speed depends on it.
+    So they do in masked vocabularies. A CPU's exp is 30 to 100 times slower there. A sample
+    decides, for only speed depends on it.
     """
     if not _on_host(x):
         return False
@@ -311,13 +342,21 @@ def _needs_clamp(x: Tensor, reference: Tensor, options: Options) -> bool:
 def _concatenate(parts: list[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
-    return Part(*(torch.cat(list(f)) if isinstance(f[0], Tensor) else f[0] for f in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return Part(
+        *(
+            torch.cat(list(f)) if isinstance(f[0], Tensor) else f[0]
+            for f in zip(*parts, strict=True)
+        )
+    )  # type: ignore[arg-type]
 
 
 def _blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
     """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
     return TokenStats(
-        *(s if s is None else s.masked_fill(ignored, 0 if s.is_floating_point() else -1) for s in stats)  # type: ignore[arg-type]
+        *(
+            s if s is None else s.masked_fill(ignored, 0 if s.is_floating_point() else -1)
+            for s in stats
+        )  # type: ignore[arg-type]
     )
 
 

@@ -30,14 +30,14 @@ def row_statistics(
     rank: bool,
     argmax: bool,
 ) -> tuple[TokenStats, Tensor]:
-    """The statistics of every row, flat, and the targets' logits."""
+    """The statistics of every row, flat, and what rounding took from lse."""
     target = target.reshape(-1).contiguous()
     dtype = compute_dtype(input.dtype)
 
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty(target.numel(), dtype=dtype, device=input.device)
 
-    lse, logprob, target_logit = new(dtype), new(dtype), new(dtype)
+    lse, logprob, lse_low = new(dtype), new(dtype), new(dtype)
     stats = TokenStats(
         lse,
         logprob,
@@ -48,7 +48,9 @@ def row_statistics(
     )
     tile = launch.tile(vocab_size, input.element_size())
     for rows, (x,) in _strided_rows(input):
-        outputs = (lse if out is None else out for out in stats[2:])  # one not asked for is not touched
+        outputs = (
+            lse if out is None else out for out in stats[2:]
+        )  # one not asked for is not touched
         entropy_out, mean_out, rank_out, argmax_out = (out[rows] for out in outputs)
         with _on(input.device):
             token_stats_kernel[(x.shape[0] * x.shape[1],)](
@@ -56,7 +58,7 @@ def row_statistics(
                 target_ptr=target[rows],
                 lse_ptr=lse[rows],
                 logprob_ptr=logprob[rows],
-                target_logit_ptr=target_logit[rows],
+                lse_low_ptr=lse_low[rows],
                 entropy_ptr=entropy_out,
                 mean_logprob_ptr=mean_out,
                 rank_ptr=rank_out,
@@ -74,7 +76,7 @@ def row_statistics(
                 **_head_arguments(head),
                 **tile._asdict(),
             )
-    return stats, target_logit
+    return stats, lse_low
 
 
 def logits_gradient(
@@ -82,7 +84,7 @@ def logits_gradient(
     target: Tensor,
     lse: Tensor,
     logprob: Tensor,
-    target_logit: Tensor,
+    lse_low: Tensor,
     coefficients: Coefficients,
     ignore_index: int,
     vocab_size: int,
@@ -104,7 +106,7 @@ def logits_gradient(
                 target_ptr=target[rows],
                 lse_ptr=lse[rows],
                 logprob_ptr=logprob[rows],
-                target_logit_ptr=target_logit[rows],
+                lse_low_ptr=lse_low[rows],
                 a_ptr=a,
                 b_ptr=b,
                 c_ptr=c,
@@ -150,7 +152,9 @@ def _strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         here = [t.stride(dim) for t in tensors]
         if size == 1:
             continue
-        if sizes and all(above == size * stride for above, stride in zip(strides[-1], here, strict=True)):
+        if sizes and all(
+            above == size * stride for above, stride in zip(strides[-1], here, strict=True)
+        ):
             sizes[-1] *= size
             strides[-1] = here
         else:
@@ -165,9 +169,13 @@ def _strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     for piece, index in enumerate(product(*(range(size) for size in sizes[:-2]))):
         views = []
         for i, t in enumerate(tensors):
-            offset = t.storage_offset() + sum(k * s[i] for k, s in zip(index, strides, strict=False))
+            offset = t.storage_offset() + sum(
+                k * s[i] for k, s in zip(index, strides, strict=False)
+            )
             shape = (sizes[-2], sizes[-1], t.shape[-1])
-            views.append(t.as_strided(shape, (strides[-2][i], strides[-1][i], t.stride(-1)), offset))
+            views.append(
+                t.as_strided(shape, (strides[-2][i], strides[-1][i], t.stride(-1)), offset)
+            )
         yield slice(piece * rows, (piece + 1) * rows), views
 
 

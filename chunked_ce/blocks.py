@@ -1,4 +1,4 @@
-"""The two inner functions of the plain-PyTorch backend: a block's statistics and a block's gradient.
+"""The two inner functions of the plain-PyTorch backend: a block's statistics and its gradient.
 
 Both are functions of [rows, columns] logits alone. Eagerly they run in place in a caller's buffer
 that stays in cache; `torch.compile` fuses the same lines into one loop (`backend="inductor"`).
@@ -50,8 +50,8 @@ def block_statistics(
     column: Tensor,  # [R, 1] column of the target, clamped into the block
     inside: Tensor | None,  # [R, 1] whether the target is in this block; None: always
     target_logit: Tensor,  # [R, 1]
-    reference: Tensor
-    | None,  # [R, 1] to subtract before exp; None, as argmax wants it: the maximum over the other classes
+    # [R, 1] to subtract before exp; None, as argmax wants it: the maximum over the other classes
+    reference: Tensor | None,
     head: Head,
     buffer: Tensor | None,  # [R, C], overwritten
     clamp: bool,
@@ -61,7 +61,7 @@ def block_statistics(
     rank: bool,
     argmax: bool,
 ) -> Part:
-    beaten_by = best = weighted = total = count = None
+    beaten_by = best = weighted = total = columns = None
     if reference is not None and not rank:
         z = _shifted(x, reference, head, buffer)
     else:
@@ -79,7 +79,7 @@ def block_statistics(
     if mean_logprob:
         _set_target(z, column, inside, 0.0)
         total = _row_sum(z)
-        count = z.shape[1] - (1 if inside is None else inside[:, 0].to(z.dtype))
+        columns = z.shape[1] - (1 if inside is None else inside[:, 0].to(z.dtype))
     if clamp:
         z.clamp_(min=lowest_exponent(z.dtype))
     shifted = z.clamp(min=lowest_exponent(z.dtype)) if entropy else None
@@ -90,7 +90,7 @@ def block_statistics(
     s = _row_sum(e)
     if clamp:  # no more than what clamped logits, -inf above all, would add up to: 0
         s = s.masked_fill(s <= z.shape[1] * 2 * torch.finfo(z.dtype).tiny, 0.0)
-    return Part(reference[:, 0], s, weighted, total, count, beaten_by, best)
+    return Part(reference[:, 0], s, weighted, total, columns, beaten_by, best)
 
 
 def block_gradient(
@@ -111,23 +111,30 @@ def block_gradient(
         relative = _shifted(x, lse, head, buffer)
     if clamp:
         relative.clamp_(min=lowest_exponent(relative.dtype))
+    factor = rows.scale
     if rows.slope is not None:
-        factor = relative.clamp(min=lowest_exponent(relative.dtype)).mul_(rows.slope).add_(rows.scale)
-        grad = relative.exp_().mul_(factor)
-    else:
-        grad = relative.exp_()
-        if clamp:  # what was clamped has p = 0
-            torch.threshold_(grad, 2 * torch.finfo(grad.dtype).tiny, 0.0)
-        grad.mul_(rows.scale)
+        finite = relative.clamp(min=lowest_exponent(relative.dtype))  # 0 * -inf would be NaN
+        factor = finite.mul_(rows.slope).add_(rows.scale)
+    p = relative.exp_()
+    if clamp:  # what was clamped has p = 0
+        torch.threshold_(p, 2 * torch.finfo(p.dtype).tiny, 0.0)
+    grad = p.mul_(factor)
     if rows.u is not None:
         grad.add_(rows.u)
-    at_target = rows.at_target if inside is None else torch.where(inside, rows.at_target, grad.gather(1, column))
+    at_target = (
+        rows.at_target
+        if inside is None
+        else torch.where(inside, rows.at_target, grad.gather(1, column))
+    )
     grad.scatter_(1, column, at_target)
     return head.chain_(grad, z)
 
 
 def _working_copy(x: Tensor, buffer: Tensor | None) -> Tensor:
-    """`x` in the compute dtype, to be overwritten: in `buffer`, which may be `x`, or a new tensor."""
+    """`x` in the compute dtype, to be overwritten.
+
+    In `buffer`, which may be `x`, or a new tensor.
+    """
     if buffer is None:
         return x.to(compute_dtype(x.dtype), copy=True)
     return buffer if buffer.data_ptr() == x.data_ptr() else buffer.copy_(x)
@@ -147,7 +154,10 @@ def _set_target(z: Tensor, column: Tensor, inside: Tensor | None, value: float) 
 
 
 def _beaten_by(z: Tensor, column: Tensor, inside: Tensor | None, target_logit: Tensor) -> Tensor:
-    """How many classes of the block beat the target, itself masked: greater, NaN, or equal with a lower index."""
+    """How many classes of the block beat the target, itself masked.
+
+    Those that are greater, NaN, or equal with a lower index.
+    """
     equal = z == target_logit
     before = torch.arange(z.shape[1], device=z.device) < column
     if inside is not None:  # the target may lie right of the block, or left of it
@@ -161,5 +171,8 @@ def lowest_exponent(dtype: torch.dtype) -> float:
 
 
 def _row_sum(z: Tensor) -> Tensor:
-    """Sum of each row. torch splits a lone sum over its threads, which would round it differently: give it two rows."""
+    """Sum of each row.
+
+    torch splits a lone sum over its threads, which would round it differently: give it two rows.
+    """
     return z.sum(1) if z.shape[0] > 1 else z.expand(2, -1).sum(1)[:1]

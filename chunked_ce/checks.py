@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def _names(values: tuple[object, ...]) -> str:
     return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -31,8 +31,8 @@ def one_target_per_row(input: Tensor, target: Tensor) -> None:
     """`input` [..., V] and `target` [...], class dimension last."""
     if target.shape != input.shape[:-1]:
         raise ValueError(
-            f"target has shape {_shape(target)}, but input of shape {_shape(input)} has one row per target of "
-            f"shape {_shape(input[..., 0])}: give one class index per row of logits"
+            f"target has shape {_shape(target)}, but input of shape {_shape(input)} has one row "
+            f"per target of shape {_shape(input[..., 0])}: give one class index per row of logits"
         )
     same_device("target", target, input)
 
@@ -42,12 +42,15 @@ def logits(input: Tensor) -> None:
         raise TypeError(f"input must be a Tensor of logits, got {type(input).__name__}")
     if input.dtype not in LOGIT_DTYPES:
         raise TypeError(
-            f"input has dtype {input.dtype}, expected one of {_names(LOGIT_DTYPES)}: convert it with .float()"
+            f"input has dtype {input.dtype}, expected one of {_names(LOGIT_DTYPES)}: "
+            "convert it with .float()"
         )
     if input.dim() == 0:
         raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., V]")
     if input.shape[-1] == 0:
-        raise ValueError(f"input of shape {_shape(input)} has no classes: its last dimension must be at least 1")
+        raise ValueError(
+            f"input of shape {_shape(input)} has no classes: its last dimension must be at least 1"
+        )
 
 
 def target_indices(target: Tensor) -> None:
@@ -59,35 +62,47 @@ def target_indices(target: Tensor) -> None:
             "use target.long() if it holds indices (class probabilities are not supported yet)"
         )
     if target.dtype not in TARGET_DTYPES:
-        raise TypeError(f"target has dtype {target.dtype}, expected one of {_names(TARGET_DTYPES)}: use target.long()")
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected one of {_names(TARGET_DTYPES)}: "
+            "use target.long()"
+        )
 
 
 def same_device(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
         raise ValueError(
-            f"{name} is on {tensor.device}, but input is on {input.device}: move it with .to(input.device)"
+            f"{name} is on {tensor.device}, but input is on {input.device}: "
+            "move it with .to(input.device)"
         )
 
 
 def class_dimension(input: Tensor, target: Tensor, dim: int) -> None:
-    """`dim` says where the classes of `input` are, as in `F.cross_entropy`; today that must be the last dimension."""
+    """`dim` says where the classes of `input` are, as in `F.cross_entropy`.
+
+    Today that must be the last dimension.
+    """
     if not _is_int(dim):
         raise TypeError(f"dim must be an int, got {type(dim).__name__}")
     n = input.dim()
     if n == 1:
         if dim not in (0, 1, -1):
-            raise ValueError(f"dim is {dim}, but an input of shape {_shape(input)} has its classes in dimension 0")
+            raise ValueError(
+                f"dim is {dim}, but an input of shape {_shape(input)} has its classes "
+                "in dimension 0"
+            )
         return
     if not -n <= dim < n:
-        raise ValueError(f"dim is {dim}, but input of shape {_shape(input)} has dimensions {-n} to {n - 1}")
+        raise ValueError(
+            f"dim is {dim}, but input of shape {_shape(input)} has dimensions {-n} to {n - 1}"
+        )
     if dim % n == n - 1:
         return
     classes_last = target.shape == input.shape[:-1]
     as_torch = target.shape == input.shape[:dim] + input.shape[dim:][1:]
     if classes_last and not as_torch:
         raise ValueError(
-            f"input of shape {_shape(input)} and target of shape {_shape(target)} have the classes in the last "
-            f"dimension, but dim={dim} (torch's default is 1): pass dim=-1"
+            f"input of shape {_shape(input)} and target of shape {_shape(target)} have the classes "
+            f"in the last dimension, but dim={dim} (torch's default is 1): pass dim=-1"
         )
     raise NotImplementedError(
         f"input of shape {_shape(input)} with its classes in dimension {dim} is not supported yet: "
@@ -97,7 +112,9 @@ def class_dimension(input: Tensor, target: Tensor, dim: int) -> None:
 
 def ignore_index(value: object) -> None:
     if not _is_int(value):
-        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}: use -100 to ignore no class")
+        raise TypeError(
+            f"ignore_index must be an int, got {type(value).__name__}: use -100 to ignore no class"
+        )
 
 
 def vocab_size(value: Any, input: Tensor) -> int:
@@ -147,7 +164,9 @@ def label_smoothing(value: Any) -> float:
 def z_loss_weight(value: Any) -> float:
     number = _number("z_loss_weight", value)
     if number < 0:
-        raise ValueError(f"z_loss_weight is {number}, expected a number of at least 0 (1e-4 is usual)")
+        raise ValueError(
+            f"z_loss_weight is {number}, expected a number of at least 0 (1e-4 is usual)"
+        )
     return number
 
 
@@ -167,11 +186,14 @@ def token_weight(weight: Any, input: Tensor, target: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"token_weight must be a Tensor, got {type(weight).__name__}")
     if not weight.is_floating_point():
-        raise TypeError(f"token_weight has dtype {weight.dtype}, expected a floating dtype: use token_weight.float()")
+        raise TypeError(
+            f"token_weight has dtype {weight.dtype}, expected a floating dtype: "
+            "use token_weight.float()"
+        )
     if weight.shape != target.shape:
         raise ValueError(
-            f"token_weight has shape {_shape(weight)}, expected one weight per target, {_shape(target)} "
-            "(for one weight per class, see weight)"
+            f"token_weight has shape {_shape(weight)}, expected one weight per target, "
+            f"{_shape(target)} (for one weight per class, see weight)"
         )
     same_device("token_weight", weight, input)
 
@@ -181,49 +203,60 @@ def num_items(value: Any, reduction: str) -> None:
         return
     if reduction != "mean":
         raise ValueError(
-            f"num_items is what reduction='mean' divides by, but reduction is {reduction!r}: leave it None"
+            f"num_items is what reduction='mean' divides by, but reduction is {reduction!r}: "
+            "leave it None"
         )
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(
-                f"num_items has shape {_shape(value)}, expected an int or a 0-dimensional tensor: sum it first"
+                f"num_items has shape {_shape(value)}, expected an int or a 0-dimensional tensor: "
+                "sum it first"
             )
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
     elif not _is_int(value):
-        raise TypeError(f"num_items must be an int or a 0-dimensional tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"num_items must be an int or a 0-dimensional tensor, got {type(value).__name__}"
+        )
     elif value <= 0:
-        raise ValueError(f"num_items is {value}, expected at least 1: skip a batch that has no tokens")
+        raise ValueError(
+            f"num_items is {value}, expected at least 1: skip a batch that has no tokens"
+        )
 
 
 def class_weight(weight: object) -> None:
     if weight is not None:
         raise NotImplementedError(
-            f"weight is a {type(weight).__name__}, but class weights are not supported yet: pass None "
-            "(for one weight per token, see token_weight)"
+            f"weight is a {type(weight).__name__}, but class weights are not supported yet: "
+            "pass None (for one weight per token, see token_weight)"
         )
 
 
 def grad_in_forward(value: object) -> None:
     flag("grad_in_forward", value)
     if value:
-        raise NotImplementedError("grad_in_forward=True is not supported yet: pass False; the result is the same")
+        raise NotImplementedError(
+            "grad_in_forward=True is not supported yet: pass False; the result is the same"
+        )
 
 
 def inplace_backward(value: object, input: Tensor) -> None:
     """Whether backward may write the gradient over these logits."""
     flag("inplace_backward", value)
-    if not value or not input.requires_grad:
+    if not (value and input.requires_grad and torch.is_grad_enabled()):
         return
     if input.is_leaf:
         raise ValueError(
-            "inplace_backward=True would overwrite a leaf tensor, whose values you still own: pass logits that a model "
-            "computed, or inplace_backward=False"
+            "inplace_backward=True would overwrite a leaf tensor, whose values you still own: "
+            "pass logits that a model computed, or inplace_backward=False"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)
+    ):
         raise ValueError(
-            f"inplace_backward=True needs one memory location per logit, but input of shape {_shape(input)} is expanded "
-            f"(strides {input.stride()}): pass inplace_backward=False"
+            "inplace_backward=True needs one memory location per logit, "
+            f"but input of shape {_shape(input)} is expanded (strides {input.stride()}): "
+            "pass inplace_backward=False"
         )
 
 
@@ -240,8 +273,9 @@ def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) 
         )
     if device.type == "cpu" and not interpreted:
         raise ValueError(
-            "backend='triton' needs tensors on a GPU, but input is on cpu: move it with .to('cuda'), pass backend='auto', "
-            "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
+            "backend='triton' needs tensors on a GPU, but input is on cpu: "
+            "move it with .to('cuda'), pass backend='auto', or set TRITON_INTERPRET=1 "
+            "before the first import to run the kernels in Triton's interpreter"
         )
 
 
@@ -253,8 +287,9 @@ def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int) -> None
         return
     row = int(bad.long().argmax())
     raise IndexError(
-        f"target {int(target[row])} in row {row} is out of range: expected a class from 0 to {vocab_size - 1} "
-        f"or ignore_index={ignore_index} (use ignore_index for padding)"
+        f"target {int(target[row])} in row {row} is out of range: "
+        f"expected a class from 0 to {vocab_size - 1} or ignore_index={ignore_index} "
+        "(use ignore_index for padding)"
     )
 
 
@@ -280,18 +315,26 @@ def nll_and_tokens(nll_sum: Any, tokens: Any) -> tuple[Tensor, Tensor]:
     for name, value in (("nll_sum", nll_sum), ("tokens", tokens)):
         if isinstance(value, Tensor) and value.dim() != 0:
             raise ValueError(
-                f"{name} has shape {_shape(value)}, expected a number or a 0-dimensional tensor: sum it first"
+                f"{name} has shape {_shape(value)}, expected a number or a 0-dimensional tensor: "
+                "sum it first"
             )
     if not isinstance(nll_sum, Tensor):
         if not isinstance(nll_sum, Real) or isinstance(nll_sum, bool):
-            raise TypeError(f"nll_sum must be a number or a 0-dimensional tensor, got {type(nll_sum).__name__}")
+            raise TypeError(
+                f"nll_sum must be a number or a 0-dimensional tensor, got {type(nll_sum).__name__}"
+            )
         nll_sum = torch.tensor(float(nll_sum), dtype=torch.float64)
     if not isinstance(tokens, Tensor):
         if not _is_int(tokens):
-            raise TypeError(f"tokens must be an int or a 0-dimensional integer tensor, got {type(tokens).__name__}")
+            raise TypeError(
+                "tokens must be an int or a 0-dimensional integer tensor, "
+                f"got {type(tokens).__name__}"
+            )
         if tokens < 0:
             raise ValueError(f"tokens is {tokens}, expected at least 0")
         tokens = torch.tensor(tokens, dtype=torch.int64)
     elif tokens.dtype not in TARGET_DTYPES:
-        raise TypeError(f"tokens has dtype {tokens.dtype}, expected an integer dtype: it is a count")
+        raise TypeError(
+            f"tokens has dtype {tokens.dtype}, expected an integer dtype: it is a count"
+        )
     return nll_sum, tokens

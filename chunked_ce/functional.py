@@ -1,16 +1,20 @@
-"""The public functions: check the arguments, choose a backend, compose the loss from token statistics, reduce."""
+"""The public functions.
+
+Check the arguments, choose a backend, compose the loss from token statistics, reduce.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from . import checks, ops  # noqa: F401  (importing ops registers the operators)
 from .stats import TokenStats
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def token_stats(
@@ -29,55 +33,63 @@ def token_stats(
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
-    """Statistics of each row of logits in one pass over the vocabulary, without storing the softmax.
+    """Statistics of each row of logits in one pass over the vocabulary.
 
-    With `z_j = softcap * tanh(logit_scale * x_j / softcap)` and target `t`:
+    The softmax is not stored. With `z_j = softcap * tanh(logit_scale * x_j / softcap)` and target
+    `t`:
 
-    ============  ==============================================================  =========
-    lse           log Σ exp z_j                                                   always
-    logprob       z_t - lse                                                       always
-    entropy       -Σ p_j log p_j, in nats                                         on request
-    mean_logprob  (1/V) Σ (z_j - lse)                                             on request
-    rank          how many classes beat the target; on a tie the lower index wins on request
-    argmax        the winning class                                               on request
-    ============  ==============================================================  =========
+    ============  ===============================================================  ==========
+    lse           log Σ exp z_j                                                    always
+    logprob       z_t - lse                                                        always
+    entropy       -Σ p_j log p_j, in nats                                          on request
+    mean_logprob  (1/V) Σ (z_j - lse)                                              on request
+    rank          how many classes beat the target; on a tie the lower index wins  on request
+    argmax        the winning class                                                on request
+    ============  ===============================================================  ==========
 
-    The floating statistics are differentiable in `input`, with any upstream gradient. Rows whose target is
-    `ignore_index` are not read: their statistics are 0 (-1 for rank and argmax), their gradient is exactly 0.
+    The floating statistics are differentiable in `input`, with any upstream gradient. Rows whose
+    target is `ignore_index` are not read: their statistics are 0 (-1 for rank and argmax), their
+    gradient is exactly 0.
 
     Args:
         input: logits [..., V]; float16, bfloat16, float32 or float64, any strides.
         target: class indices [...], any integer dtype.
         ignore_index: target value of rows to leave out.
-        vocab_size: number of classes that exist; columns at or past it (a padded head) are not read.
+        vocab_size: number of classes that exist; columns at or past it (a padded head) are not
+            read.
         softcap: logits are capped to ±softcap (Gemma 2); None for none.
         logit_scale: factor on the logits before the cap.
         entropy, mean_logprob, rank, argmax: what to compute besides lse and logprob.
         weight: class weights; not supported yet.
-        inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits are gone
-            afterwards, and autograd raises if another backward still needs them.
+        inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
+            are gone afterwards, and autograd raises if another backward still needs them.
         backend: "auto", "torch", "inductor" (the torch backend compiled) or "triton".
 
     Returns:
-        TokenStats of shape [...]: float32 (float64 for float64 logits), int64 for rank and argmax; None for
-        what was not asked for.
+        TokenStats of shape [...]: float32 (float64 for float64 logits), int64 for rank and argmax;
+        None for what was not asked for.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        IndexError: a target out of range, on the CPU. On a GPU that row's statistics and gradient are NaN, with no
-            access outside the row; `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the
-            price of a synchronisation.
+        IndexError: a target out of range, on the CPU. On a GPU that row's statistics and gradient
+            are NaN, with no access outside the row; `CHUNKED_CE_CHECK_TARGETS=1` in the environment
+            raises there too, at the price of a synchronisation.
         NotImplementedError: class weights.
     """
     checks.logits(input)
     checks.target_indices(target)
     checks.one_target_per_row(input, target)
     checks.class_weight(weight)
-    for name, value in (("entropy", entropy), ("mean_logprob", mean_logprob), ("rank", rank), ("argmax", argmax)):
+    for name, value in (
+        ("entropy", entropy),
+        ("mean_logprob", mean_logprob),
+        ("rank", rank),
+        ("argmax", argmax),
+    ):
         checks.flag(name, value)
     return _token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale, entropy, mean_logprob, rank, argmax,
-        inplace_backward, backend,
+        input, target, ignore_index, vocab_size, softcap, logit_scale,
+        entropy, mean_logprob, rank, argmax, inplace_backward, backend,
     )  # fmt: skip
 
 
@@ -100,17 +112,19 @@ def cross_entropy(
     grad_in_forward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy between logits and class indices, as `torch.nn.functional.cross_entropy`, streamed over the vocabulary.
+    """Cross-entropy between logits and class indices, streamed over the vocabulary.
 
-    A token's loss is `-(1 - label_smoothing) logprob - label_smoothing mean_logprob + z_loss_weight lse²`,
-    times its `token_weight`; see :func:`token_stats` for the statistics. z-loss: PaLM, arXiv:2204.02311, section 5.
-    Label smoothing: Szegedy et al., arXiv:1512.00567.
+    As `torch.nn.functional.cross_entropy`. A token's loss is
+    `-(1 - label_smoothing) logprob - label_smoothing mean_logprob + z_loss_weight lse²`, times its
+    `token_weight`; see :func:`token_stats` for the statistics. z-loss: PaLM, arXiv:2204.02311,
+    section 5. Label smoothing: Szegedy et al., arXiv:1512.00567.
 
-    Unlike torch's, the loss is float32 for half-precision logits, a confident token's loss of 1e-8 is 1e-8 and
-    not 0, and an ignored row's gradient is exactly 0 whatever its logits hold.
+    Unlike torch's, the loss is float32 for half-precision logits, a confident token's loss of 1e-8
+    is 1e-8 and not 0, and an ignored row's gradient is exactly 0 whatever its logits hold.
 
     Args:
-        input: logits [N, V], [V], or [..., V] with `dim=-1`; float16, bfloat16, float32 or float64, any strides.
+        input: logits [N, V], [V], or [..., V] with `dim=-1`; float16, bfloat16, float32 or float64,
+            any strides.
         target: class indices, the shape of `input` without its class dimension; any integer dtype.
         weight: class weights; not supported yet.
         ignore_index: target value of rows that count for nothing.
@@ -119,15 +133,17 @@ def cross_entropy(
         dim: the class dimension, 1 as in torch; for [B, T, V] logits pass -1.
         z_loss_weight: factor of lse².
         softcap, logit_scale, vocab_size: see :func:`token_stats`.
-        token_weight: weight of each token's whole loss, the shape of `target`; "mean" is then the weighted mean.
-        num_items: what "mean" divides by instead (gradient accumulation); an int or a 0-d tensor on any device.
+        token_weight: weight of each token's whole loss, the shape of `target`; "mean" is then the
+            weighted mean.
+        num_items: what "mean" divides by instead (gradient accumulation); an int or a 0-d tensor on
+            any device.
         inplace_backward: see :func:`token_stats`.
         grad_in_forward: not supported yet.
         backend: see :func:`token_stats`.
 
     Returns:
-        The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64 logits). The mean
-        over no token is NaN, as in torch, with a gradient of zeros.
+        The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64
+        logits). The mean over no token is NaN, as in torch, with a gradient of zeros.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
@@ -145,8 +161,8 @@ def cross_entropy(
     checks.token_weight(token_weight, input, target)
     checks.num_items(num_items, reduction)
     stats = _token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale, False, label_smoothing > 0, False, False,
-        inplace_backward, backend,
+        input, target, ignore_index, vocab_size, softcap, logit_scale,
+        False, label_smoothing > 0, False, False, inplace_backward, backend,
     )  # fmt: skip
     loss = -stats.logprob
     if stats.mean_logprob is not None:
@@ -190,8 +206,8 @@ def _token_stats(
     checks.inplace_backward(inplace_backward, input)
     backend = _choose_backend(backend, input.device)
     lse, logprob, _, entropies, means, ranks, winners = torch.ops.chunked_ce.token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale, backend, entropy, mean_logprob, rank, argmax,
-        inplace_backward,
+        input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
+        entropy, mean_logprob, rank, argmax, inplace_backward,
     )  # fmt: skip
     return TokenStats(
         lse,
@@ -207,13 +223,10 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     checks.backend_name(backend)
     if backend == "triton":
         checks.triton_can_run(
-            device, installed=_triton_installed(), interpreted=os.environ.get("TRITON_INTERPRET") == "1"
+            device,
+            installed=_TRITON_INSTALLED,
+            interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         )
     if backend == "auto":
-        return "triton" if device.type in ("cuda", "xpu") and _triton_installed() else "torch"
+        return "triton" if device.type in ("cuda", "xpu") and _TRITON_INSTALLED else "torch"
     return backend
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

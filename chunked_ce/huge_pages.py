@@ -1,4 +1,7 @@
-"""Large pages for a large new tensor. Touching the fresh pages of a 412 MB gradient costs 0.10 s in 4 KiB pages, 0.04 s in 2 MiB."""
+"""Large pages for a large new tensor.
+
+Touching the fresh pages of a 412 MB gradient costs 0.10 s in 4 KiB pages, 0.04 s in 2 MiB.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def _madvise() -> Any:
 
 
 def advise_huge_pages(tensor: Tensor) -> Tensor:
-    """Asks Linux for huge pages under a tensor not yet written to. A hint: refusal and other systems change nothing."""
+    """Asks Linux for huge pages under a tensor not yet written to.
+
+    A hint: refusal and other systems change nothing.
+    """
     size = tensor.untyped_storage().nbytes()
     if tensor.device.type == "cpu" and size >= _SMALLEST and (madvise := _madvise()) is not None:
         start = -(-tensor.untyped_storage().data_ptr() // _PAGE) * _PAGE

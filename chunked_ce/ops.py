@@ -1,4 +1,6 @@
-"""The registered operators: schemas, shapes for tracing, autograd. torch.compile sees these and looks no further.
+"""The registered operators: schemas, shapes for tracing, autograd.
+
+torch.compile sees these and looks no further.
 
 chunked_ce::token_stats  statistics of rows of logits, differentiable in the logits
 chunked_ce::token_grad   their gradient, in a new tensor
@@ -21,14 +23,15 @@ _library = torch.library.Library("chunked_ce", "DEF")
 
 _SHARED = "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
 _GRADIENT = (
-    "Tensor target, Tensor lse, Tensor logprob, Tensor target_logit, Tensor? a, Tensor? b, Tensor? c, Tensor? u, "
-    + _SHARED
+    "Tensor target, Tensor lse, Tensor logprob, Tensor lse_low, "
+    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, " + _SHARED
 )
 
 _library.define(
-    f"token_stats(Tensor input, Tensor target, {_SHARED}, bool entropy, bool mean_logprob, bool rank, bool argmax, "
-    "bool inplace_backward) -> (Tensor lse, Tensor logprob, Tensor target_logit, Tensor entropy, Tensor mean_logprob, "
-    "Tensor rank, Tensor argmax)",
+    f"token_stats(Tensor input, Tensor target, {_SHARED}, "
+    "bool entropy, bool mean_logprob, bool rank, bool argmax, bool inplace_backward) -> "
+    "(Tensor lse, Tensor logprob, Tensor lse_low, "
+    "Tensor entropy, Tensor mean_logprob, Tensor rank, Tensor argmax)",
 )
 _library.define(f"token_grad(Tensor input, {_GRADIENT}) -> Tensor")
 _library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
@@ -48,48 +51,47 @@ def _token_stats(
     argmax: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
-    if os.environ.get("CHUNKED_CE_CHECK_TARGETS", "0") == "1":
+    if os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
         checks.targets_in_range(target, vocab_size, ignore_index)
+    wanted = dict(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
+    if target.numel() == 0:
+        return _new_outputs(input, target, **wanted)
     input = input.detach()
     head = Head(softcap, logit_scale)
-    wanted = dict(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     if backend == "triton":
         from . import backend_triton
 
-        stats, target_logit = backend_triton.row_statistics(input, target, ignore_index, vocab_size, head, **wanted)
+        stats, lse_low = backend_triton.row_statistics(
+            input, target, ignore_index, vocab_size, head, **wanted
+        )
     else:
         options = backend_torch.Options(vocab_size, head, compiled=backend == "inductor")
-        stats, target_logit = backend_torch.row_statistics(input, target, ignore_index, options, **wanted)
-    return _outputs(stats, target_logit, input, target.shape)
+        stats, lse_low = backend_torch.row_statistics(
+            input, target, ignore_index, options, **wanted
+        )
+    return _outputs(stats, lse_low, input, target.shape)
 
 
-def _outputs(stats: TokenStats, target_logit: Tensor, input: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+def _outputs(
+    stats: TokenStats, lse_low: Tensor, input: Tensor, shape: torch.Size
+) -> tuple[Tensor, ...]:
     """An operator's outputs are tensors always: empty ones stand for what was not asked for."""
-    outputs = [stats.lse, stats.logprob, target_logit, *stats[2:]]
+    outputs = [stats.lse, stats.logprob, lse_low, *stats[2:]]
     dtypes = [compute_dtype(input.dtype)] * 5 + [torch.int64] * 2
     return tuple(
-        torch.empty(0, dtype=dtype, device=input.device)
-        if out is None
-        else out
-        if out.shape == shape
-        else out.view(shape)
+        torch.empty(0, dtype=dtype, device=input.device) if out is None else out.view(shape)
         for out, dtype in zip(outputs, dtypes, strict=True)
     )
 
 
-def _token_stats_shapes(
+def _new_outputs(
     input: Tensor,
     target: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
+    *,
     entropy: bool,
     mean_logprob: bool,
     rank: bool,
     argmax: bool,
-    inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
     floats, integers = compute_dtype(input.dtype), torch.int64
 
@@ -97,17 +99,41 @@ def _token_stats_shapes(
         return input.new_empty(target.shape if wanted else 0, dtype=dtype)
 
     return (
-        new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob),
-        new(integers, rank), new(integers, argmax),
-    )  # fmt: skip
+        *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
+        *(new(integers, rank), new(integers, argmax)),
+    )
+
+
+def _fake_token_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    entropy, mean_logprob, rank, argmax, _ = options[-5:]
+    return _new_outputs(
+        input, target, entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax
+    )
 
 
 def _gradient(inplace: bool, input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    lse, logprob, target_logit, a, b, c, u, ignore_index, vocab_size, softcap, logit_scale, backend = arguments
+    (
+        lse,
+        logprob,
+        lse_low,
+        a,
+        b,
+        c,
+        u,
+        ignore_index,
+        vocab_size,
+        softcap,
+        logit_scale,
+        backend,
+    ) = arguments
+    if target.numel() == 0:
+        return torch.empty_like(input)
     input = input.detach()
-    lse, logprob, target_logit = lse.reshape(-1), logprob.reshape(-1), target_logit.reshape(-1)
-    numbers = Coefficients(*(None if n is None else n.reshape(-1).contiguous() for n in (a, b, c, u)))
-    shared = (target, lse, logprob, target_logit, numbers, ignore_index)
+    lse, logprob, lse_low = lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1)
+    numbers = Coefficients(
+        *(None if n is None else n.reshape(-1).contiguous() for n in (a, b, c, u))
+    )
+    shared = (target, lse, logprob, lse_low, numbers, ignore_index)
     head = Head(softcap, logit_scale)
     if backend == "triton":
         from . import backend_triton
@@ -121,35 +147,33 @@ def _token_grad(*arguments: Any) -> Tensor:
     return _gradient(False, *arguments)
 
 
-def _token_grad_(*arguments: Any) -> None:
-    _gradient(True, *arguments)
+def _token_grad_(input: Tensor, *arguments: Any) -> None:
+    _gradient(True, input, *arguments)
+    torch.autograd.graph.increment_version(input)  # a kernel's write is not seen by autograd
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, ignore_index, vocab_size, softcap, logit_scale, backend, *_, inplace_backward = inputs
-    lse, logprob, target_logit, entropy, *_ = output
+    input, target, *ctx.options, entropy, mean_logprob, _, _, ctx.inplace_backward = inputs
+    ctx.wanted = (True, True, False, entropy, mean_logprob, False, False)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, target, lse, logprob, target_logit, entropy)
-    ctx.options = (ignore_index, vocab_size, softcap, logit_scale, backend)
-    ctx.vocab_size = vocab_size
-    ctx.inplace_backward = inplace_backward
+    lse, logprob, lse_low, entropy, *_ = output
+    ctx.save_for_backward(input, target, lse, logprob, lse_low, entropy)
 
 
-def _backward(
-    ctx: Any,
-    lse_grad: Tensor | None,
-    logprob_grad: Tensor | None,
-    target_logit_grad: None,  # target_logit never leaves this package
-    entropy_grad: Tensor | None,
-    mean_logprob_grad: Tensor | None,
-    *integers: None,
-) -> tuple[Tensor | None, ...]:
-    input, target, lse, logprob, target_logit, entropy = ctx.saved_tensors
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    input, target, lse, logprob, lse_low, entropy = ctx.saved_tensors
     no_gradient = (None,) * 11
     if not ctx.needs_input_grad[0]:
         return None, *no_gradient
-    numbers = coefficients(lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, entropy, ctx.vocab_size)
-    arguments = (input, target, lse, logprob, target_logit, *numbers, *ctx.options)
+    # An output that was not asked for is empty, and a tracer may give it an empty gradient.
+    lse_grad, logprob_grad, _, entropy_grad, mean_logprob_grad, *_ = (
+        grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True)
+    )
+    _, vocab_size, *_ = ctx.options
+    numbers = coefficients(
+        lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, entropy, vocab_size
+    )
+    arguments = (input, target, lse, logprob, lse_low, *numbers, *ctx.options)
     if ctx.inplace_backward:
         torch.ops.chunked_ce.token_grad_(*arguments)
         return input.detach(), *no_gradient
@@ -163,8 +187,12 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
 _library.impl("token_stats", _token_stats, "CompositeExplicitAutograd")
 _library.impl("token_grad", _token_grad, "CompositeExplicitAutograd")
 _library.impl("token_grad_", _token_grad_, "CompositeExplicitAutograd")
-torch.library.register_fake("chunked_ce::token_stats", _token_stats_shapes, lib=_library)
-torch.library.register_fake("chunked_ce::token_grad", lambda input, *_: torch.empty_like(input), lib=_library)
+torch.library.register_fake("chunked_ce::token_stats", _fake_token_stats, lib=_library)
+torch.library.register_fake(
+    "chunked_ce::token_grad", lambda input, *_: torch.empty_like(input), lib=_library
+)
 torch.library.register_fake("chunked_ce::token_grad_", lambda input, *_: None, lib=_library)
-torch.library.register_autograd("chunked_ce::token_stats", _backward, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "chunked_ce::token_stats", _backward, setup_context=_save, lib=_library
+)
 torch.library.register_autograd("chunked_ce::token_grad", _no_double_backward, lib=_library)

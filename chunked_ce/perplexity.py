@@ -1,4 +1,7 @@
-"""Perplexity: exp(sum of NLL / number of tokens), never a mean of batch losses or of perplexities."""
+"""Perplexity: exp(sum of NLL / number of tokens).
+
+Never a mean of batch losses or of perplexities.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from .functional import cross_entropy
 class PerplexityReport:
     """What was scored, and the measures that follow from it.
 
-    Units: nats for `nll_sum` and `mean_nll`, bits for the `bits_per_*`. Bits per byte, unlike perplexity, can be
-    compared across tokenizers; `bytes` are the UTF-8 bytes of the scored text, None where not given.
+    Units: nats for `nll_sum` and `mean_nll`, bits for the `bits_per_*`. Bits per byte, unlike
+    perplexity, can be compared across tokenizers; `bytes` are the UTF-8 bytes of the scored text,
+    None where not given.
     """
 
     nll_sum: float
@@ -81,13 +85,15 @@ def _exp(x: float) -> float:
 
 @torch.no_grad()
 def perplexity(input: Tensor, target: Tensor, *, ignore_index: int = -100, dim: int = -1) -> Tensor:
-    """Perplexity per token of one batch: exp(sum of NLL / number of targets that are not `ignore_index`).
+    """Perplexity per token of one batch.
 
+    exp(sum of NLL / number of targets that are not `ignore_index`).
     For a corpus use :class:`Perplexity`: the mean of batch perplexities is not its perplexity.
 
     Args:
         input: logits [..., V], classes in dimension `dim`.
-        target: class indices [...]; already shifted, so that `target[..., i]` is what `input[..., i, :]` predicts.
+        target: class indices [...]; already shifted, so that `target[..., i]` is what
+            `input[..., i, :]` predicts.
         ignore_index: target value of tokens that are not scored.
         dim: the class dimension.
 
@@ -108,10 +114,11 @@ def _score(input: Tensor, target: Tensor, ignore_index: int, dim: int) -> tuple[
 
 
 class Perplexity:
-    """Streaming perplexity: float64 sum of NLL and int64 count of tokens, kept on the device of the first batch.
+    """Streaming perplexity: float64 sum of NLL and int64 count of tokens.
 
-    `update` never makes the host wait; `compute` and `report` read the result. The result does not depend on how the
-    tokens were split into batches, but for rounding in the last bits of a float64.
+    Both are kept on the device of the first batch. `update` never makes the host wait; `compute`
+    and `report` read the result. The result does not depend on how the tokens were split into
+    batches, but for rounding in the last bits of a float64.
 
     Args:
         ignore_index: target value of tokens that are not scored.
@@ -131,7 +138,13 @@ class Perplexity:
 
     @torch.no_grad()
     def update(
-        self, input: Tensor, target: Tensor, *, dim: int = -1, n_bytes: int | None = None, words: int | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        dim: int = -1,
+        n_bytes: int | None = None,
+        words: int | None = None,
     ) -> None:
         """Scores a batch.
 
@@ -139,8 +152,9 @@ class Perplexity:
             input: logits [..., V].
             target: class indices [...], already shifted; `ignore_index` where nothing is scored.
             dim: the class dimension.
-            n_bytes, words: UTF-8 bytes and words of the scored text. Once one update leaves them out, the
-                measures per byte or per word are None: numerator and denominator must cover the same text.
+            n_bytes, words: UTF-8 bytes and words of the scored text. Once one update leaves them
+                out, the measures per byte or per word are None: numerator and denominator must
+                cover the same text.
 
         Raises:
             TypeError, ValueError, IndexError: as :func:`cross_entropy`.
@@ -150,14 +164,27 @@ class Perplexity:
 
     @torch.no_grad()
     def update_nll(
-        self, nll_sum: float | Tensor, tokens: int | Tensor, n_bytes: int | None = None, words: int | None = None
+        self,
+        nll_sum: float | Tensor,
+        tokens: int | Tensor,
+        n_bytes: int | None = None,
+        words: int | None = None,
     ) -> None:
-        """Adds what was scored elsewhere: the sum of NLL in nats (not a mean) and the number of tokens in it."""
-        counts = [checks.text_count(name, value) for name, value in (("n_bytes", n_bytes), ("words", words))]
+        """Adds what was scored elsewhere.
+
+        The sum of NLL in nats (not a mean) and the number of tokens in it.
+        """
+        counts = [
+            checks.text_count(name, value)
+            for name, value in (("n_bytes", n_bytes), ("words", words))
+        ]
         nll_sum, tokens = checks.nll_and_tokens(nll_sum, tokens)
         self.nll_sum = _add(self.nll_sum, nll_sum)
         self.tokens = _add(self.tokens, tokens)
-        self.bytes, self.words = _add_counts(self.bytes, counts[0]), _add_counts(self.words, counts[1])
+        self.bytes, self.words = (
+            _add_counts(self.bytes, counts[0]),
+            _add_counts(self.words, counts[1]),
+        )
 
     def compute(self) -> Tensor:
         """Perplexity per token, a 0-d float64 tensor; NaN when nothing was scored."""
@@ -167,7 +194,10 @@ class Perplexity:
         """Everything measured so far. Reads the device, so the host waits for it."""
         tokens = int(self.tokens)
         return PerplexityReport(
-            float(self.nll_sum), tokens, self.bytes if tokens else None, self.words if tokens else None
+            float(self.nll_sum),
+            tokens,
+            self.bytes if tokens else None,
+            self.words if tokens else None,
         )
 
     def __add__(self, other: Perplexity) -> Perplexity:

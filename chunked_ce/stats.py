@@ -2,7 +2,7 @@
 
 Over the classes of a row other than its target, a part of the vocabulary contributes
 
-    m = max z        s = sum exp(z - m)        weighted = sum exp(z - m) (z - m)        total = sum (z - m)
+    m = max z    s = sum exp(z - m)    weighted = sum exp(z - m) (z - m)    total = sum (z - m)
 
 Two parts merge by moving both to the larger maximum (Milakov & Gimelshein, arXiv:1805.02867). The
 target joins at the end: with d = m + log s - z_target the loss is log(1 + exp(d)), which keeps a
@@ -20,9 +20,10 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """Statistics of rows of logits, each of shape [...]: float32 (float64 for float64 logits) or int64.
+    """Statistics of rows of logits, each of shape [...].
 
-    Rows whose target is `ignore_index` hold 0, and -1 in `rank` and `argmax`. What was not asked for is None.
+    float32 (float64 for float64 logits) or int64. Rows whose target is `ignore_index` hold 0, and
+    -1 in `rank` and `argmax`. What was not asked for is None.
     """
 
     lse: Tensor  # log sum exp z
@@ -40,7 +41,7 @@ class Part(NamedTuple):
     s: Tensor
     weighted: Tensor | None
     total: Tensor | None
-    count: int | Tensor | None  # classes in `total`
+    columns: int | Tensor | None  # number of classes in `total`
     beaten_by: Tensor | None
     argmax: Tensor | None
 
@@ -50,31 +51,42 @@ def merge(left: Part, right: Part) -> Part:
     m = torch.maximum(left.m, right.m)
     shift_left, scale_left = _move(left.m, m)
     shift_right, scale_right = _move(right.m, m)
-    weighted = total = count = beaten_by = argmax = None
+    weighted = total = columns = beaten_by = argmax = None
     if left.weighted is not None and right.weighted is not None:
         weighted = scale_left * (left.weighted + left.s * shift_left)
         weighted = weighted + scale_right * (right.weighted + right.s * shift_right)
     if left.total is not None and right.total is not None:
-        assert left.count is not None and right.count is not None
-        count = left.count + right.count
-        total = left.total + left.count * shift_left + right.total + right.count * shift_right
+        assert left.columns is not None and right.columns is not None
+        columns = left.columns + right.columns
+        total = left.total + left.columns * shift_left + right.total + right.columns * shift_right
     if left.beaten_by is not None and right.beaten_by is not None:
         beaten_by = left.beaten_by + right.beaten_by
     if left.argmax is not None and right.argmax is not None:
         right_wins = (right.m > left.m) | (right.m.isnan() & ~left.m.isnan())
         argmax = torch.where(right_wins, right.argmax, left.argmax)
-    return Part(m, left.s * scale_left + right.s * scale_right, weighted, total, count, beaten_by, argmax)
+    return Part(
+        m, left.s * scale_left + right.s * scale_right, weighted, total, columns, beaten_by, argmax
+    )
 
 
 def _move(m: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-    """(shift, exp(shift)) that carries sums relative to `m` over to `to`; an empty part (-inf) adds nothing."""
+    """(shift, exp(shift)) that carries sums relative to `m` over to `to`.
+
+    An empty part (-inf) adds nothing.
+    """
     empty = m == float("-inf")
     shift = (m - to).masked_fill(empty, 0.0)
     return shift, shift.exp().masked_fill(empty, 0.0)
 
 
-def finish(part: Part, target_logit: Tensor, target: Tensor, vocab_size: int) -> TokenStats:
-    """The statistics of whole rows: `part` covers every class but the target, whose logit is finite, -inf or NaN."""
+def finish(
+    part: Part, target_logit: Tensor, target: Tensor, vocab_size: int
+) -> tuple[TokenStats, Tensor]:
+    """The statistics of whole rows, and what rounding took from lse.
+
+    That is 0.0005 when all logits are near 1e4. `part` covers every class but the target, whose
+    logit is finite, -inf or NaN.
+    """
     gap = part.m - target_logit
     log_s = part.s.log()
     d = gap + log_s
@@ -83,12 +95,15 @@ def finish(part: Part, target_logit: Tensor, target: Tensor, vocab_size: int) ->
     loss = d.clamp(min=0) + tail
     above_m = torch.where(d > 0, log_s + tail, loss - gap)  # lse - m
     lse = torch.where(d > 0, part.m + above_m, target_logit + loss)
+    lse_low = torch.where(d > 0, (part.m - lse) + above_m, (target_logit - lse) + loss)
     entropy = mean_logprob = rank = argmax = None
     if part.weighted is not None:
         # -sum p log p, the target apart: no term is negative.
         others = (-above_m).exp() * (part.s * above_m - part.weighted)
         p_log_p = (-loss).exp() * loss
-        entropy = others.masked_fill(part.m == float("-inf"), 0.0) + p_log_p.masked_fill(loss == float("inf"), 0.0)
+        entropy = others.masked_fill(part.m == float("-inf"), 0.0) + p_log_p.masked_fill(
+            loss == float("inf"), 0.0
+        )
     if part.total is not None:
         of_others = part.total - (vocab_size - 1) * above_m if vocab_size > 1 else 0.0
         mean_logprob = (of_others - loss) / vocab_size
@@ -97,17 +112,22 @@ def finish(part: Part, target_logit: Tensor, target: Tensor, vocab_size: int) ->
     if part.argmax is not None:
         ahead = (target_logit > part.m) | ((target_logit == part.m) & (target < part.argmax))
         argmax = torch.where(ahead, target, part.argmax)
-    return TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax)
+    return TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low
 
 
-def finish_by_target(part: Part, target_logit: Tensor, vocab_size: int) -> TokenStats:
-    """`finish` where the sums refer to the target's logit instead of the maximum: s = sum exp(z - z_target).
+def finish_by_target(
+    part: Part, target_logit: Tensor, vocab_size: int
+) -> tuple[TokenStats, Tensor]:
+    """`finish` where the sums refer to the target's logit, not the maximum.
 
-    Holds for rows whose s and target's logit are finite. No entropy, whose terms would cancel, and no argmax.
+    s = sum exp(z - z_target). Holds for rows whose s and target's logit are finite. No entropy,
+    whose terms would cancel, and no argmax.
     """
     loss = part.s.log1p()
     mean_logprob = None if part.total is None else part.total / vocab_size - loss
-    return TokenStats(target_logit + loss, -loss, None, mean_logprob, part.beaten_by, None)
+    lse = target_logit + loss
+    stats = TokenStats(lse, -loss, None, mean_logprob, part.beaten_by, None)
+    return stats, (target_logit - lse) + loss
 
 
 class Coefficients(NamedTuple):
@@ -144,7 +164,10 @@ def _plus(x: Tensor | None, y: Tensor) -> Tensor:
 
 
 class RowGradient(NamedTuple):
-    """The gradient as the backends apply it: p (scale + slope (z - lse)) + u, and its value at the target. [rows] each."""
+    """The gradient as the backends apply it.
+
+    p (scale + slope (z - lse)) + u, and its value at the target. [rows] each.
+    """
 
     scale: Tensor
     slope: Tensor | None
@@ -152,11 +175,9 @@ class RowGradient(NamedTuple):
     at_target: Tensor
 
 
-def row_gradient(lse: Tensor, logprob: Tensor, target_logit: Tensor, coefficients: Coefficients) -> RowGradient:
+def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -> RowGradient:
     a, b, c, u = coefficients
-    # lse was rounded; z_target - logprob says by how much (0.0005 when all logits are near 1e4).
-    correction = ((lse - target_logit) + logprob).exp()
-    correction.masked_fill_(target_logit == float("-inf"), 1.0)
+    correction = (-lse_low).exp()  # p = exp(z - lse - lse_low)
     scale = at_target = None
     if c is not None:
         scale, at_target = -c, -c * logprob.expm1()
@@ -169,6 +190,6 @@ def row_gradient(lse: Tensor, logprob: Tensor, target_logit: Tensor, coefficient
             b = b * correction
     if u is not None:
         at_target = _plus(at_target, u)
-    zero = torch.zeros_like(lse)
+    zero = torch.zeros_like(logprob)
     scale = zero if scale is None else scale * correction
     return RowGradient(scale, b, u, zero if at_target is None else at_target)

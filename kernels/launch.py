@@ -1,4 +1,7 @@
-"""Launch tables: how large a tile, how many warps. WIDTH is 16 bytes of logits, one load of one thread."""
+"""Launch tables: how large a tile, how many warps.
+
+WIDTH is 16 bytes of logits, one load of one thread.
+"""
 
 from typing import NamedTuple
 

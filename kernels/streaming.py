@@ -1,4 +1,6 @@
-"""Device helpers every kernel shares: where a row starts, its logits after the head's transforms, merging.
+"""Device helpers every kernel shares.
+
+Where a row starts, its logits after the head's transforms, merging.
 
 A row is read in tiles of [GROUPS, WIDTH] logits. Each group (WIDTH neighbouring columns, one
 16-byte load) keeps a running maximum and sum of its own, so the loop needs neither barriers nor
@@ -62,14 +64,18 @@ def head_derivative(z, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_SCAL
 
 @triton.jit
 def finite_or_zero(m):
-    """A maximum as a reference to subtract: -inf (nothing seen yet) becomes 0, so -inf - m is never NaN."""
+    """A maximum as a reference to subtract.
+
+    -inf (nothing seen yet) becomes 0, so -inf - m is never NaN.
+    """
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def precise_exp(x):
-    """exp(x) for x <= 0 to a few ulp: exp2(x log2 e) alone loses |x| ulp to the rounding of the product.
+    """exp(x) for x <= 0 to a few ulp.
 
+    exp2(x log2 e) alone loses |x| ulp to the rounding of the product.
     x = hi + lo with hi a multiple of 1/16, log2 e = 23/16 + rest; hi * 23/16 is exact.
     """
     x = tl.where(x < -1000.0, -1000.0, x)  # -inf - hi would be NaN; exp(-1000) is 0 in fp64 too
@@ -80,7 +86,10 @@ def precise_exp(x):
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for e >= 0: with u = 1 + e, log(u) e / (u - 1) cancels the rounding of u (Kahan)."""
+    """log(1 + e) for e >= 0.
+
+    With u = 1 + e, log(u) e / (u - 1) cancels the rounding of u (Kahan).
+    """
     u = 1.0 + e
     return tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
 

@@ -1,4 +1,6 @@
-"""Row statistics in one read of the logits: lse and logprob, and on request entropy, mean_logprob, rank, argmax.
+"""Row statistics in one read of the logits.
+
+lse and logprob, and on request entropy, mean_logprob, rank, argmax.
 
 The target is left out of the running sums: over the other classes, with m = max z and
 s = sum exp(z - m), d = m + log s - z_target, the loss is
@@ -11,7 +13,15 @@ so a confident token's loss of 1e-8 is computed as 1e-8, not as log(1 + 1e-8) = 
 import triton
 import triton.language as tl
 
-from .streaming import LOG2_E, finite_or_zero, head_transform, log1p, precise_exp, row_start, tile_columns
+from .streaming import (
+    LOG2_E,
+    finite_or_zero,
+    head_transform,
+    log1p,
+    precise_exp,
+    row_start,
+    tile_columns,
+)
 
 MAX_INT = tl.constexpr(2147483647)
 
@@ -22,7 +32,7 @@ def token_stats_kernel(
     target_ptr,  # [rows] integers
     lse_ptr,
     logprob_ptr,
-    target_logit_ptr,
+    lse_low_ptr,
     entropy_ptr,
     mean_logprob_ptr,
     rank_ptr,
@@ -53,7 +63,9 @@ def token_stats_kernel(
     softcap = tl.full([], softcap, DTYPE)
     logit_scale = tl.full([], logit_scale, DTYPE)
 
-    z_target = tl.load(x_ptr + target * stride_v, mask=in_range & (ignored == 0), other=float("nan")).to(DTYPE)
+    z_target = tl.load(
+        x_ptr + target * stride_v, mask=in_range & (ignored == 0), other=float("nan")
+    ).to(DTYPE)
     z_target = head_transform(z_target, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
     z_target = tl.where(z_target == float("inf"), float("nan"), z_target)
     # Sums of z are taken from the target's logit, so that a large common offset cancels.
@@ -74,7 +86,9 @@ def token_stats_kernel(
         valid = columns < end
         x = tl.load(x_ptr + columns.to(tl.int64) * stride_v, mask=valid, other=0.0).to(DTYPE)
         # Mask after the transform: softcap would make a padding of -inf finite.
-        z = tl.where(valid, head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE), float("-inf"))
+        z = tl.where(
+            valid, head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE), float("-inf")
+        )
         if MEAN_LOGPROB:
             total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
         z = tl.where(columns == target_column, float("-inf"), z)
@@ -115,9 +129,12 @@ def token_stats_kernel(
     lse = tl.where(d > 0.0, m + above_m, z_target + loss)
     tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
     tl.store(logprob_ptr + row, tl.where(ignored, 0.0, -loss))
-    tl.store(target_logit_ptr + row, tl.where(ignored, 0.0, z_target))
+    # What rounding took from lse: 0.0005 when all logits are near 1e4.
+    lse_low = tl.where(d > 0.0, (m - lse) + above_m, (z_target - lse) + loss)
+    tl.store(lse_low_ptr + row, tl.where(ignored, 0.0, lse_low))
     if ENTROPY:
-        # -sum p log p = p_t loss + sum over the others of e^(m - lse) e_j (lse - z_j): no term is negative.
+        # -sum p log p = p_t loss + sum over the others of e^(m - lse) e_j (lse - z_j): no term is
+        # negative.
         weighted = tl.sum((weighted + group_s * shift) * rescale, 0)
         others = tl.exp(-above_m) * (s * above_m - weighted)
         others = tl.where(m == float("-inf"), 0.0, others)
@@ -133,6 +150,8 @@ def token_stats_kernel(
         best_of_all = tl.max(best_key, 0)
         winner = tl.min(tl.where(best_key == best_of_all, best, MAX_INT), 0)
         target_key = tl.where(z_target != z_target, float("inf"), z_target)
-        ahead = (target_key > best_of_all) | ((target_key == best_of_all) & (target_column < winner))
+        ahead = (target_key > best_of_all) | (
+            (target_key == best_of_all) & (target_column < winner)
+        )
         winner = tl.where(ahead & in_range, target_column, winner)
         tl.store(argmax_ptr + row, tl.where(ignored, -1, winner).to(tl.int64))

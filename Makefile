@@ -1,0 +1,53 @@
+# Two commands: `make train` (the main job) and `make test` (the fast tests). Each makes .venv first.
+PYTHON ?= python3
+# Pins the tested versions; `make test CONSTRAINTS=` takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
+
+.PHONY: train test long lint types sanitize package clean
+
+train: .venv/train
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+long: .venv/dev
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+package: .venv/dev
+	$(BIN)/python tests/check_package.py
+
+# The kernels on their compiled IR, without a GPU: out-of-bounds accesses, races, undefined operations.
+sanitize:
+ifeq ($(SANITIZE_PYTHON),)
+	@echo "SANITIZER NOT RUN: it needs Python 3.12 or 3.13, and none was found (set SANITIZE_PYTHON)" >&2
+else
+	test -e .venv-sanitize/done || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
+	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r tests/sanitize-requirements.txt && \
+	  touch .venv-sanitize/done; }
+	PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest tests/kernels -q $(ARGS)
+endif
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/train: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(INSTALL) -e '.[train]'
+	@touch $@
+
+.venv/dev: pyproject.toml $(CONSTRAINTS) | .venv/bin/python
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-sanitize build dist *.egg-info runs

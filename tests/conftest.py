@@ -1,0 +1,48 @@
+"""Where tests run. Without a GPU the kernels run in Triton's interpreter; under ttsem's sanitizer, and
+on a GPU, compiled. The `device` fixture says where tensors go, so that one test serves all three."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+SANITIZED = "ttsem" in sys.modules
+ON_GPU = torch.cuda.is_available() and not SANITIZED
+if not (SANITIZED or ON_GPU):
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device() -> str:
+    """Where a kernel's tensors live."""
+    return "cuda" if SANITIZED or ON_GPU else "cpu"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and blocks so small that a row of 100 logits spans several."""
+    if "real_sizes" in request.keywords:
+        return
+    from chunked_ce import backend_torch
+
+    monkeypatch.setattr(backend_torch, "_CACHED_ELEMENTS", 300)
+    try:
+        from chunked_ce.kernels import launch
+    except ImportError:
+        return
+    real = launch.tile
+    monkeypatch.setattr(launch, "tile", lambda vocab_size, itemsize: real(1, itemsize))

@@ -1,0 +1,439 @@
+"""cross_entropy: every option against the fp64 oracle, with upstream gradients other than 1."""
+
+import itertools
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_gradient, batch, gradient
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chunked_ce import cross_entropy, token_stats
+
+UPSTREAM = {
+    "1": lambda loss: loss.sum(),
+    "3.7": lambda loss: (3.7 * loss).sum(),
+    "square": lambda loss: loss.square().sum(),
+    "random": lambda loss: (
+        loss * torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(loss)
+    ).sum(),
+    "strided": lambda loss: loss[::2].sum() if loss.dim() else loss,
+    "expanded": lambda loss: (loss * torch.tensor(2.0).to(loss).expand(loss.shape)).sum(),
+}
+OPTIONS = [
+    dict(label_smoothing=s, z_loss_weight=z, **head)
+    for s, z, head in itertools.product(
+        (0.0, 0.1, 1.0), (0.0, 1e-2), ({}, {"softcap": 6.0, "logit_scale": 0.8})
+    )
+]
+
+
+def check(x, target, backend, upstream="1", **options):
+    loss = cross_entropy(x, target, dim=-1, backend=backend, **options)
+    truth = oracle.cross_entropy(x, target, **options)
+    assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rtol = 1e-11 if x.dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(loss.double(), truth, rtol=rtol, atol=rtol, equal_nan=True)
+    apply = UPSTREAM[upstream]
+    ours = gradient(
+        lambda x: cross_entropy(x, target, dim=-1, backend=backend, **options), x, upstream=apply
+    )
+    exact = gradient(
+        lambda x: oracle.cross_entropy(x, target, **options), x.double(), upstream=apply
+    )
+    capped = options.get("softcap") is not None
+    assert_gradient(ours, exact, x.dtype, exact.abs().max() * 5 if capped else None)
+    assert (ours[target == options.get("ignore_index", -100)] == 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_options(backend, device, options, reduction):
+    x, target = batch(6, 100, device=device)
+    check(x, target, backend, "3.7", reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upstream_gradients(backend, device, upstream, reduction):
+    """PITFALLS, loss 1 and 2: row 0 ignored; tests that only see upstream 1 hid bugs for years."""
+    x, target = batch(7, 100, device=device)
+    assert target[0] == -100
+    check(x, target, backend, upstream, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[::5], ids=str)
+def test_dtypes(backend, device, dtype, options):
+    x, target = batch((2, 3), 70, dtype, device)
+    check(x, target, backend, "3.7", **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_token_weight(backend, device, reduction):
+    x, target = batch(8, 60, device=device)
+    weight = torch.rand(8, device=device)
+    weight[3] = 0
+    weight[0] = float("nan")  # an ignored token's weight counts for nothing
+    truth_weight = weight.nan_to_num(0.0)
+    options = dict(reduction=reduction, label_smoothing=0.1, z_loss_weight=1e-2)
+    ours = cross_entropy(x, target, token_weight=weight, backend=backend, **options)
+    truth = oracle.cross_entropy(x, target, token_weight=truth_weight, **options)
+    torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=1e-7)
+    leaf, exact = truth_weight.clone().requires_grad_(), truth_weight.double().requires_grad_()
+    cross_entropy(x, target, token_weight=leaf, backend=backend, **options).sum().backward()
+    oracle.cross_entropy(x, target, token_weight=exact, **options).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_gradient_accumulation(backend, device, as_tensor):
+    """PITFALLS, loss 8: unequal micro-batches that share the token count give one batch's gradients."""
+    x, target = batch(12, 60, device=device)
+    total = int((target != -100).sum())
+    num_items = torch.tensor(total, device=device) if as_tensor else total
+    whole = gradient(lambda x: cross_entropy(x, target, backend=backend), x)
+    leaf = x.clone().requires_grad_()
+    for part in (slice(0, 2), slice(2, 7), slice(7, 12)):
+        cross_entropy(leaf[part], target[part], num_items=num_items, backend=backend).backward()
+    torch.testing.assert_close(leaf.grad, whole, rtol=2e-6, atol=1e-9)
+
+
+def test_masking_is_deleting(backend, device):
+    """PITFALLS, loss 17, over every option."""
+    x, target = batch(9, 60, device=device, ignored=0.4)
+    keep = target != -100
+    weight = torch.rand(9, device=device)
+    for options in OPTIONS:
+        for reduction in ("mean", "sum"):
+            both = [
+                gradient(
+                    lambda x, t=t, w=w, o=options, r=reduction: cross_entropy(
+                        x, t, reduction=r, token_weight=w, backend=backend, **o
+                    ),
+                    x_,
+                )
+                for x_, t, w in ((x, target, weight), (x[keep], target[keep], weight[keep]))
+            ]
+            torch.testing.assert_close(both[0][keep], both[1], rtol=1e-6, atol=1e-9)
+            assert (both[0][~keep] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_nothing_to_score(backend, device, reduction, rows):
+    """DESIGN, numerics: mean NaN as torch, gradients 0, graph connected (PITFALLS, loss 10)."""
+    x = torch.randn(rows, 30, device=device, requires_grad=True)
+    target = torch.full((rows,), -100, device=device)
+    loss = cross_entropy(x, target, reduction=reduction, label_smoothing=0.1, backend=backend)
+    expected = F.cross_entropy(x, target, reduction=reduction, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    loss.sum().backward()
+    assert x.grad.shape == x.shape and (x.grad == 0).all()
+
+
+def test_ignored_loss_is_plus_zero(backend, device):
+    x, target = batch(4, 30, device=device, ignored=1.0)
+    target[:] = -100
+    assert not cross_entropy(x, target, reduction="none", backend=backend).signbit().any()
+
+
+def test_agrees_with_torch_where_torch_is_right(backend, device):
+    """PITFALLS, loss 19: label smoothing with -inf logits, as torch."""
+    x, target = batch(5, 40, device=device)
+    x[1, 3] = float("-inf")
+    for smoothing in (0.0, 0.2):
+        torch.testing.assert_close(
+            cross_entropy(x, target, label_smoothing=smoothing, backend=backend),
+            F.cross_entropy(x, target, label_smoothing=smoothing),
+        )
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 2, 2)], ids=str)
+def test_shapes(backend, device, shape):
+    x = torch.randn(*shape, 40, device=device)
+    target = torch.randint(0, 40, shape, device=device)
+    check(x, target, backend, reduction="none")
+    if x.dim() <= 2:  # torch's own default dimension
+        torch.testing.assert_close(
+            cross_entropy(x, target, backend=backend), F.cross_entropy(x, target)
+        )
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+def test_logits_are_left_alone_by_default(backend, device):
+    """PITFALLS, loss 7: softmax and two losses on the same logits; bit-equal afterwards."""
+    x, target = batch(5, 60, device=device)
+    leaf = x.clone().requires_grad_()
+    logits = leaf * 1.0
+    loss = cross_entropy(logits, target, backend=backend)
+    loss = loss + cross_entropy(logits, target, label_smoothing=0.1, backend=backend)
+    loss = loss + logits.softmax(-1).square().sum()
+    loss.backward()
+    assert torch.equal(logits, x * 1.0)
+    exact = x.double().requires_grad_()
+    truth = oracle.cross_entropy(exact, target) + oracle.cross_entropy(
+        exact, target, label_smoothing=0.1
+    )
+    (truth + exact.softmax(-1).square().sum()).backward()
+    assert_gradient(leaf.grad, exact.grad, torch.float32)
+
+
+def test_second_backward_and_double_backward(backend, device):
+    x, target = batch(4, 60, device=device)
+    leaf = x.clone().requires_grad_()
+    loss = cross_entropy(leaf, target, backend=backend)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0, device=device))
+    torch.testing.assert_close(second, 2 * first, rtol=1e-6, atol=0)
+    loss = cross_entropy(leaf, target, backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("view", ["whole", "last token dropped", "padded"])
+def test_inplace_backward(backend, device, dtype, view):
+    x, target = batch((2, 5), 60, dtype, device)
+    if view == "last token dropped":
+        cut, target = (lambda z: z[:, :-1]), target[:, 1:]
+    elif view == "padded":
+        target = target.clamp(max=49)
+        cut = lambda z: z[..., :50]  # noqa: E731
+    else:
+        cut = lambda z: z  # noqa: E731
+
+    def run(inplace):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        loss = cross_entropy(cut(logits), target, dim=-1, inplace_backward=inplace, backend=backend)
+        (3.7 * loss).backward()
+        return leaf.grad, logits
+
+    (safe, kept), (grad, overwritten) = run(False), run(True)
+    assert torch.equal(kept, x) and torch.equal(safe, grad)
+    assert torch.equal(cut(overwritten), cut(grad)), "the gradient lies over the logits"
+
+
+def test_inplace_backward_never_corrupts(backend, device):
+    x, target = batch(4, 60, device=device)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(ValueError, match="inplace_backward=True would overwrite a leaf"):
+        cross_entropy(leaf, target, inplace_backward=True, backend=backend)
+    logits = leaf * 1
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    logits = leaf * 1
+    first = cross_entropy(logits, target, inplace_backward=True, backend=backend)
+    second = logits.softmax(-1)[:, 0].log().sum() + logits.square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
+        second.backward()
+    logits = leaf * 1
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend)
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.no_grad():  # nothing will be written: nothing to refuse
+        cross_entropy(leaf, target, inplace_backward=True, backend=backend)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.data_ptr() not in [
+                a.data_ptr() for a in args if isinstance(a, torch.Tensor)
+            ]:
+                self.elements.append(t.numel())
+        return out
+
+
+def big_tensors(function, at_least):
+    from chunked_ce import ops
+
+    with Largest() as outside:
+        function()
+    del ops
+    return sum(n >= at_least for n in outside.elements)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_copy_of_the_logits(backend, dtype, monkeypatch):
+    """PITFALLS, loss 14 and 15: nothing of N x V elements but the gradient, and without one nothing.
+
+    The operators' own allocations count too: they are called as Python functions here.
+    """
+    from chunked_ce import ops
+
+    rows, vocab = ((40, 10), 900) if backend == "torch" else ((4, 10), 90)
+    x, target = batch(rows, vocab, dtype)
+    big = x[:, :-1].numel() // 2
+    options = dict(dim=-1, backend=backend, label_smoothing=0.1, z_loss_weight=0.1, softcap=9.0)
+    for call in (
+        lambda: ops._token_stats(
+            x[:, :-1], target[:, 1:], -100, vocab, 9.0, 1.0, backend, True, True, True, True, False
+        ),
+        lambda: cross_entropy(x[:, :-1], target[:, 1:], **options),
+    ):
+        assert big_tensors(call, big) == 0
+    stats = ops._token_stats(
+        x, target, -100, vocab, None, 1.0, backend, True, False, False, False, False
+    )
+    g = torch.ones_like(stats[0])
+    arguments = (x, target, *stats[:3], g, None, g, None, -100, vocab, None, 1.0, backend)
+    assert big_tensors(lambda: ops._token_grad(*arguments), big) == 1
+    inplace = (x.clone(), *arguments[1:])
+    assert big_tensors(lambda: ops._token_grad_(*inplace), big) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device, dtype, autocast):
+    """PITFALLS, loss 12: the gradient has the logits' dtype, the loss is fp32, autocast or not."""
+    x, target = batch(4, 60, dtype, device)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = cross_entropy(leaf, target)
+    loss.backward()
+    assert loss.dtype == torch.float32 and leaf.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), oracle.cross_entropy(x, target), rtol=2e-6, atol=0)
+
+
+def test_modes(backend, device):
+    x, target = batch(4, 60, device=device)
+    expected = cross_entropy(x, target, backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(cross_entropy(x, target, backend=backend), expected)
+    assert torch.equal(cross_entropy(x, target, backend=backend), expected)  # after inference mode
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert not cross_entropy(leaf, target, backend=backend).requires_grad
+    checkpointed = torch.utils.checkpoint.checkpoint(
+        lambda z: cross_entropy(z, target, backend=backend), leaf, use_reentrant=False
+    )
+    checkpointed.backward()
+    torch.testing.assert_close(
+        leaf.grad, gradient(lambda x: cross_entropy(x, target, backend=backend), x)
+    )
+
+
+# --- operators and the compiler -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(entropy=True, mean_logprob=True, rank=True, argmax=True)], ids=str
+)
+def test_opcheck(backend, options):
+    x, target = batch(4, 30)
+    target = target.clamp(max=24)
+    wanted = [options.get(k, False) for k in ("entropy", "mean_logprob", "rank", "argmax")]
+    arguments = (x.requires_grad_(), target, -100, 25, 5.0, 0.5, backend, *wanted, False)
+    torch.library.opcheck(torch.ops.chunked_ce.token_stats.default, arguments)
+    x = x.detach()
+    stats = torch.ops.chunked_ce.token_stats(*arguments)
+    g = torch.randn(4)
+    arguments = (
+        x,
+        target,
+        *(s.detach() for s in stats[:3]),
+        g,
+        g,
+        g,
+        g,
+        -100,
+        25,
+        5.0,
+        0.5,
+        backend,
+    )
+    torch.library.opcheck(torch.ops.chunked_ce.token_grad.default, arguments)
+    torch.library.opcheck(torch.ops.chunked_ce.token_grad_.default, (x.clone(), *arguments[1:]))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compile_fullgraph(backend, compiler, inplace):
+    torch._dynamo.reset()
+    head = torch.nn.Linear(8, 50)
+    hidden = torch.randn(3, 4, 8)
+    target = batch((3, 4), 50)[1]
+
+    def step(hidden, target):
+        logits = head(hidden)
+        return cross_entropy(
+            logits[:, :-1],
+            target[:, 1:],
+            dim=-1,
+            label_smoothing=0.1,
+            z_loss_weight=1e-3,
+            inplace_backward=inplace,
+            backend=backend,
+        )
+
+    expected = step(hidden, target)
+    wanted = torch.autograd.grad(expected, head.parameters())
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    loss = compiled(hidden, target)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, head.parameters()), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_changes_of_size(backend):
+    """PITFALLS, loss 26: one more compile for a second N (then dynamic), none for the third."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, t: cross_entropy(x, t, backend=backend), fullgraph=True, backend=counter
+    )
+    for rows in (5, 7, 9, 12):
+        x, target = batch(rows, 40)
+        torch.testing.assert_close(compiled(x, target), cross_entropy(x, target, backend=backend))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
+def test_inductor_backend(dtype, options):
+    x, target = batch((3, 4), 100, dtype)
+    check(x[:, :-1], target[:, 1:], "inductor", "3.7", **options)
+
+
+def test_no_host_synchronisation(backend, device, monkeypatch):
+    """No value of a tensor is read by what runs on a GPU: only the CPU's torch backend may look."""
+    reads = []
+    real = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or real(self))
+    for name in ("__bool__", "__float__", "__int__", "tolist", "nonzero"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *a, f=original, **k: reads.append(1) or f(self, *a, **k),
+        )
+    from chunked_ce import backend_torch
+
+    monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
+    x, target = batch(5, 60, device=device)
+    leaf = x.clone().requires_grad_()
+    reads.clear()
+    num_items = torch.tensor(4, device=device)
+    token_stats(leaf, target, backend=backend, entropy=True, rank=True, argmax=True)
+    cross_entropy(
+        leaf, target, num_items=num_items, label_smoothing=0.1, backend=backend
+    ).backward()
+    if backend == "torch":
+        assert not reads  # the interpreter, which stands in for a GPU's kernels, reads by design
