@@ -5,8 +5,8 @@
 
 Prints for each section a table of medians (20 % - 80 % quantiles), then the ratios (what, measured,
 bound, "ok" or "MISSED"), and how much of the CPU others took meanwhile: with a core occupied, times
-and their ratios mean little. The bounds are meant for the default sizes and two cores. A missed bound
-fails nothing; a wrong result, which is looked for before anything is timed, raises.
+and their ratios mean little. The bounds are meant for the default sizes and two cores. A missed
+bound fails nothing; a wrong result, which is looked for before anything is timed, raises.
 
 time        N x V against torch, eager and compiled, and the seconds that compiling took
 memory      peak extra memory in units of the logits, each in a fresh process (needs /proc)

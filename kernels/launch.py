@@ -22,7 +22,7 @@ def tile(vocab_size: int, itemsize: int) -> Launch:
     groups = 32
     while groups < 512 and groups * width < vocab_size:
         groups *= 2
-    return Launch(GROUPS=groups, WIDTH=width, num_warps=max(1, groups // 128))
+    return Launch(GROUPS=groups, WIDTH=width, num_warps=max(1, groups // 64))
 
 
 GRAD_TILES = 4

@@ -14,6 +14,23 @@ if not (SANITIZED or ON_GPU):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The sanitizer executes kernels: it has no use for other backends, nor for torch's own tracers."""
+    if not SANITIZED:
+        return
+    kernels = [
+        item
+        for item in items
+        if getattr(item, "callspec", None)
+        and item.callspec.params.get("backend", "triton") == "triton"
+        and "framework" not in item.keywords
+        and "real_sizes" not in item.keywords
+        and "device" in item.fixturenames
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kernels])
+    items[:] = kernels
+
+
 @pytest.fixture
 def device() -> str:
     """Where a kernel's tensors live."""

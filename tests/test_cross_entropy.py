@@ -299,6 +299,7 @@ def test_no_copy_of_the_logits(backend, dtype, monkeypatch):
     assert big_tensors(lambda: ops._token_grad_(*inplace), big) == 0
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 def test_autocast(device, dtype, autocast):
@@ -312,6 +313,7 @@ def test_autocast(device, dtype, autocast):
     torch.testing.assert_close(loss.double(), oracle.cross_entropy(x, target), rtol=2e-6, atol=0)
 
 
+@pytest.mark.framework
 def test_modes(backend, device):
     x, target = batch(4, 60, device=device)
     expected = cross_entropy(x, target, backend=backend)
@@ -412,6 +414,7 @@ def test_inductor_backend(dtype, options):
     check(x[:, :-1], target[:, 1:], "inductor", "3.7", **options)
 
 
+@pytest.mark.framework
 def test_no_host_synchronisation(backend, device, monkeypatch):
     """No value of a tensor is read by what runs on a GPU: only the CPU's torch backend may look."""
     reads = []
