@@ -42,7 +42,9 @@ def main() -> None:
         python = folder / "clean" / "bin" / "python"
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
         site = next((folder / "clean").glob("lib/python*/site-packages"))
-        (site / "borrowed.pth").write_text(f"{Path(sys.prefix).glob('lib/python*/site-packages').__next__()}\n")
+        (site / "borrowed.pth").write_text(
+            f"{Path(sys.prefix).glob('lib/python*/site-packages').__next__()}\n"
+        )
         subprocess.run([str(python), "-c", USE], check=True, cwd=folder)
 
 

@@ -43,7 +43,9 @@ def variants(dtypes):
             ),
         )
         vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        numbers = Coefficients(*[vector] * 4) if everything else Coefficients(None, None, vector, None)
+        numbers = (
+            Coefficients(*[vector] * 4) if everything else Coefficients(None, None, vector, None)
+        )
         yield (
             f"grad {label}",
             lambda x=x, t=target, v=vocab, h=head, n=numbers, r=vector: (
@@ -58,7 +60,9 @@ def main(target: str, *dtypes: str) -> None:
         for launch in launches(call):
             built = build(launch, target)
             size = len(built.assembly)
-            results.append(dict(label=label, spills=built.spills, registers=built.registers, size=size))
+            results.append(
+                dict(label=label, spills=built.spills, registers=built.registers, size=size)
+            )
     print(json.dumps(results))
 
 
