@@ -26,7 +26,7 @@ from .stats import (
     RowGradient,
     TokenStats,
     finish,
-    finish_by_target,
+    finish_from_zero,
     merge,
     row_gradient,
 )
@@ -34,7 +34,8 @@ from .stats import (
 # 2 MiB of fp32; with half of it the calls cost more, with twice of it the cache misses.
 _CACHED_ELEMENTS = 1 << 19
 _COMPILED_ELEMENTS = 1 << 21  # a compiled block keeps nothing in cache, and has guards to check
-_LARGEST_SUM = math.exp(16)
+# Where sums of exp z, no maximum subtracted, and their ratio to the target's stay normal numbers.
+_SMALLEST_SUM, _LARGEST_SUM, _LARGEST_TARGET = 1e-20, 1e18, 40.0
 _DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 
@@ -71,7 +72,7 @@ def row_statistics(
     if broken is not None:
         target_logit.masked_fill_(broken, float("nan"))
     if _on_host(x) and not wanted["entropy"] and not wanted["argmax"]:
-        stats, lse_low = _by_target(x, target, target_logit, options, wanted)
+        stats, lse_low = _from_zero(x, target, target_logit, options, wanted)
     else:
         stats, lse_low = _by_maximum(x, target, target_logit, options, wanted)
     if skipped is None:
@@ -100,7 +101,7 @@ def logits_gradient(
     rows = row_gradient(logprob, lse_low, coefficients)
     rows = RowGradient(*(None if r is None else r[:, None] for r in rows))  # type: ignore[arg-type]
     lse, target = lse[:, None], target[:, None]
-    clamp = _needs_clamp(x, lse, options)
+    clamp = _on_host(x) and _sample(x, lse, options)[0] < lowest_exponent(lse.dtype)
     gradient = _compile(_write_gradient) if options.compiled else _write_gradient
     elements = _elements_per_block(x, options)
     buffer = None if options.compiled else _buffer(x, options, elements)
@@ -119,19 +120,24 @@ def logits_gradient(
     return out
 
 
-def _by_target(
+def _from_zero(
     x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
 ) -> tuple[TokenStats, Tensor]:
-    """From sums of exp(z - z_target), which need no maximum: one pass.
+    """From sums of exp z itself: one pass, and no maximum to find or subtract.
 
-    The rounding of z - z_target costs 1e-6 of p where a loss is near 16, and more beyond; at 88 the
-    sum overflows. Such rows, and those with inf or NaN, are done again from their maximum.
+    Rows in which that leaves the range of normal numbers (logits beyond 40, inf, NaN, a target so
+    likely that all others vanish) are done again from their maximum.
     """
-    part = _sum_rows(x, target, target_logit, target_logit, options, wanted)
-    stats, lse_low = finish_by_target(part, target_logit, options.vocab_size)
-    if float(part.s.amax()) < _LARGEST_SUM and math.isfinite(float(target_logit.sum())):
+    lowest, highest = _sample(x, None, options)
+    clamp = max(-lowest, highest) > -lowest_exponent(target_logit.dtype)
+    part = _sum_rows(x, target, target_logit, options, wanted, clamp, by_maximum=False)
+    stats, lse_low = finish_from_zero(part, target_logit, options.vocab_size)
+    smallest, largest = map(float, part.s.aminmax())
+    first, last = map(float, target_logit.aminmax())
+    if smallest > _SMALLEST_SUM and largest < _LARGEST_SUM and max(-first, last) < _LARGEST_TARGET:
         return stats, lse_low
-    fine = (part.s < _LARGEST_SUM) & target_logit.isfinite()
+    fine = (part.s > _SMALLEST_SUM) & (part.s < _LARGEST_SUM)
+    fine &= target_logit.abs() < _LARGEST_TARGET
     for rows in (~fine).nonzero()[:, 0].split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
         some = x[torch.unravel_index(rows, x.shape[:-1])]
         again, low = _by_maximum(
@@ -148,7 +154,7 @@ def _by_maximum(
 ) -> tuple[TokenStats, Tensor]:
     # A target of +inf makes its row NaN, as torch has it; log(1 + exp(-inf)) would make the loss 0.
     target_logit.masked_fill_(target_logit == float("inf"), float("nan"))
-    part = _sum_rows(x, target, target_logit, None, options, wanted)
+    part = _sum_rows(x, target, target_logit, options, wanted, _on_host(x), by_maximum=True)
     return finish(part, target_logit, target, options.vocab_size)
 
 
@@ -156,16 +162,16 @@ def _sum_rows(
     x: Tensor,
     target: Tensor,
     target_logit: Tensor,
-    reference: Tensor | None,
     options: Options,
     wanted: dict[str, bool],
+    clamp: bool,
+    by_maximum: bool,
 ) -> Part:
     """The sums of every row over all classes but the target."""
     statistics = _compile(block_statistics) if options.compiled else block_statistics
     elements = _elements_per_block(x, options)
     buffer = None if options.compiled else _buffer(x, options, elements)
     target, target_logit = target[:, None], target_logit[:, None]
-    clamp = _needs_clamp(x, target_logit, options)
     parts: list[Part] = []
     row_part: Part | None = None
     for block in _blocks(x.shape[:-1], options.vocab_size, elements):
@@ -174,15 +180,7 @@ def _sum_rows(
         z_target = target_logit[block.rows]
         work = None if buffer is None else _part_of(buffer, block_x)
         part = statistics(
-            block_x,
-            column,
-            inside,
-            z_target,
-            None if reference is None else z_target,
-            options.head,
-            work,
-            clamp,
-            **wanted,
+            block_x, column, inside, z_target, options.head, work, clamp, by_maximum, **wanted
         )
         if part.argmax is not None:
             part = part._replace(argmax=part.argmax + block.start)
@@ -324,19 +322,22 @@ def _column(
     return (column - block.start).clamp(0, block.stop - block.start - 1), inside
 
 
-def _needs_clamp(x: Tensor, reference: Tensor, options: Options) -> bool:
-    """Whether many logits lie so far below `reference` [rows, 1] that exp is subnormal.
+def _sample(x: Tensor, reference: Tensor | None, options: Options) -> tuple[float, float]:
+    """Least and largest of a sample of z, or of z - reference [rows, 1].
 
-    So they do in masked vocabularies. A CPU's exp is 30 to 100 times slower there. A sample
-    decides, for only speed depends on it.
+    A CPU's exp is 30 to 100 times slower where its result is subnormal: masked vocabularies. The
+    sample decides whether to clamp, and only speed depends on it.
     """
-    if not _on_host(x):
-        return False
     if options.compiled or x.dim() != 2:
-        return True
+        return -math.inf, math.inf  # clamping is free there, or a sample is not
     rows, columns = max(1, x.shape[0] // 64), max(1, options.vocab_size // 64)
-    sample = x[::rows, : options.vocab_size : columns] - reference[::rows]
-    return float(sample.amin()) < lowest_exponent(reference.dtype)
+    sample = x[::rows, : options.vocab_size : columns]
+    if not options.head.is_identity:
+        sample = options.head.apply_(sample.to(compute_dtype(x.dtype), copy=True))
+    if reference is not None:
+        sample = sample - reference[::rows]
+    lowest, highest = sample.aminmax()
+    return float(lowest), float(highest)
 
 
 def _concatenate(parts: list[Part]) -> Part:

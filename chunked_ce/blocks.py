@@ -50,47 +50,51 @@ def block_statistics(
     column: Tensor,  # [R, 1] column of the target, clamped into the block
     inside: Tensor | None,  # [R, 1] whether the target is in this block; None: always
     target_logit: Tensor,  # [R, 1]
-    # [R, 1] to subtract before exp; None, as argmax wants it: the maximum over the other classes
-    reference: Tensor | None,
     head: Head,
     buffer: Tensor | None,  # [R, C], overwritten
     clamp: bool,
+    by_maximum: bool,
     *,
     entropy: bool,
     mean_logprob: bool,
     rank: bool,
     argmax: bool,
 ) -> Part:
+    """Sums over the block's classes but the target, relative to their maximum or to 0.
+
+    Entropy, for its accuracy, and argmax want the maximum.
+    """
+    dtype = compute_dtype(x.dtype)
     beaten_by = best = weighted = total = columns = None
-    if reference is not None and not rank:
-        z = _shifted(x, reference, head, buffer)
-    else:
+    if by_maximum or rank or mean_logprob or clamp or not head.is_identity or x.dtype != dtype:
         z = head.apply_(_working_copy(x, buffer))
+    else:
+        z = x  # only read
+    if rank or by_maximum:
         _set_target(z, column, inside, float("-inf"))
-        if rank:
-            beaten_by = _beaten_by(z, column, inside, target_logit)
+    if rank:
+        beaten_by = _beaten_by(z, column, inside, target_logit)
+    m = torch.zeros_like(target_logit)
+    if by_maximum:
         if argmax:
-            reference, best = z.max(1, keepdim=True)
+            m, best = z.max(1, keepdim=True)
             best = best[:, 0]
-        elif reference is None:
-            reference = z.amax(1, keepdim=True)
+        else:
+            m = z.amax(1, keepdim=True)
         # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
-        z.sub_(reference.clamp(min=torch.finfo(z.dtype).min))
+        z.sub_(m.clamp(min=torch.finfo(dtype).min))
     if mean_logprob:
         _set_target(z, column, inside, 0.0)
         total = _row_sum(z)
-        columns = z.shape[1] - (1 if inside is None else inside[:, 0].to(z.dtype))
+        columns = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
     if clamp:
-        z.clamp_(min=lowest_exponent(z.dtype))
-    shifted = z.clamp(min=lowest_exponent(z.dtype)) if entropy else None
-    e = z.exp_()
+        z.clamp_(lowest_exponent(dtype), -lowest_exponent(dtype))
+    shifted = z.clamp(min=lowest_exponent(dtype)) if entropy else None
+    e = z.exp() if buffer is None else torch.exp(z, out=buffer)
     _set_target(e, column, inside, 0.0)
     if shifted is not None:
         weighted = _row_sum(shifted.mul_(e))
-    s = _row_sum(e)
-    if clamp:  # no more than what clamped logits, -inf above all, would add up to: 0
-        s = s.masked_fill(s <= z.shape[1] * 2 * torch.finfo(z.dtype).tiny, 0.0)
-    return Part(reference[:, 0], s, weighted, total, columns, beaten_by, best)
+    return Part(m[:, 0], _row_sum(e), weighted, total, columns, beaten_by, best)
 
 
 def block_gradient(
@@ -166,7 +170,7 @@ def _beaten_by(z: Tensor, column: Tensor, inside: Tensor | None, target_logit: T
 
 
 def lowest_exponent(dtype: torch.dtype) -> float:
-    """Below it exp is subnormal, or 0."""
+    """Below it exp is subnormal, or 0; above its negative exp is near overflow."""
     return -708.0 if dtype == torch.float64 else -87.0
 
 

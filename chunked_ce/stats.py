@@ -115,19 +115,22 @@ def finish(
     return TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low
 
 
-def finish_by_target(
+def finish_from_zero(
     part: Part, target_logit: Tensor, vocab_size: int
 ) -> tuple[TokenStats, Tensor]:
-    """`finish` where the sums refer to the target's logit, not the maximum.
+    """`finish` where the sums refer to 0, not to a maximum: s = sum exp z over the other classes.
 
-    s = sum exp(z - z_target). Holds for rows whose s and target's logit are finite. No entropy,
-    whose terms would cancel, and no argmax.
+    Holds where neither s nor exp(z_target) leaves the range of normal numbers.
     """
-    loss = part.s.log1p()
-    mean_logprob = None if part.total is None else part.total / vocab_size - loss
-    lse = target_logit + loss
-    stats = TokenStats(lse, -loss, None, mean_logprob, part.beaten_by, None)
-    return stats, (target_logit - lse) + loss
+    e_target = target_logit.exp()
+    loss = (part.s / e_target).log1p()
+    total = part.s + e_target
+    lse = total.log()
+    lse_low = total * (-lse).exp() - 1.0  # exp(true lse - lse) - 1
+    mean_logprob = None
+    if part.total is not None:
+        mean_logprob = (part.total + target_logit) / vocab_size - lse
+    return TokenStats(lse, -loss, None, mean_logprob, part.beaten_by, None), lse_low
 
 
 class Coefficients(NamedTuple):
