@@ -27,6 +27,7 @@ from .stats import (
     TokenStats,
     finish,
     finish_from_zero,
+    is_scored,
     merge,
     row_gradient,
 )
@@ -34,9 +35,10 @@ from .stats import (
 # 2 MiB of fp32; with half of it the calls cost more, with twice of it the cache misses.
 _CACHED_ELEMENTS = 1 << 19
 _COMPILED_ELEMENTS = 1 << 21  # a compiled block keeps nothing in cache, and has guards to check
+_DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
+
 # Where sums of exp z, no maximum subtracted, and their ratio to the target's stay normal numbers.
 _SMALLEST_SUM, _LARGEST_SUM, _LARGEST_TARGET = 1e-20, 1e18, 40.0
-_DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 
 class Options(NamedTuple):
@@ -71,8 +73,8 @@ def row_statistics(
     target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
     if broken is not None:
         target_logit.masked_fill_(broken, float("nan"))
-    if _on_host(x) and not wanted["entropy"] and not wanted["argmax"]:
-        stats, lse_low = _from_zero(x, target, target_logit, options, wanted)
+    if _on_host(x) and not (wanted["entropy"] or wanted["mean_logprob"] or wanted["argmax"]):
+        stats, lse_low = _from_zero(x, target, target_logit, skipped, options, wanted)
     else:
         stats, lse_low = _by_maximum(x, target, target_logit, options, wanted)
     if skipped is None:
@@ -109,19 +111,29 @@ def logits_gradient(
         grad[..., options.vocab_size :].zero_()
     for block in _blocks(x.shape[:-1], options.vocab_size, elements):
         column, inside = _column(target, block, options)
-        of_block = RowGradient(
-            *(None if r is None else r[block.rows] for r in rows)  # type: ignore[arg-type]
-        )
         skip = None if skipped is None else skipped[block.rows, None]
         gradient(
-            block.of(x), column, inside, lse[block.rows], of_block, options.head, buffer, clamp,
-            skip, block.of(grad),
-        )  # fmt: skip
+            block.of(x),
+            column,
+            inside,
+            lse[block.rows],
+            rows.of(block.rows),
+            options.head,
+            buffer,
+            clamp,
+            skip,
+            block.of(grad),
+        )
     return out
 
 
 def _from_zero(
-    x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
+    x: Tensor,
+    target: Tensor,
+    target_logit: Tensor,
+    skipped: Tensor | None,
+    options: Options,
+    wanted: dict[str, bool],
 ) -> tuple[TokenStats, Tensor]:
     """From sums of exp z itself: one pass, and no maximum to find or subtract.
 
@@ -131,19 +143,22 @@ def _from_zero(
     lowest, highest = _sample(x, None, options)
     clamp = max(-lowest, highest) > -lowest_exponent(target_logit.dtype)
     part = _sum_rows(x, target, target_logit, options, wanted, clamp, by_maximum=False)
-    stats, lse_low = finish_from_zero(part, target_logit, options.vocab_size)
+    stats, lse_low = finish_from_zero(part, target_logit)
     smallest, largest = map(float, part.s.aminmax())
     first, last = map(float, target_logit.aminmax())
     if smallest > _SMALLEST_SUM and largest < _LARGEST_SUM and max(-first, last) < _LARGEST_TARGET:
         return stats, lse_low
     fine = (part.s > _SMALLEST_SUM) & (part.s < _LARGEST_SUM)
     fine &= target_logit.abs() < _LARGEST_TARGET
-    for rows in (~fine).nonzero()[:, 0].split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
+    if skipped is not None:
+        fine |= skipped
+    again = (~fine).nonzero()[:, 0]
+    for rows in again.split(max(1, _CACHED_ELEMENTS // options.vocab_size)) if len(again) else ():
         some = x[torch.unravel_index(rows, x.shape[:-1])]
-        again, low = _by_maximum(
+        redone, low = _by_maximum(
             some, target[rows], target_logit[rows], options._replace(compiled=False), wanted
         )
-        for whole, changed in zip((*stats, lse_low), (*again, low), strict=True):
+        for whole, changed in zip((*stats, lse_low), (*redone, low), strict=True):
             if whole is not None and changed is not None:
                 whole[rows] = changed
     return stats, lse_low
@@ -250,7 +265,7 @@ def _buffer(x: Tensor, options: Options, elements: int) -> Tensor:
     if kept is None or kept.numel() < size:
         # Else it could not be written to outside of inference mode.
         with torch.inference_mode(False):
-            kept = _scratch.buffer = torch.empty(elements)
+            kept = _scratch.buffer = torch.empty(elements, dtype=dtype, device=x.device)
     return kept[:size]
 
 
@@ -297,7 +312,7 @@ def _targets(
         if low >= 0 and high < vocab_size and not low <= ignore_index <= high:
             return target, None, None
         checks.targets_in_range(target, vocab_size, ignore_index)
-    ignored = target == ignore_index
+    ignored = ~is_scored(target, ignore_index)
     if _on_host(target):
         return target.masked_fill(ignored, 0), ignored, None
     broken = ((target < 0) | (target >= vocab_size)) & ~ignored

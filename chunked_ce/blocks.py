@@ -31,14 +31,14 @@ class Head(NamedTuple):
             z = z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
 
-    def chain_(self, grad: Tensor, z: Tensor | None) -> Tensor:
-        """Multiplies `grad` by dz/dx, written in terms of z."""
-        if self.softcap is not None:
-            assert z is not None
-            grad = grad.mul_((z / self.softcap).square_().neg_().add_(1.0))
-        if self.logit_scale != 1.0:
-            grad = grad.mul_(self.logit_scale)
-        return grad
+    def derivative(self, x: Tensor) -> Tensor | float:
+        """dz/dx. 1 - tanh^2 would cancel where the cap is felt; 4e / (1 + e)^2, e = exp(-2 |y|),
+        does not."""
+        if self.softcap is None:
+            return self.logit_scale
+        y = x.to(compute_dtype(x.dtype), copy=True).mul_(2 * self.logit_scale / self.softcap)
+        e = y.abs_().neg_().exp_()
+        return (e * (4 * self.logit_scale)).div_(e.add_(1.0).square_())
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,7 +71,7 @@ def block_statistics(
     else:
         z = x  # only read
     if rank or by_maximum:
-        _set_target(z, column, inside, float("-inf"))
+        z = _with_target(z, column, inside, float("-inf"), buffer)
     if rank:
         beaten_by = _beaten_by(z, column, inside, target_logit)
     m = torch.zeros_like(target_logit)
@@ -84,14 +84,14 @@ def block_statistics(
         # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
         z.sub_(m.clamp(min=torch.finfo(dtype).min))
     if mean_logprob:
-        _set_target(z, column, inside, 0.0)
+        z = _with_target(z, column, inside, 0.0, buffer)
         total = _row_sum(z)
         columns = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
     if clamp:
         z.clamp_(lowest_exponent(dtype), -lowest_exponent(dtype))
     shifted = z.clamp(min=lowest_exponent(dtype)) if entropy else None
     e = z.exp() if buffer is None else torch.exp(z, out=buffer)
-    _set_target(e, column, inside, 0.0)
+    e = _with_target(e, column, inside, 0.0, buffer)
     if shifted is not None:
         weighted = _row_sum(shifted.mul_(e))
     return Part(m[:, 0], _row_sum(e), weighted, total, columns, beaten_by, best)
@@ -107,12 +107,8 @@ def block_gradient(
     buffer: Tensor | None,
     clamp: bool,
 ) -> Tensor:
-    z = None
-    if head.softcap is not None:
-        z = head.apply_(x.to(compute_dtype(x.dtype), copy=True))
-        relative = torch.sub(z, lse, out=buffer) if buffer is not None else z - lse
-    else:
-        relative = _shifted(x, lse, head, buffer)
+    slope = None if head.is_identity else head.derivative(x)  # `x` may be overwritten from here on
+    relative = _shifted(x, lse, head, buffer)
     if clamp:
         relative.clamp_(min=lowest_exponent(relative.dtype))
     factor = rows.scale
@@ -125,13 +121,8 @@ def block_gradient(
     grad = p.mul_(factor)
     if rows.u is not None:
         grad.add_(rows.u)
-    at_target = (
-        rows.at_target
-        if inside is None
-        else torch.where(inside, rows.at_target, grad.gather(1, column))
-    )
-    grad.scatter_(1, column, at_target)
-    return head.chain_(grad, z)
+    grad = _with_target(grad, column, inside, rows.at_target, buffer)
+    return grad if slope is None else grad.mul_(slope)
 
 
 def _working_copy(x: Tensor, buffer: Tensor | None) -> Tensor:
@@ -150,11 +141,16 @@ def _shifted(x: Tensor, reference: Tensor, head: Head, buffer: Tensor | None) ->
     return head.apply_(_working_copy(x, buffer)).sub_(reference)
 
 
-def _set_target(z: Tensor, column: Tensor, inside: Tensor | None, value: float) -> None:
-    if inside is None:
-        z.scatter_(1, column, value)
-    else:
-        z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
+def _with_target(
+    z: Tensor, column: Tensor, inside: Tensor | None, value: float | Tensor, buffer: Tensor | None
+) -> Tensor:
+    """`z` with `value` at the targets: in place, or as a comparison, which a compiler can fuse."""
+    if buffer is None:
+        at = torch.arange(z.shape[1], device=z.device) == column
+        return torch.where(at if inside is None else at & inside, value, z)
+    if inside is not None:
+        value = torch.where(inside, value, z.gather(1, column))
+    return z.scatter_(1, column, value)
 
 
 def _beaten_by(z: Tensor, column: Tensor, inside: Tensor | None, target_logit: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .stats import is_scored
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -23,8 +25,31 @@ def _names(values: tuple[object, ...]) -> str:
     return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
+def _brief(value: object) -> str:
+    """`value` in a line of an error message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) < 40 else text[:36] + "..."
+
+
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _int(name: str, value: Any, expected: str) -> int:
+    """`value` as an int of 64 bits; numpy's integers are ints too."""
+    if isinstance(value, Integral) and not isinstance(value, (int, torch.SymInt)):
+        value = int(value)
+    if not _is_int(value):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {_brief(value)}, expected a number of 64 bits")
+    return value
+
+
+def _dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} is a {kind} tensor, expected a dense one: convert it to dense")
 
 
 def one_target_per_row(input: Tensor, target: Tensor) -> None:
@@ -40,6 +65,7 @@ def one_target_per_row(input: Tensor, target: Tensor) -> None:
 def logits(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor of logits, got {type(input).__name__}")
+    _dense("input", input)
     if input.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"input has dtype {input.dtype}, expected one of {_names(LOGIT_DTYPES)}: "
@@ -51,11 +77,17 @@ def logits(input: Tensor) -> None:
         raise ValueError(
             f"input of shape {_shape(input)} has no classes: its last dimension must be at least 1"
         )
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(input).tangent is not None:
+        raise NotImplementedError(
+            "input carries a forward-mode tangent, but chunked_ce computes reverse-mode "
+            "derivatives only: use torch.nn.functional.cross_entropy"
+        )
 
 
 def target_indices(target: Tensor) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor of class indices, got {type(target).__name__}")
+    _dense("target", target)
     if target.is_floating_point() or target.is_complex():
         raise TypeError(
             f"target has dtype {target.dtype}, expected class indices of an integer dtype: "
@@ -110,11 +142,8 @@ def class_dimension(input: Tensor, target: Tensor, dim: int) -> None:
     )
 
 
-def ignore_index(value: object) -> None:
-    if not _is_int(value):
-        raise TypeError(
-            f"ignore_index must be an int, got {type(value).__name__}: use -100 to ignore no class"
-        )
+def ignore_index(value: Any) -> int:
+    return _int("ignore_index", value, "an int (-100 ignores no class)")
 
 
 def vocab_size(value: Any, input: Tensor) -> int:
@@ -122,30 +151,32 @@ def vocab_size(value: Any, input: Tensor) -> int:
     columns = input.shape[-1]
     if value is None:
         return columns
-    if not _is_int(value):
-        raise TypeError(f"vocab_size must be an int or None, got {type(value).__name__}")
-    if not 1 <= value <= columns:
+    size = _int("vocab_size", value, "an int or None")
+    if not 1 <= size <= columns:
         raise ValueError(
-            f"vocab_size is {value}, but input of shape {_shape(input)} has {columns} columns: "
+            f"vocab_size is {size}, but input of shape {_shape(input)} has {columns} columns: "
             f"give a number from 1 to {columns}, or None for all of them"
         )
-    return value
+    return size
+
+
+_LARGEST = 1e30  # fp32 holds it, and its square root's square
 
 
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, (float, int, Real)) or isinstance(value, bool):
+    numbers = (Real, torch.SymFloat, torch.SymInt)
+    if not isinstance(value, numbers) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is {number}, expected a finite number")
-    return number
+    if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} is {_brief(value)}, expected a finite number up to {_LARGEST}")
+    return float(value)
 
 
 def softcap(value: Any) -> float | None:
     if value is None:
         return None
     number = _number("softcap", value)
-    if number <= 0:
+    if number < 1 / _LARGEST:
         raise ValueError(f"softcap is {number}, expected a number above 0, or None for no cap")
     return number
 
@@ -176,8 +207,8 @@ def flag(name: str, value: object) -> None:
 
 
 def reduction(value: object) -> None:
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction is {value!r}, expected one of {_names(REDUCTIONS)}")
+    if not isinstance(value, str) or value not in REDUCTIONS:
+        raise ValueError(f"reduction is {_brief(value)}, expected one of {_names(REDUCTIONS)}")
 
 
 def token_weight(weight: Any, input: Tensor, target: Tensor) -> None:
@@ -185,6 +216,7 @@ def token_weight(weight: Any, input: Tensor, target: Tensor) -> None:
         return
     if not isinstance(weight, Tensor):
         raise TypeError(f"token_weight must be a Tensor, got {type(weight).__name__}")
+    _dense("token_weight", weight)
     if not weight.is_floating_point():
         raise TypeError(
             f"token_weight has dtype {weight.dtype}, expected a floating dtype: "
@@ -198,9 +230,9 @@ def token_weight(weight: Any, input: Tensor, target: Tensor) -> None:
     same_device("token_weight", weight, input)
 
 
-def num_items(value: Any, reduction: str) -> None:
+def num_items(value: Any, reduction: str) -> int | Tensor | None:
     if value is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(
             f"num_items is what reduction='mean' divides by, but reduction is {reduction!r}: "
@@ -214,14 +246,14 @@ def num_items(value: Any, reduction: str) -> None:
             )
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
-    elif not _is_int(value):
-        raise TypeError(
-            f"num_items must be an int or a 0-dimensional tensor, got {type(value).__name__}"
-        )
-    elif value <= 0:
+        tensor: Tensor = value
+        return tensor
+    count = _int("num_items", value, "an int or a 0-dimensional tensor")
+    if count <= 0:
         raise ValueError(
-            f"num_items is {value}, expected at least 1: skip a batch that has no tokens"
+            f"num_items is {count}, expected at least 1: skip a batch that has no tokens"
         )
+    return count
 
 
 def class_weight(weight: object) -> None:
@@ -245,24 +277,33 @@ def inplace_backward(value: object, input: Tensor) -> None:
     flag("inplace_backward", value)
     if not (value and input.requires_grad and torch.is_grad_enabled()):
         return
-    if input.is_leaf:
+    if (input if input._base is None else input._base).is_leaf:
         raise ValueError(
             "inplace_backward=True would overwrite a leaf tensor, whose values you still own: "
             "pass logits that a model computed, or inplace_backward=False"
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)
-    ):
+    if _overlaps(input):
         raise ValueError(
             "inplace_backward=True needs one memory location per logit, "
-            f"but input of shape {_shape(input)} is expanded (strides {input.stride()}): "
-            "pass inplace_backward=False"
+            f"but input of shape {_shape(input)} is expanded or overlaps "
+            f"(strides {input.stride()}): pass inplace_backward=False"
         )
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two indices may share an address: a stride within the extent of the smaller ones."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
 def backend_name(value: object) -> None:
-    if value not in BACKENDS:
-        raise ValueError(f"backend is {value!r}, expected one of {_names(BACKENDS)}")
+    if not isinstance(value, str) or value not in BACKENDS:
+        raise ValueError(f"backend is {_brief(value)}, expected one of {_names(BACKENDS)}")
 
 
 def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) -> None:
@@ -271,7 +312,7 @@ def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) 
             "backend='triton' needs the triton package, which is not installed: "
             "pip install 'chunked-ce[triton]', or pass backend='auto'"
         )
-    if device.type == "cpu" and not interpreted:
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and interpreted):
         raise ValueError(
             "backend='triton' needs tensors on a GPU, but input is on cpu: "
             "move it with .to('cuda'), pass backend='auto', or set TRITON_INTERPRET=1 "
@@ -282,7 +323,7 @@ def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) 
 def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """`IndexError` that names the first offending row."""
     target = target.reshape(-1).long()
-    bad = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+    bad = ((target < 0) | (target >= vocab_size)) & is_scored(target, ignore_index)
     if not bad.any():
         return
     row = int(bad.long().argmax())
@@ -303,11 +344,10 @@ def double_backward() -> None:
 def text_count(name: str, value: Any) -> int | None:
     if value is None:
         return None
-    if not _is_int(value):
-        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} is {value}, expected at least 0")
-    return value
+    count = _int(name, value, "an int or None")
+    if count < 0:
+        raise ValueError(f"{name} is {count}, expected at least 0")
+    return count
 
 
 def nll_and_tokens(nll_sum: Any, tokens: Any) -> tuple[Tensor, Tensor]:
@@ -323,13 +363,11 @@ def nll_and_tokens(nll_sum: Any, tokens: Any) -> tuple[Tensor, Tensor]:
             raise TypeError(
                 f"nll_sum must be a number or a 0-dimensional tensor, got {type(nll_sum).__name__}"
             )
-        nll_sum = torch.tensor(float(nll_sum), dtype=torch.float64)
+        nll_sum = torch.tensor(nll_sum, dtype=torch.float64)
+    elif nll_sum.is_complex() or nll_sum.dtype == torch.bool:
+        raise TypeError(f"nll_sum has dtype {nll_sum.dtype}, expected a sum of losses in nats")
     if not isinstance(tokens, Tensor):
-        if not _is_int(tokens):
-            raise TypeError(
-                "tokens must be an int or a 0-dimensional integer tensor, "
-                f"got {type(tokens).__name__}"
-            )
+        tokens = _int("tokens", tokens, "an int or a 0-dimensional integer tensor")
         if tokens < 0:
             raise ValueError(f"tokens is {tokens}, expected at least 0")
         tokens = torch.tensor(tokens, dtype=torch.int64)

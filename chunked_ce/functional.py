@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from . import checks, ops  # noqa: F401  (importing ops registers the operators)
-from .stats import TokenStats
+from .stats import TokenStats, is_scored
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# As Triton reads it, and when it does: a change after the import comes too late for both.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def token_stats(
@@ -48,8 +50,8 @@ def token_stats(
     ============  ===============================================================  ==========
 
     The floating statistics are differentiable in `input`, with any upstream gradient. Rows whose
-    target is `ignore_index` are not read: their statistics are 0 (-1 for rank and argmax), their
-    gradient is exactly 0.
+    target is `ignore_index` have statistics 0 (-1 for rank and argmax) and gradient exactly 0,
+    whatever their logits hold.
 
     Args:
         input: logits [..., V]; float16, bfloat16, float32 or float64, any strides.
@@ -62,7 +64,8 @@ def token_stats(
         entropy, mean_logprob, rank, argmax: what to compute besides lse and logprob.
         weight: class weights; not supported yet.
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
-            are gone afterwards, and autograd raises if another backward still needs them.
+            are gone afterwards, and autograd raises if another backward still needs them. Under
+            torch.compile, which cannot tell, the gradient gets memory of its own.
         backend: "auto", "torch", "inductor" (the torch backend compiled) or "triton".
 
     Returns:
@@ -71,9 +74,10 @@ def token_stats(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        IndexError: a target out of range, on the CPU. On a GPU that row's statistics and gradient
-            are NaN, with no access outside the row; `CHUNKED_CE_CHECK_TARGETS=1` in the environment
-            raises there too, at the price of a synchronisation.
+        IndexError: a target out of range, on the CPU. On a GPU, and from the kernels in Triton's
+            interpreter, that row's statistics and gradient are NaN, with no access outside the row;
+            `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the price of a
+            synchronisation.
         NotImplementedError: class weights.
     """
     checks.logits(input)
@@ -159,7 +163,7 @@ def cross_entropy(
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.token_weight(token_weight, input, target)
-    checks.num_items(num_items, reduction)
+    num_items = checks.num_items(num_items, reduction)
     stats = _token_stats(
         input, target, ignore_index, vocab_size, softcap, logit_scale,
         False, label_smoothing > 0, False, False, inplace_backward, backend,
@@ -169,19 +173,19 @@ def cross_entropy(
         loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logprob
     if z_loss_weight > 0:
         loss = loss + z_loss_weight * stats.lse.square()
-    valid = target != ignore_index
+    divisor = is_scored(target, ignore_index)
     if token_weight is not None:
-        token_weight = torch.where(valid, token_weight.to(loss.dtype), 0.0)
-        loss = loss * token_weight
+        divisor = torch.where(divisor, token_weight.to(loss.dtype), 0.0)
+        loss = loss * divisor
     if reduction == "none":
         return loss + 0.0  # an ignored token's -0 becomes 0
     total = loss.sum()
     if reduction == "sum":
         return total
     if num_items is None:
-        return total / (valid if token_weight is None else token_weight).sum()
+        return total / divisor.sum()
     if isinstance(num_items, Tensor):
-        num_items = num_items.to(loss.device, non_blocking=True)
+        num_items = num_items.to(loss.device, loss.dtype, non_blocking=True)
     return total / num_items
 
 
@@ -199,11 +203,13 @@ def _token_stats(
     inplace_backward: bool,
     backend: str,
 ) -> TokenStats:
-    checks.ignore_index(ignore_index)
+    ignore_index = checks.ignore_index(ignore_index)
     vocab_size = checks.vocab_size(vocab_size, input)
     softcap = checks.softcap(softcap)
     logit_scale = checks.logit_scale(logit_scale)
     checks.inplace_backward(inplace_backward, input)
+    # A tracer cannot tell who else needs the logits, and plans the memory itself.
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     backend = _choose_backend(backend, input.device)
     lse, logprob, _, entropies, means, ranks, winners = torch.ops.chunked_ce.token_stats(
         input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
@@ -225,7 +231,7 @@ def _choose_backend(backend: str, device: torch.device) -> str:
         checks.triton_can_run(
             device,
             installed=_TRITON_INSTALLED,
-            interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+            interpreted=_INTERPRETED,
         )
     if backend == "auto":
         return "triton" if device.type in ("cuda", "xpu") and _TRITON_INSTALLED else "torch"

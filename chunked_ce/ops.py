@@ -175,6 +175,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
     arguments = (input, target, lse, logprob, lse_low, *numbers, *ctx.options)
     if ctx.inplace_backward:
+        if torch.is_grad_enabled():  # create_graph: a gradient over the logits has no history
+            checks.double_backward()
         torch.ops.chunked_ce.token_grad_(*arguments)
         return input.detach(), *no_gradient
     return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .functional import cross_entropy
+from .stats import is_scored
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def perplexity(input: Tensor, target: Tensor, *, ignore_index: int = -100, dim: 
 def _score(input: Tensor, target: Tensor, ignore_index: int, dim: int) -> tuple[Tensor, Tensor]:
     """(sum of NLL in float64, number of scored tokens), on the device."""
     nll = cross_entropy(input, target, ignore_index=ignore_index, dim=dim, reduction="none")
-    return nll.sum(dtype=torch.float64), (target != ignore_index).sum()
+    return nll.sum(dtype=torch.float64), is_scored(target, ignore_index).sum()
 
 
 class Perplexity:
@@ -125,8 +126,7 @@ class Perplexity:
     """
 
     def __init__(self, *, ignore_index: int = -100) -> None:
-        checks.ignore_index(ignore_index)
-        self.ignore_index = ignore_index
+        self.ignore_index = checks.ignore_index(ignore_index)
         self.reset()
 
     def reset(self) -> None:
@@ -159,6 +159,8 @@ class Perplexity:
         Raises:
             TypeError, ValueError, IndexError: as :func:`cross_entropy`.
         """
+        n_bytes = checks.text_count("n_bytes", n_bytes)
+        words = checks.text_count("words", words)
         nll_sum, tokens = _score(input, target, self.ignore_index, dim)
         self.update_nll(nll_sum, tokens, n_bytes, words)
 
@@ -174,16 +176,14 @@ class Perplexity:
 
         The sum of NLL in nats (not a mean) and the number of tokens in it.
         """
-        counts = [
-            checks.text_count(name, value)
-            for name, value in (("n_bytes", n_bytes), ("words", words))
-        ]
+        n_bytes = checks.text_count("n_bytes", n_bytes)
+        words = checks.text_count("words", words)
         nll_sum, tokens = checks.nll_and_tokens(nll_sum, tokens)
         self.nll_sum = _add(self.nll_sum, nll_sum)
         self.tokens = _add(self.tokens, tokens)
         self.bytes, self.words = (
-            _add_counts(self.bytes, counts[0]),
-            _add_counts(self.words, counts[1]),
+            _add_counts(self.bytes, n_bytes),
+            _add_counts(self.words, words),
         )
 
     def compute(self) -> Tensor:

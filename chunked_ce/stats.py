@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 
 
+def is_scored(target: Tensor, ignore_index: int) -> Tensor:
+    """Which targets count. In int64: in uint8, -100 would be taken for 156."""
+    return target.long() != ignore_index
+
+
 class TokenStats(NamedTuple):
     """Statistics of rows of logits, each of shape [...].
 
@@ -90,8 +95,12 @@ def finish(
     gap = part.m - target_logit
     log_s = part.s.log()
     d = gap + log_s
-    # exp(d) from its factors where it is small: rounding d would cost |d| ulp.
-    tail = torch.where(d < 0, part.s * gap.clamp(max=0).exp(), (-d).exp()).log1p()
+    # exp(d) from its factors where it is small, for rounding d would cost |d| ulp; and with what
+    # rounding took from gap (Knuth's TwoSum).
+    back = gap - part.m
+    gap_low = (part.m - (gap - back)) - (target_logit + back)
+    ratio = part.s * gap.clamp(max=0).exp() * (1.0 + gap_low.nan_to_num(0.0))
+    tail = torch.where(d < 0, ratio, (-d).exp()).log1p()
     loss = d.clamp(min=0) + tail
     above_m = torch.where(d > 0, log_s + tail, loss - gap)  # lse - m
     lse = torch.where(d > 0, part.m + above_m, target_logit + loss)
@@ -115,9 +124,7 @@ def finish(
     return TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low
 
 
-def finish_from_zero(
-    part: Part, target_logit: Tensor, vocab_size: int
-) -> tuple[TokenStats, Tensor]:
+def finish_from_zero(part: Part, target_logit: Tensor) -> tuple[TokenStats, Tensor]:
     """`finish` where the sums refer to 0, not to a maximum: s = sum exp z over the other classes.
 
     Holds where neither s nor exp(z_target) leaves the range of normal numbers.
@@ -127,10 +134,7 @@ def finish_from_zero(
     total = part.s + e_target
     lse = total.log()
     lse_low = total * (-lse).exp() - 1.0  # exp(true lse - lse) - 1
-    mean_logprob = None
-    if part.total is not None:
-        mean_logprob = (part.total + target_logit) / vocab_size - lse
-    return TokenStats(lse, -loss, None, mean_logprob, part.beaten_by, None), lse_low
+    return TokenStats(lse, -loss, rank=part.beaten_by), lse_low
 
 
 class Coefficients(NamedTuple):
@@ -176,6 +180,9 @@ class RowGradient(NamedTuple):
     slope: Tensor | None
     u: Tensor | None
     at_target: Tensor
+
+    def of(self, rows: slice) -> RowGradient:
+        return RowGradient(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
 
 def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -> RowGradient:

@@ -47,7 +47,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 import chunked_ce
 
@@ -117,14 +122,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=at_least(1), default=300)
+    add("--steps", type=at_least(1), default=600)
     add("--batch-size", type=at_least(1), default=8, help="windows per step")
     add("--context", type=at_least(2), default=128, help="tokens per window")
     add("--vocab-size", type=at_least(258), default=16384, help="bytes, end of text and merges")
-    add("--layers", type=at_least(1), default=4)
-    add("--heads", type=at_least(1), default=6)
-    add("--width", type=at_least(1), default=384)
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
+    add("--layers", type=at_least(1), default=2)
+    add("--heads", type=at_least(1), default=4)
+    add("--width", type=at_least(1), default=256)
+    add("--lr", type=float, default=7e-4, help="highest learning rate")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     add("--seed", type=at_least(0), default=0)
@@ -275,14 +280,6 @@ def torch_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
 
-def lr_factor(steps: int, step: int) -> float:
-    """Warm-up over the first 20th of the steps, then a cosine down to a 20th of the rate."""
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.525 + 0.475 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
-
-
 def train(
     model: nn.Module, windows: TensorDataset, args: argparse.Namespace, done: list[Step]
 ) -> None:
@@ -290,7 +287,7 @@ def train(
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, args.steps))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     generator = torch.Generator().manual_seed(args.seed)
     order = RandomSampler(windows, num_samples=args.steps * args.batch_size, generator=generator)
     batches = DataLoader(windows, args.batch_size, sampler=order)
@@ -311,8 +308,8 @@ def train(
                 raise InputError(f"argument --lr: the loss became {nats} in step {step}; give less")
             speed = int((targets != IGNORE).sum()) / (time.perf_counter() - start)
             done.append(Step(step, nats, math.exp(nats), lr, speed))
-            status = "loss {1:.3f}, perplexity {2:.1f}, {4:.0f} tokens/s"
-            progress.set_postfix_str(status.format(*done[-1]))
+            status = f"loss {nats:.3f}, perplexity {math.exp(nats):.1f}, {speed:.0f} tokens/s"
+            progress.set_postfix_str(status)
 
 
 @torch.no_grad()
@@ -320,7 +317,7 @@ def validate(
     model: nn.Module, windows: TensorDataset, token_bytes: Tensor, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the held-out text, or of windows evenly spaced over it."""
-    every = -(-len(windows) * args.context // VALIDATION_TOKENS)
+    every = math.ceil(len(windows) * args.context / VALIDATION_TOKENS)
     scored = Subset(windows, range(0, len(windows), every))
     meter = chunked_ce.Perplexity(ignore_index=IGNORE)
     model.eval()

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -51,12 +50,12 @@ def head_transform(x, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_SCALE
 
 
 @triton.jit
-def head_derivative(z, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """dz/dx, from z itself."""
-    slope = tl.full(z.shape, 1.0, z.dtype)
+def head_derivative(x, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """dz/dx = logit_scale (1 - tanh^2); 4e / (1 + e)^2 with e = exp(-2 |y|) does not cancel."""
+    slope = tl.full(x.shape, 1.0, x.dtype)
     if HAS_SOFTCAP:
-        ratio = z / softcap
-        slope = 1.0 - ratio * ratio
+        e = tl.exp(-2.0 * tl.abs(x * logit_scale / softcap))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     if HAS_SCALE:
         slope = slope * logit_scale
     return slope

@@ -96,7 +96,7 @@ def token_grad_kernel(
         if HAS_U:
             grad += uniform
         grad = tl.where(columns == target_column, at_target, grad)
-        grad *= head_derivative(z, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
+        grad *= head_derivative(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
         grad = tl.where(valid, grad, 0.0)
         tl.store(
             grad_ptr + columns.to(tl.int64) * grad_stride_v,

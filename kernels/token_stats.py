@@ -122,8 +122,11 @@ def token_stats_kernel(
     s = tl.sum(group_s * rescale, 0)
 
     gap = m - z_target
+    back = gap - m
+    gap_low = (m - (gap - back)) - (z_target + back)  # what rounding took from it (Knuth's TwoSum)
+    ratio = s * precise_exp(gap) * (1.0 + tl.where(gap_low == gap_low, gap_low, 0.0))
     d = gap + tl.log(s)
-    tail = log1p(tl.where(d < 0.0, s * precise_exp(gap), tl.exp(-d)))
+    tail = log1p(tl.where(d < 0.0, ratio, tl.exp(-d)))
     loss = tl.where(d > 0.0, d, 0.0) + tl.where(d == d, tail, d)
     above_m = tl.where(d > 0.0, tl.log(s) + tail, loss - gap)  # lse - m
     lse = tl.where(d > 0.0, m + above_m, z_target + loss)

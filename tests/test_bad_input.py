@@ -35,8 +35,8 @@ BOTH = [
     ("class too large", (X, T.clamp(min=0) + 1), {}, IndexError, r"target 10 in row 3 .* 0 to 9 .*ignore_index=-100"),
     ("class below 0", (X, -T - 1), {}, IndexError, r"target -1 in row 0 is out of range"),
     ("class past vocab_size", (X, T), dict(vocab_size=5), IndexError, r"target 9 in row 3 .* 0 to 4"),
-    ("ignore_index of float", (X, T), dict(ignore_index=-100.0), TypeError, "ignore_index must be an int, got float"),
-    ("ignore_index of None", (X, T), dict(ignore_index=None), TypeError, "ignore_index must be an int, got NoneType"),
+    ("ignore_index of float", (X, T), dict(ignore_index=-100.0), TypeError, r"ignore_index must be an int \(-100 ignores no class\), got float"),
+    ("ignore_index of None", (X, T), dict(ignore_index=None), TypeError, "ignore_index must be an int .*, got NoneType"),
     ("vocab_size above V", (X, T), dict(vocab_size=11), ValueError, r"vocab_size is 11.*10 columns.*1 to 10"),
     ("vocab_size 0", (X, T), dict(vocab_size=0), ValueError, "vocab_size is 0"),
     ("vocab_size of float", (X, T), dict(vocab_size=5.0), TypeError, "vocab_size must be an int or None"),
@@ -46,6 +46,12 @@ BOTH = [
     ("softcap nan", (X, T), dict(softcap=float("nan")), ValueError, "softcap is nan, expected a finite number"),
     ("logit_scale inf", (X, T), dict(logit_scale=float("inf")), ValueError, "logit_scale is inf"),
     ("logit_scale of None", (X, T), dict(logit_scale=None), TypeError, "logit_scale must be a number, got NoneType"),
+    ("sparse input", (X.to_sparse(), T), {}, TypeError, "input is a torch.sparse_coo tensor, expected a dense one"),
+    ("sparse target", (X, T.to_sparse()), {}, TypeError, "target is a torch.sparse_coo tensor"),
+    ("softcap beyond fp32", (X, T), dict(softcap=1e39), ValueError, "softcap is 1e.39, expected a finite number"),
+    ("softcap of 400 digits", (X, T), dict(softcap=10**400), ValueError, "softcap is 1000"),
+    ("ignore_index of 70 bits", (X, T), dict(ignore_index=2**70), ValueError, "ignore_index is .* of 64 bits"),
+    ("array of backends", (X, T), dict(backend=X), ValueError, "backend is tensor"),
     ("class weights", (X, T), dict(weight=torch.ones(10)), NotImplementedError, "class weights are not supported yet"),
     ("inplace of str", (X, T), dict(inplace_backward="yes"), TypeError, "inplace_backward must be True or False"),
     ("unknown backend", (X, T), dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of auto, torch"),
@@ -57,6 +63,7 @@ CROSS_ENTROPY = [
     ("dim of str", (X, T), dict(dim="V"), TypeError, "dim must be an int, got str"),
     ("dim of one row", (X[0], T[0]), dict(dim=2), ValueError, "dim is 2, but an input of shape .10."),
     ("unknown reduction", (X, T), dict(reduction="avg"), ValueError, "reduction is 'avg', expected one of mean, sum, none"),
+    ("num_items of 70 bits", (X, T), dict(num_items=2**70), ValueError, "num_items is .* of 64 bits"),
     ("no reduction", (X, T), dict(reduction=None), ValueError, "reduction is None"),
     ("smoothing below 0", (X, T), dict(label_smoothing=-0.1), ValueError, "label_smoothing is -0.1, expected .* 0 to 1"),
     ("smoothing above 1", (X, T), dict(label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),
@@ -96,7 +103,10 @@ def test_message(make, args, kwargs, error, message, monkeypatch):
         backend_torch, "_sum_rows", lambda *a: pytest.fail("computed before the check")
     )
     before = [
-        a.clone() if isinstance(a, torch.Tensor) and a.device.type == "cpu" else None for a in args
+        a.clone()
+        if isinstance(a, torch.Tensor) and a.device.type == "cpu" and not a.is_sparse
+        else None
+        for a in args
     ]
     with pytest.raises(error, match=message) as caught:
         make(*args, **kwargs)()

@@ -440,3 +440,136 @@ def test_no_host_synchronisation(backend, device, monkeypatch):
     ).backward()
     if backend == "torch":
         assert not reads  # the interpreter, which stands in for a GPU's kernels, reads by design
+
+
+# --- what a review broke --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["exp", "logsumexp", "square", "second loss"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_inplace_backward_under_the_compiler_harms_no_other_gradient(other, compiler):
+    torch._dynamo.reset()
+    x, target = batch(4, 20)
+
+    def step(x, inplace):
+        y = x.exp()
+        loss = cross_entropy(y, target, inplace_backward=inplace)
+        if other == "second loss":
+            return loss + cross_entropy(y, target, label_smoothing=0.1, inplace_backward=inplace)
+        return (
+            loss
+            if other == "exp"
+            else loss + getattr(y, other)(*[-1] * (other == "logsumexp")).sum()
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    safe = gradient(lambda x: step(x, False), x)
+    torch.testing.assert_close(gradient(lambda x: compiled(x, True), x), safe)
+
+
+def test_inplace_backward_refuses_what_it_cannot_do(backend, device):
+    x, target = batch(4, 10, device=device)
+    leaf = x.clone().requires_grad_()
+    for view in (leaf.view(4, 10), leaf[:, :9]):
+        with pytest.raises(ValueError, match="overwrite a leaf"):
+            cross_entropy(view, target.clamp(max=8), inplace_backward=True, backend=backend)
+    window = (torch.randn(13, device=device, requires_grad=True) * 1).unfold(0, 10, 1)
+    with pytest.raises(ValueError, match="expanded or overlaps"):
+        cross_entropy(window, target, inplace_backward=True, backend=backend)
+    logits = leaf * 1
+    loss = cross_entropy(logits, target, inplace_backward=True, backend=backend)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.framework
+def test_forward_mode_is_refused(device):
+    x, target = batch(4, 10, device=device)
+    with pytest.raises(NotImplementedError, match="reverse-mode derivatives only"):
+        torch.func.jvp(lambda x: cross_entropy(x, target), (x,), (x,))
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(dtype):
+    import threading
+
+    x, target = batch(4, 1000)
+    expected = cross_entropy(x, target)
+    losses = []
+
+    def fresh_thread():
+        losses.extend(cross_entropy(x.to(d), target) for d in (torch.float32, torch.bfloat16))
+
+    torch.set_default_dtype(dtype)
+    try:
+        thread = threading.Thread(target=fresh_thread)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(losses[0], expected) and losses[1].dtype == torch.float32
+
+
+def test_small_integer_targets_do_not_wrap(backend, device):
+    """-100 in uint8 is 156."""
+    x = torch.randn(3, 200, device=device)
+    target = torch.tensor([156, 156, 7], device=device)
+    weight = torch.rand(3, device=device)
+    for options in ({}, dict(token_weight=weight), dict(reduction="none")):
+        torch.testing.assert_close(
+            cross_entropy(x, target.to(torch.uint8), backend=backend, **options),
+            cross_entropy(x, target, backend=backend, **options),
+            rtol=0,
+            atol=0,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.float64], ids=str)
+def test_num_items_does_not_change_the_dtype(backend, device, dtype):
+    x, target = batch(4, 20, device=device)
+    num_items = torch.tensor(3, dtype=dtype, device=device)
+    loss = cross_entropy(x, target, num_items=num_items, backend=backend)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, cross_entropy(x, target, num_items=3, backend=backend))
+
+
+@pytest.mark.framework
+def test_compile_dynamic():
+    torch._dynamo.reset()
+    x, target = batch(5, 40)
+
+    def step(x, target, smoothing, scale):
+        return cross_entropy(x, target, label_smoothing=smoothing, logit_scale=scale)
+
+    for dynamic in (True, None):
+        compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for smoothing, scale in ((0.1, 1.0), (0.2, 0.7), (0.3, 0.4)):
+            torch.testing.assert_close(
+                compiled(x, target, smoothing, scale), step(x, target, smoothing, scale)
+            )
+
+
+@pytest.mark.parametrize("offset", [39.5, -39.5, 60.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("vocab", [2, 3])
+def test_few_classes_near_the_switches(backend, device, vocab, scale, offset):
+    x = torch.randn(64 if backend == "torch" else 6, vocab, device=device) * scale + offset
+    target = torch.randint(0, vocab, x.shape[:1], device=device)
+    for smoothing in (0.0, 1.0):
+        ours = cross_entropy(
+            x, target, label_smoothing=smoothing, reduction="none", backend=backend
+        )
+        truth = oracle.cross_entropy(x, target, label_smoothing=smoothing, reduction="none")
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_where_the_softcap_is_felt(backend, device, dtype):
+    """1 - tanh^2 keeps its digits five caps out, where eager's cancels."""
+    x = torch.tensor([[24.0, 25.0, 30.0, -28.0, 3.0]], device=device).to(dtype)
+    target = torch.tensor([1], device=device)
+    ours = gradient(lambda x: cross_entropy(x, target, softcap=5.0, backend=backend), x)
+    exact = gradient(lambda x: oracle.cross_entropy(x, target, softcap=5.0), x.double())
+    rtol = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=0)

@@ -152,6 +152,12 @@ def test_update_reads_no_value(monkeypatch):
             ValueError,
             r"nll_sum has shape \[2\].*sum it first",
         ),
+        (
+            lambda m: m.update_nll(torch.tensor(1j), 1),
+            TypeError,
+            "nll_sum has dtype torch.complex64",
+        ),
+        (lambda m: m.update_nll(1.0, 2**70), ValueError, "tokens is .* of 64 bits"),
         (lambda m: m.update_nll(1.0, 1, n_bytes=-3), ValueError, "n_bytes is -3"),
         (
             lambda m: m.update_nll(1.0, 1, words=2.0),
@@ -171,7 +177,7 @@ def test_update_reads_no_value(monkeypatch):
         (
             lambda m: Perplexity(ignore_index=1.0),
             TypeError,
-            "ignore_index must be an int, got float",
+            "ignore_index must be an int .*, got float",
         ),
         (lambda m: m + 1, TypeError, "unsupported operand"),
     ],
