@@ -1,7 +1,7 @@
-"""Builds the kernels for GPUs that are not here: from what the launching code would launch, with Triton's own compiler.
+"""Builds the kernels for GPUs that are not here, with Triton's own compiler.
 
-`launches(call)` runs `call` with launching replaced by recording; `build(launch, target)` compiles one recorded launch
-as Triton would on that GPU. Only in a process where Triton is not interpreted.
+`launches(call)` runs `call` with launching replaced by recording; `build(launch, target)` compiles a
+recorded launch as Triton would on that GPU. Only in a process where Triton is not interpreted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Built:
-    """What the compiler made of a launch. `registers` per thread; `spills` in bytes of local memory per thread."""
+    """What the compiler made of a launch; `spills` are bytes of local memory per thread."""
 
     name: str
     target: str

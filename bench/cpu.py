@@ -7,8 +7,9 @@
 Prints for each section a table of medians (20 % - 80 % quantiles), then the ratios (what, measured,
 bound, "ok" or "MISSED"), and how much of the CPU others took meanwhile. With a core occupied the
 ratios mean little: OpenMP's threads spin for one another on it, and whatever makes many short calls
-seems 25 times slower, unless they wait passively. The bounds are meant for the default sizes and
-two cores. A missed bound fails nothing; a wrong result, looked for before timing, raises.
+seems 25 times slower, unless they wait passively (up to 2 times slower where nothing else runs).
+The bounds are meant for the default sizes and two cores. A missed bound fails nothing; a wrong
+result, looked for before timing, raises.
 
 time        N x V against torch, eager and compiled, and the seconds that compiling took
 memory      peak extra memory in units of the logits, each in a fresh process (needs /proc)

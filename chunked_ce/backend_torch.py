@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .blocks import Head, block_gradient, block_statistics, compute_dtype, lowest_exponent
+from .blocks import (
+    Head,
+    block_gradient,
+    block_statistics,
+    block_sums,
+    compute_dtype,
+    lowest_exponent,
+)
 from .huge_pages import advise_huge_pages
 from .stats import (
     Coefficients,
@@ -32,9 +39,9 @@ from .stats import (
     row_gradient,
 )
 
-# 2 MiB of fp32; with half of it the calls cost more, with twice of it the cache misses.
-_CACHED_ELEMENTS = 1 << 19
-_COMPILED_ELEMENTS = 1 << 21  # a compiled block keeps nothing in cache, and has guards to check
+# 4 MiB of fp32: with less the calls cost more, with more the cache misses.
+_CACHED_ELEMENTS = 1 << 20
+_COMPILED_ELEMENTS = 1 << 23  # a compiled block keeps nothing in cache, and has guards to check
 _DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 # Where sums of exp z, no maximum subtracted, and their ratio to the target's stay normal numbers.
@@ -73,7 +80,9 @@ def row_statistics(
     target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
     if broken is not None:
         target_logit.masked_fill_(broken, float("nan"))
-    if _on_host(x) and not (wanted["entropy"] or wanted["mean_logprob"] or wanted["argmax"]):
+    if _on_host(x) and options.compiled and not any(wanted.values()):
+        stats, lse_low = _less_target(x, target, target_logit, skipped, options, wanted)
+    elif _on_host(x) and not (wanted["entropy"] or wanted["mean_logprob"] or wanted["argmax"]):
         stats, lse_low = _from_zero(x, target, target_logit, skipped, options, wanted)
     else:
         stats, lse_low = _by_maximum(x, target, target_logit, options, wanted)
@@ -109,21 +118,29 @@ def logits_gradient(
     buffer = None if options.compiled else _buffer(x, options, elements)
     if options.vocab_size < grad.shape[-1]:
         grad[..., options.vocab_size :].zero_()
+    # Compiled, a comparison per element costs more than a scatter afterwards.
+    apart = options.compiled and x.dim() == 2 and options.head.is_identity
     for block in _blocks(x.shape[:-1], options.vocab_size, elements):
         column, inside = _column(target, block, options)
         skip = None if skipped is None else skipped[block.rows, None]
+        of_rows, out_block = rows.of(block.rows), block.of(grad)
         gradient(
             block.of(x),
-            column,
+            None if apart and inside is None else column,
             inside,
             lse[block.rows],
-            rows.of(block.rows),
+            of_rows,
             options.head,
             buffer,
             clamp,
             skip,
-            block.of(grad),
+            out_block,
         )
+        if apart and inside is None:
+            at_target = (
+                of_rows.at_target if skip is None else of_rows.at_target.masked_fill(skip, 0)
+            )
+            out_block.scatter_(1, column, at_target.to(out_block.dtype))
     return out
 
 
@@ -150,18 +167,62 @@ def _from_zero(
         return stats, lse_low
     fine = (part.s > _SMALLEST_SUM) & (part.s < _LARGEST_SUM)
     fine &= target_logit.abs() < _LARGEST_TARGET
-    if skipped is not None:
-        fine |= skipped
-    again = (~fine).nonzero()[:, 0]
-    for rows in again.split(max(1, _CACHED_ELEMENTS // options.vocab_size)) if len(again) else ():
+    _redo(fine, stats, lse_low, x, target, target_logit, skipped, options, wanted)
+    return stats, lse_low
+
+
+def _less_target(
+    x: Tensor,
+    target: Tensor,
+    target_logit: Tensor,
+    skipped: Tensor | None,
+    options: Options,
+    wanted: dict[str, bool],
+) -> tuple[TokenStats, Tensor]:
+    """From sums over all classes, less the target's term: the loop a compiler makes best.
+
+    The difference is exact enough while the target is the less likely half; the other rows are
+    done again.
+    """
+    sums = _compile(block_sums)
+    parts: list[Part] = []
+    row_part: Part | None = None
+    for block in _blocks(x.shape[:-1], options.vocab_size, _COMPILED_ELEMENTS):
+        part = Part(*sums(_two_dimensional(block.of(x)), options.head), *[None] * 5)
+        row_part = part if row_part is None else merge(row_part, part)
+        if block.stop == options.vocab_size:
+            parts.append(row_part)
+            row_part = None
+    part = _concatenate(parts)
+    others = part.s - (target_logit - part.m).exp()
+    fine = (others > 0.5 * part.s) & target_logit.isfinite()
+    stats, lse_low = finish(part._replace(s=others), target_logit, target, options.vocab_size)
+    _redo(fine, stats, lse_low, x, target, target_logit, skipped, options, wanted)
+    return stats, lse_low
+
+
+def _redo(
+    fine: Tensor,
+    stats: TokenStats,
+    lse_low: Tensor,
+    x: Tensor,
+    target: Tensor,
+    target_logit: Tensor,
+    skipped: Tensor | None,
+    options: Options,
+    wanted: dict[str, bool],
+) -> None:
+    """Overwrites the statistics of rows that are not `fine`, nor skipped, with those by maximum."""
+    again = ~fine if skipped is None else ~(fine | skipped)
+    if not again.any():
+        return
+    plain = options._replace(compiled=False)
+    for rows in again.nonzero()[:, 0].split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
         some = x[torch.unravel_index(rows, x.shape[:-1])]
-        redone, low = _by_maximum(
-            some, target[rows], target_logit[rows], options._replace(compiled=False), wanted
-        )
+        redone, low = _by_maximum(some, target[rows], target_logit[rows], plain, wanted)
         for whole, changed in zip((*stats, lse_low), (*redone, low), strict=True):
             if whole is not None and changed is not None:
                 whole[rows] = changed
-    return stats, lse_low
 
 
 def _by_maximum(
@@ -208,7 +269,7 @@ def _sum_rows(
 
 def _write_gradient(
     x: Tensor,
-    column: Tensor,
+    column: Tensor | None,
     inside: Tensor | None,
     lse: Tensor,
     rows: RowGradient,

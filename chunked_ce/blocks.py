@@ -97,9 +97,16 @@ def block_statistics(
     return Part(m[:, 0], _row_sum(e), weighted, total, columns, beaten_by, best)
 
 
+def block_sums(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """[R] maximum and sum of exp(z - m) over all classes of a block, in the form compilers fuse."""
+    z = head.apply_(x.to(compute_dtype(x.dtype), copy=True))
+    m = z.amax(1, keepdim=True)
+    return m[:, 0], (z - m.clamp(min=torch.finfo(z.dtype).min)).exp().sum(1)
+
+
 def block_gradient(
     x: Tensor,  # [R, C]
-    column: Tensor,
+    column: Tensor | None,  # None: leave the target to the caller
     inside: Tensor | None,
     lse: Tensor,  # [R, 1], as are the parts of `rows`
     rows: RowGradient,
@@ -121,7 +128,8 @@ def block_gradient(
     grad = p.mul_(factor)
     if rows.u is not None:
         grad.add_(rows.u)
-    grad = _with_target(grad, column, inside, rows.at_target, buffer)
+    if column is not None:
+        grad = _with_target(grad, column, inside, rows.at_target, buffer)
     return grad if slope is None else grad.mul_(slope)
 
 

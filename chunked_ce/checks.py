@@ -277,7 +277,8 @@ def inplace_backward(value: object, input: Tensor) -> None:
     flag("inplace_backward", value)
     if not (value and input.requires_grad and torch.is_grad_enabled()):
         return
-    if (input if input._base is None else input._base).is_leaf:
+    owner = input if input._base is None else input._base
+    if owner.is_leaf and owner.requires_grad:
         raise ValueError(
             "inplace_backward=True would overwrite a leaf tensor, whose values you still own: "
             "pass logits that a model computed, or inplace_backward=False"

@@ -69,19 +69,18 @@ def _token_stats(
         stats, lse_low = backend_torch.row_statistics(
             input, target, ignore_index, options, **wanted
         )
-    return _outputs(stats, lse_low, input, target.shape)
+    return _outputs(stats, lse_low, target.shape)
 
 
-def _outputs(
-    stats: TokenStats, lse_low: Tensor, input: Tensor, shape: torch.Size
-) -> tuple[Tensor, ...]:
+def _outputs(stats: TokenStats, lse_low: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     """An operator's outputs are tensors always: empty ones stand for what was not asked for."""
-    outputs = [stats.lse, stats.logprob, lse_low, *stats[2:]]
-    dtypes = [compute_dtype(input.dtype)] * 5 + [torch.int64] * 2
-    return tuple(
-        torch.empty(0, dtype=dtype, device=input.device) if out is None else out.view(shape)
-        for out, dtype in zip(outputs, dtypes, strict=True)
-    )
+    outputs: list[Tensor] = []
+    for i, out in enumerate((stats.lse, stats.logprob, lse_low, *stats[2:])):
+        if out is None:
+            outputs.append(stats.lse.new_empty(0, dtype=None if i < 5 else torch.int64))
+        else:
+            outputs.append(out if len(shape) == 1 else out.view(shape))
+    return tuple(outputs)
 
 
 def _new_outputs(
@@ -152,34 +151,46 @@ def _token_grad_(input: Tensor, *arguments: Any) -> None:
     torch.autograd.graph.increment_version(input)  # a kernel's write is not seen by autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, *ctx.options, entropy, mean_logprob, _, _, ctx.inplace_backward = inputs
-    ctx.wanted = (True, True, False, entropy, mean_logprob, False, False)
-    ctx.set_materialize_grads(False)
-    lse, logprob, lse_low, entropy, *_ = output
-    ctx.save_for_backward(input, target, lse, logprob, lse_low, entropy)
+class _TokenStats(torch.autograd.Function):
+    """torch.library.register_autograd would do the same at 60 microseconds more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        input, target, *ctx.options, entropy, mean_logprob, _, _, ctx.inplace_backward = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.token_stats(*arguments)
+        ctx.wanted = (True, True, False, entropy, mean_logprob, False, False)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[5:])
+        ctx.save_for_backward(input, target, *outputs[:4])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, target, lse, logprob, lse_low, entropy = ctx.saved_tensors
+        # An output that was not asked for is empty, and a tracer may give it an empty gradient.
+        lse_grad, logprob_grad, _, entropy_grad, mean_logprob_grad, *_ = (
+            grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True)
+        )
+        _, vocab_size, *_ = ctx.options
+        numbers = coefficients(
+            lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, entropy, vocab_size
+        )
+        arguments = (input, target, lse, logprob, lse_low, *numbers, *ctx.options)
+        no_gradient = (None,) * 11
+        if ctx.inplace_backward:
+            if torch.is_grad_enabled():  # create_graph: a gradient over the logits has no history
+                checks.double_backward()
+            torch.ops.chunked_ce.token_grad_(*arguments)
+            return input.detach(), *no_gradient
+        return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    input, target, lse, logprob, lse_low, entropy = ctx.saved_tensors
-    no_gradient = (None,) * 11
-    if not ctx.needs_input_grad[0]:
-        return None, *no_gradient
-    # An output that was not asked for is empty, and a tracer may give it an empty gradient.
-    lse_grad, logprob_grad, _, entropy_grad, mean_logprob_grad, *_ = (
-        grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True)
-    )
-    _, vocab_size, *_ = ctx.options
-    numbers = coefficients(
-        lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, entropy, vocab_size
-    )
-    arguments = (input, target, lse, logprob, lse_low, *numbers, *ctx.options)
-    if ctx.inplace_backward:
-        if torch.is_grad_enabled():  # create_graph: a gradient over the logits has no history
-            checks.double_backward()
-        torch.ops.chunked_ce.token_grad_(*arguments)
-        return input.detach(), *no_gradient
-    return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
+def _differentiable_token_stats(input: Tensor, *arguments: Any) -> Any:
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _TokenStats.apply(input, *arguments)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.chunked_ce.token_stats(input, *arguments)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -187,6 +198,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 _library.impl("token_stats", _token_stats, "CompositeExplicitAutograd")
+_library.impl("token_stats", _differentiable_token_stats, "Autograd")
 _library.impl("token_grad", _token_grad, "CompositeExplicitAutograd")
 _library.impl("token_grad_", _token_grad_, "CompositeExplicitAutograd")
 torch.library.register_fake("chunked_ce::token_stats", _fake_token_stats, lib=_library)
@@ -194,7 +206,4 @@ torch.library.register_fake(
     "chunked_ce::token_grad", lambda input, *_: torch.empty_like(input), lib=_library
 )
 torch.library.register_fake("chunked_ce::token_grad_", lambda input, *_: None, lib=_library)
-torch.library.register_autograd(
-    "chunked_ce::token_stats", _backward, setup_context=_save, lib=_library
-)
 torch.library.register_autograd("chunked_ce::token_grad", _no_double_backward, lib=_library)

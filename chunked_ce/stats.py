@@ -99,7 +99,7 @@ def finish(
     # rounding took from gap (Knuth's TwoSum).
     back = gap - part.m
     gap_low = (part.m - (gap - back)) - (target_logit + back)
-    ratio = part.s * gap.clamp(max=0).exp() * (1.0 + gap_low.nan_to_num(0.0))
+    ratio = part.s * gap.exp() * (1.0 + gap_low.nan_to_num(0.0))
     tail = torch.where(d < 0, ratio, (-d).exp()).log1p()
     loss = d.clamp(min=0) + tail
     above_m = torch.where(d > 0, log_s + tail, loss - gap)  # lse - m
