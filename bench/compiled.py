@@ -1,7 +1,7 @@
 """Builds the kernels for GPUs that are not here, with Triton's own compiler.
 
-`launches(call)` runs `call` with launching replaced by recording; `build(launch, target)` compiles a
-recorded launch as Triton would on that GPU. Only in a process where Triton is not interpreted.
+`launches(call)` runs `call` with launching replaced by recording; `build(launch, target)` compiles
+a recorded launch as Triton would on that GPU. Only where Triton is not interpreted.
 """
 
 from __future__ import annotations
