@@ -46,7 +46,7 @@ def row_statistics(
         rank=new(torch.int64) if rank else None,
         argmax=new(torch.int64) if argmax else None,
     )
-    tile = launch.tile(vocab_size, input.element_size())
+    tile = launch.tile(vocab_size, input.element_size(), strided=input.stride(-1) != 1)
     for rows, (x,) in _strided_rows(input):
         outputs = (
             lse if out is None else out for out in stats[2:]
@@ -95,7 +95,7 @@ def logits_gradient(
     """dL/dinput, in a new tensor or over `input`."""
     grad = input if inplace else torch.empty_like(input)
     target = target.reshape(-1).contiguous()
-    tile = launch.tile(input.shape[-1], input.element_size())
+    tile = launch.tile(input.shape[-1], input.element_size(), strided=input.stride(-1) != 1)
     programs_per_row = -(-input.shape[-1] // (launch.GRAD_TILES * tile.columns))
     for rows, (x, out) in _strided_rows(input, grad):
         a, b, c, u = (lse[rows] if number is None else number[rows] for number in coefficients)

@@ -16,13 +16,16 @@ class Launch(NamedTuple):
         return self.GROUPS * self.WIDTH
 
 
-def tile(vocab_size: int, itemsize: int) -> Launch:
-    """Tile of a streamed kernel for rows of `vocab_size` logits of `itemsize` bytes."""
+def tile(vocab_size: int, itemsize: int, strided: bool = False) -> Launch:
+    """Tile of a streamed kernel for rows of `vocab_size` logits of `itemsize` bytes.
+
+    Strided classes need a 64-bit address each: half a tile keeps those in registers.
+    """
     width = max(2, 16 // itemsize)
-    groups = 32
-    while groups < 512 and groups * width < vocab_size:
+    groups, most = 32, 256 if strided else 512
+    while groups < most and groups * width < vocab_size:
         groups *= 2
-    return Launch(GROUPS=groups, WIDTH=width, num_warps=max(1, groups // 64))
+    return Launch(GROUPS=groups, WIDTH=width, num_warps=max(1, groups // (32 if strided else 64)))
 
 
 GRAD_TILES = 4

@@ -62,4 +62,6 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     except ImportError:
         return
     real = launch.tile
-    monkeypatch.setattr(launch, "tile", lambda vocab_size, itemsize: real(1, itemsize))
+    monkeypatch.setattr(
+        launch, "tile", lambda vocab_size, itemsize, strided: real(1, itemsize, strided)
+    )
