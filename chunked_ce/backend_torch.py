@@ -185,15 +185,12 @@ def _less_target(
     done again.
     """
     sums = _compile(block_sums)
-    parts: list[Part] = []
-    row_part: Part | None = None
-    for block in _blocks(x.shape[:-1], options.vocab_size, _COMPILED_ELEMENTS):
-        part = Part(*sums(_two_dimensional(block.of(x)), options.head), *[None] * 5)
-        row_part = part if row_part is None else merge(row_part, part)
-        if block.stop == options.vocab_size:
-            parts.append(row_part)
-            row_part = None
-    part = _concatenate(parts)
+    part = _merge_blocks(
+        x,
+        options,
+        _COMPILED_ELEMENTS,
+        lambda block, block_x: Part(*sums(block_x, options.head), *[None] * 5),
+    )
     others = part.s - (target_logit - part.m).exp()
     fine = (others > 0.5 * part.s) & target_logit.isfinite()
     stats, lse_low = finish(part._replace(s=others), target_logit, target, options.vocab_size)
@@ -248,18 +245,27 @@ def _sum_rows(
     elements = _elements_per_block(x, options)
     buffer = None if options.compiled else _buffer(x, options, elements)
     target, target_logit = target[:, None], target_logit[:, None]
-    parts: list[Part] = []
-    row_part: Part | None = None
-    for block in _blocks(x.shape[:-1], options.vocab_size, elements):
-        block_x = _two_dimensional(block.of(x))
+
+    def of_block(block: Block, block_x: Tensor) -> Part:
         column, inside = _column(target, block, options)
         z_target = target_logit[block.rows]
         work = None if buffer is None else _part_of(buffer, block_x)
-        part = statistics(
+        part: Part = statistics(
             block_x, column, inside, z_target, options.head, work, clamp, by_maximum, **wanted
         )
-        if part.argmax is not None:
-            part = part._replace(argmax=part.argmax + block.start)
+        return part if part.argmax is None else part._replace(argmax=part.argmax + block.start)
+
+    return _merge_blocks(x, options, elements, of_block)
+
+
+def _merge_blocks(
+    x: Tensor, options: Options, elements: int, of_block: Callable[[Block, Tensor], Part]
+) -> Part:
+    """The sums of every row, from those of its blocks."""
+    parts: list[Part] = []
+    row_part: Part | None = None
+    for block in _blocks(x.shape[:-1], options.vocab_size, elements):
+        part = of_block(block, _two_dimensional(block.of(x)))
         row_part = part if row_part is None else merge(row_part, part)
         if block.stop == options.vocab_size:
             parts.append(row_part)

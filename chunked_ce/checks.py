@@ -160,7 +160,7 @@ def vocab_size(value: Any, input: Tensor) -> int:
     return size
 
 
-_LARGEST = 1e30  # fp32 holds it, and its square root's square
+_LARGEST = 1e30  # as large as fp32 can still be multiplied with
 
 
 def _number(name: str, value: Any) -> float:
