@@ -7,10 +7,8 @@ split and merged. Nothing of N x V elements is allocated but the gradient.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
-from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from .blocks import (
     lowest_exponent,
 )
 from .huge_pages import advise_huge_pages
+from .row_blocks import Block, Scratch, blocks, flat, two_dimensional
 from .stats import (
     Coefficients,
     Part,
@@ -39,31 +38,21 @@ from .stats import (
     row_gradient,
 )
 
-# 4 MiB of fp32: with less the calls cost more, with more the cache misses.
-_CACHED_ELEMENTS = 1 << 20
+# 3 MiB of fp32: with less the calls cost more, with more the cache misses.
+_CACHED_ELEMENTS = 3 << 18
 _COMPILED_ELEMENTS = 1 << 23  # a compiled block keeps nothing in cache, and has guards to check
 _DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
-# Where sums of exp z, no maximum subtracted, and their ratio to the target's stay normal numbers.
-_SMALLEST_SUM, _LARGEST_SUM, _LARGEST_TARGET = 1e-20, 1e18, 40.0
+# Between these, exp z of the target and its sum over the others may be taken as they are, with no
+# maximum subtracted; and so may exp z in a gradient between these lse, where p >= 1e-37.
+_SMALLEST_SUM, _LARGEST_SUM = 1e-18, 1e18
+_SMALLEST_LSE, _LARGEST_LSE = -1.0, 40.0
 
 
 class Options(NamedTuple):
     vocab_size: int
     head: Head
     compiled: bool
-
-
-class Block(NamedTuple):
-    where: tuple[int | slice, ...]  # into the leading dimensions
-    rows: slice  # the same rows, counted flat
-    start: int  # columns start to stop
-    stop: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """[R, columns]; [..., columns] where the leading dimensions do not merge."""
-        x = x[self.where]
-        return x if self.stop - self.start == x.shape[-1] else x[..., self.start : self.stop]
 
 
 def row_statistics(
@@ -74,7 +63,7 @@ def row_statistics(
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> tuple[TokenStats, Tensor]:
     """The statistics of every row, flat, and what rounding took from lse."""
-    x = _flat(input)
+    x = flat(input)
     target, skipped, broken = _targets(target, ignore_index, options.vocab_size)
     index = target[:, None] if x.dim() == 2 else target.view(*x.shape[:-1], 1)
     target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
@@ -105,43 +94,54 @@ def logits_gradient(
 ) -> Tensor:
     """dL/dinput, in a new tensor or over `input`."""
     out = input if inplace else advise_huge_pages(torch.empty_like(input))
-    x, grad = _flat(input), _flat(out)
+    x, grad = flat(input), flat(out)
     if x.dim() != grad.dim():
         x, grad = input, out
     target, skipped, _ = _targets(target, ignore_index, options.vocab_size)
     rows = row_gradient(logprob, lse_low, coefficients)
-    rows = RowGradient(*(None if r is None else r[:, None] for r in rows))  # type: ignore[arg-type]
-    lse, target = lse[:, None], target[:, None]
-    clamp = _on_host(x) and _sample(x, lse, options)[0] < lowest_exponent(lse.dtype)
-    gradient = _compile(_write_gradient) if options.compiled else _write_gradient
-    elements = _elements_per_block(x, options)
-    buffer = None if options.compiled else _buffer(x, options, elements)
+    reference: Tensor | None = lse
+    if _on_host(x) and not options.compiled and rows.slope is None:
+        reference, rows = _relative_to_zero(lse, rows)
+    reference = None if reference is None else reference[:, None]
+    rows, target = rows.as_columns(), target[:, None]
+    clamp = _on_host(x) and _sample(x, reference, options)[0] < lowest_exponent(lse.dtype)
+    write = _compile(_write_gradient) if options.compiled else _write_gradient
+    scratch = _scratch(x, options)
     if options.vocab_size < grad.shape[-1]:
         grad[..., options.vocab_size :].zero_()
-    # Compiled, a comparison per element costs more than a scatter afterwards.
+    # Compiled, a comparison per element costs more than writing the targets afterwards.
     apart = options.compiled and x.dim() == 2 and options.head.is_identity
-    for block in _blocks(x.shape[:-1], options.vocab_size, elements):
+    for block in blocks(x.shape[:-1], options.vocab_size, _elements_per_block(x, options)):
         column, inside = _column(target, block, options)
-        skip = None if skipped is None else skipped[block.rows, None]
-        of_rows, out_block = rows.of(block.rows), block.of(grad)
-        gradient(
-            block.of(x),
+        skip = None if skipped is None else block.of_rows(skipped)[:, None]
+        of_rows, out_block, x_block = rows.of(block), block.of(grad), block.of(x)
+        write(
+            x_block,
             None if apart and inside is None else column,
             inside,
-            lse[block.rows],
+            None if reference is None else block.of_rows(reference),
             of_rows,
             options.head,
-            buffer,
+            None if scratch is None else scratch.like(x_block),
             clamp,
             skip,
             out_block,
         )
         if apart and inside is None:
-            at_target = (
-                of_rows.at_target if skip is None else of_rows.at_target.masked_fill(skip, 0)
-            )
-            out_block.scatter_(1, column, at_target.to(out_block.dtype))
+            at_target = of_rows.at_target if skip is None else of_rows.at_target.where(~skip, 0.0)
+            row = torch.arange(column.shape[0], device=x.device)[:, None]
+            out_block[row, column] = at_target.to(out_block.dtype)
     return out
+
+
+def _relative_to_zero(lse: Tensor, rows: RowGradient) -> tuple[Tensor | None, RowGradient]:
+    """(what to subtract from z before exp, rows): nothing, and p = exp(z) exp(-lse), wherever
+    exp z stays a normal number. A pass less."""
+    lowest, highest = lse.aminmax()
+    if float(lowest) > _SMALLEST_LSE and float(highest) < _LARGEST_LSE:
+        return None, rows._replace(scale=rows.scale * (-lse).exp())
+    reference = lse.masked_fill((lse > _SMALLEST_LSE) & (lse < _LARGEST_LSE), 0.0)
+    return reference, rows._replace(scale=rows.scale * (reference - lse).exp())
 
 
 def _from_zero(
@@ -160,13 +160,13 @@ def _from_zero(
     lowest, highest = _sample(x, None, options)
     clamp = max(-lowest, highest) > -lowest_exponent(target_logit.dtype)
     part = _sum_rows(x, target, target_logit, options, wanted, clamp, by_maximum=False)
-    stats, lse_low = finish_from_zero(part, target_logit)
-    smallest, largest = map(float, part.s.aminmax())
-    first, last = map(float, target_logit.aminmax())
-    if smallest > _SMALLEST_SUM and largest < _LARGEST_SUM and max(-first, last) < _LARGEST_TARGET:
+    e_target = target_logit.exp()
+    stats, lse_low = finish_from_zero(part, e_target)
+    smallest, largest = torch.cat((part.s, e_target)).aminmax()
+    if float(smallest) > _SMALLEST_SUM and float(largest) < _LARGEST_SUM:
         return stats, lse_low
     fine = (part.s > _SMALLEST_SUM) & (part.s < _LARGEST_SUM)
-    fine &= target_logit.abs() < _LARGEST_TARGET
+    fine &= (e_target > _SMALLEST_SUM) & (e_target < _LARGEST_SUM)
     _redo(fine, stats, lse_low, x, target, target_logit, skipped, options, wanted)
     return stats, lse_low
 
@@ -191,6 +191,7 @@ def _less_target(
         _COMPILED_ELEMENTS,
         lambda block, block_x: Part(*sums(block_x, options.head), *[None] * 5),
     )
+    assert part.m is not None
     others = part.s - (target_logit - part.m).exp()
     fine = (others > 0.5 * part.s) & target_logit.isfinite()
     stats, lse_low = finish(part._replace(s=others), target_logit, target, options.vocab_size)
@@ -242,20 +243,25 @@ def _sum_rows(
 ) -> Part:
     """The sums of every row over all classes but the target."""
     statistics = _compile(block_statistics) if options.compiled else block_statistics
-    elements = _elements_per_block(x, options)
-    buffer = None if options.compiled else _buffer(x, options, elements)
+    scratch = _scratch(x, options)
     target, target_logit = target[:, None], target_logit[:, None]
 
-    def of_block(block: Block, block_x: Tensor) -> Part:
+    def of_block(block: Block, x_block: Tensor) -> Part:
         column, inside = _column(target, block, options)
-        z_target = target_logit[block.rows]
-        work = None if buffer is None else _part_of(buffer, block_x)
         part: Part = statistics(
-            block_x, column, inside, z_target, options.head, work, clamp, by_maximum, **wanted
+            x_block,
+            column,
+            inside,
+            block.of_rows(target_logit),
+            options.head,
+            None if scratch is None else scratch.like(x_block),
+            clamp,
+            by_maximum,
+            **wanted,
         )
         return part if part.argmax is None else part._replace(argmax=part.argmax + block.start)
 
-    return _merge_blocks(x, options, elements, of_block)
+    return _merge_blocks(x, options, _elements_per_block(x, options), of_block)
 
 
 def _merge_blocks(
@@ -264,8 +270,8 @@ def _merge_blocks(
     """The sums of every row, from those of its blocks."""
     parts: list[Part] = []
     row_part: Part | None = None
-    for block in _blocks(x.shape[:-1], options.vocab_size, elements):
-        part = of_block(block, _two_dimensional(block.of(x)))
+    for block in blocks(x.shape[:-1], options.vocab_size, elements):
+        part = of_block(block, two_dimensional(block.of(x)))
         row_part = part if row_part is None else merge(row_part, part)
         if block.stop == options.vocab_size:
             parts.append(row_part)
@@ -277,7 +283,7 @@ def _write_gradient(
     x: Tensor,
     column: Tensor | None,
     inside: Tensor | None,
-    lse: Tensor,
+    reference: Tensor | None,
     rows: RowGradient,
     head: Head,
     buffer: Tensor | None,
@@ -285,29 +291,14 @@ def _write_gradient(
     skipped: Tensor | None,
     out: Tensor,
 ) -> None:
-    work = None
-    if buffer is not None:
-        writable = out.dtype == buffer.dtype and out.dim() == 2 and out.stride(1) == 1
-        work = out if writable else _part_of(buffer, x)
-    grad = block_gradient(_two_dimensional(x), column, inside, lse, rows, head, work, clamp)
+    if buffer is not None and out.dtype == buffer.dtype and out.dim() == 2 and out.stride(1) == 1:
+        buffer = out
+    x = two_dimensional(x)
+    grad = block_gradient(x, column, inside, reference, rows, head, buffer, clamp)
     if skipped is not None:
         grad = grad.masked_fill_(skipped, 0.0)
     if grad is not out:
         out.copy_(grad.view(out.shape))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[rows, V] where strides allow it without a copy, else as it came."""
-    if x.dim() == 2:
-        return x
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError:
-        return x
-
-
-def _two_dimensional(block: Tensor) -> Tensor:
-    return block if block.dim() == 2 else block.reshape(-1, block.shape[-1])
 
 
 def _elements_per_block(x: Tensor, options: Options) -> int:
@@ -316,53 +307,12 @@ def _elements_per_block(x: Tensor, options: Options) -> int:
     return _COMPILED_ELEMENTS if options.compiled else _CACHED_ELEMENTS
 
 
-_scratch = threading.local()
-
-
-def _buffer(x: Tensor, options: Options, elements: int) -> Tensor:
-    """A block to work in.
-
-    The CPU keeps one per thread: touching fresh pages would cost more than the arithmetic.
-    """
-    size = min(prod(x.shape[:-1]) * options.vocab_size, elements)
-    dtype = compute_dtype(x.dtype)
-    if not _on_host(x) or dtype != torch.float32:
-        return torch.empty(size, dtype=dtype, device=x.device)
-    kept: Tensor | None = getattr(_scratch, "buffer", None)
-    if kept is None or kept.numel() < size:
-        # Else it could not be written to outside of inference mode.
-        with torch.inference_mode(False):
-            kept = _scratch.buffer = torch.empty(elements, dtype=dtype, device=x.device)
-    return kept[:size]
-
-
-def _part_of(buffer: Tensor, block: Tensor) -> Tensor:
-    columns = block.shape[-1]
-    return buffer[: block.numel()].view(-1, columns)
-
-
-def _blocks(leading: torch.Size, vocab_size: int, elements: int) -> Iterator[Block]:
-    """Blocks of at most `elements`: many whole rows, or a piece of one row.
-
-    The pieces of a row follow one another.
-    """
-    columns = min(vocab_size, elements)
-    limit = elements // columns
-    dim, inner = len(leading) - 1, 1
-    while dim > 0 and inner * leading[dim] <= limit:
-        inner *= leading[dim]
-        dim -= 1
-    step = max(1, limit // inner)
-    row = 0
-    for outer in product(*(range(size) for size in leading[:dim])):
-        for first in range(0, leading[dim], step):
-            last = min(first + step, leading[dim])
-            rows = slice(row, row + (last - first) * inner)
-            row = rows.stop
-            for start in range(0, vocab_size, columns):
-                yield Block(
-                    (*outer, slice(first, last)), rows, start, min(start + columns, vocab_size)
-                )
+def _scratch(x: Tensor, options: Options) -> Scratch | None:
+    if options.compiled:
+        return None
+    most = _elements_per_block(x, options)
+    elements = min(prod(x.shape[:-1]) * options.vocab_size, most)
+    return Scratch(elements, most, compute_dtype(x.dtype), x.device)
 
 
 def _targets(
@@ -397,7 +347,7 @@ def _column(
     options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """The targets' columns in a block, and which are inside it when it is a piece of a row."""
-    column = target[block.rows]
+    column = block.of_rows(target)
     if block.stop - block.start == options.vocab_size:
         return column, None
     inside = (column >= block.start) & (column < block.stop)

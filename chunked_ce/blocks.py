@@ -65,8 +65,8 @@ def block_statistics(
     Entropy, for its accuracy, and argmax want the maximum.
     """
     dtype = compute_dtype(x.dtype)
-    beaten_by = best = weighted = total = columns = None
-    if by_maximum or rank or mean_logprob or clamp or not head.is_identity or x.dtype != dtype:
+    m = beaten_by = best = weighted = total = columns = None
+    if by_maximum or rank or mean_logprob or not head.is_identity or x.dtype != dtype:
         z = head.apply_(_working_copy(x, buffer))
     else:
         z = x  # only read
@@ -74,7 +74,6 @@ def block_statistics(
         z = _with_target(z, column, inside, float("-inf"), buffer)
     if rank:
         beaten_by = _beaten_by(z, column, inside, target_logit)
-    m = torch.zeros_like(target_logit)
     if by_maximum:
         if argmax:
             m, best = z.max(1, keepdim=True)
@@ -83,18 +82,18 @@ def block_statistics(
             m = z.amax(1, keepdim=True)
         # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
         z.sub_(m.clamp(min=torch.finfo(dtype).min))
+        m = m[:, 0]
     if mean_logprob:
         z = _with_target(z, column, inside, 0.0, buffer)
         total = _row_sum(z)
         columns = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
     if clamp:
-        z.clamp_(lowest_exponent(dtype), -lowest_exponent(dtype))
+        z = torch.clamp(z, lowest_exponent(dtype), -lowest_exponent(dtype), out=buffer)
     shifted = z.clamp(min=lowest_exponent(dtype)) if entropy else None
-    e = z.exp() if buffer is None else torch.exp(z, out=buffer)
-    e = _with_target(e, column, inside, 0.0, buffer)
+    e = _with_target(torch.exp(z, out=buffer), column, inside, 0.0, buffer)
     if shifted is not None:
         weighted = _row_sum(shifted.mul_(e))
-    return Part(m[:, 0], _row_sum(e), weighted, total, columns, beaten_by, best)
+    return Part(m, _row_sum(e), weighted, total, columns, beaten_by, best)
 
 
 def block_sums(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -108,21 +107,24 @@ def block_gradient(
     x: Tensor,  # [R, C]
     column: Tensor | None,  # None: leave the target to the caller
     inside: Tensor | None,
-    lse: Tensor,  # [R, 1], as are the parts of `rows`
+    reference: Tensor | None,  # [R, 1], subtracted from z before exp; as are the parts of `rows`
     rows: RowGradient,
     head: Head,
     buffer: Tensor | None,
     clamp: bool,
 ) -> Tensor:
     slope = None if head.is_identity else head.derivative(x)  # `x` may be overwritten from here on
-    relative = _shifted(x, lse, head, buffer)
+    dtype = compute_dtype(x.dtype)
+    z = x if head.is_identity and x.dtype == dtype else head.apply_(_working_copy(x, buffer))
+    if reference is not None:
+        z = torch.sub(z, reference, out=buffer)
     if clamp:
-        relative.clamp_(min=lowest_exponent(relative.dtype))
+        z = torch.clamp(z, min=lowest_exponent(dtype), out=buffer)
     factor = rows.scale
     if rows.slope is not None:
-        finite = relative.clamp(min=lowest_exponent(relative.dtype))  # 0 * -inf would be NaN
+        finite = z.clamp(min=lowest_exponent(dtype))  # 0 * -inf would be NaN
         factor = finite.mul_(rows.slope).add_(rows.scale)
-    p = relative.exp_()
+    p = torch.exp(z, out=buffer)
     if clamp:  # what was clamped has p = 0
         torch.threshold_(p, 2 * torch.finfo(p.dtype).tiny, 0.0)
     grad = p.mul_(factor)
@@ -141,12 +143,6 @@ def _working_copy(x: Tensor, buffer: Tensor | None) -> Tensor:
     if buffer is None:
         return x.to(compute_dtype(x.dtype), copy=True)
     return buffer if buffer.data_ptr() == x.data_ptr() else buffer.copy_(x)
-
-
-def _shifted(x: Tensor, reference: Tensor, head: Head, buffer: Tensor | None) -> Tensor:
-    if buffer is not None and head.is_identity and x.dtype == buffer.dtype:
-        return torch.sub(x, reference, out=buffer)
-    return head.apply_(_working_copy(x, buffer)).sub_(reference)
 
 
 def _with_target(

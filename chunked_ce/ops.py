@@ -183,7 +183,10 @@ class _TokenStats(torch.autograd.Function):
                 checks.double_backward()
             torch.ops.chunked_ce.token_grad_(*arguments)
             return input.detach(), *no_gradient
-        return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
+        if torch.is_grad_enabled():
+            return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
 
 
 def _differentiable_token_stats(input: Tensor, *arguments: Any) -> Any:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .row_blocks import Block
+
 
 def is_scored(target: Tensor, ignore_index: int) -> Tensor:
     """Which targets count. In int64: in uint8, -100 would be taken for 156."""
@@ -42,7 +44,7 @@ class TokenStats(NamedTuple):
 class Part(NamedTuple):
     """Sums over some of the classes of each row, the target left out. All [rows]."""
 
-    m: Tensor
+    m: Tensor | None  # None: the sums refer to 0
     s: Tensor
     weighted: Tensor | None
     total: Tensor | None
@@ -53,10 +55,15 @@ class Part(NamedTuple):
 
 def merge(left: Part, right: Part) -> Part:
     """The sums over both parts; `left` holds the lower class indices."""
+    beaten_by = None
+    if left.beaten_by is not None and right.beaten_by is not None:
+        beaten_by = left.beaten_by + right.beaten_by
+    if left.m is None or right.m is None:
+        return Part(None, left.s + right.s, None, None, None, beaten_by, None)
     m = torch.maximum(left.m, right.m)
     shift_left, scale_left = _move(left.m, m)
     shift_right, scale_right = _move(right.m, m)
-    weighted = total = columns = beaten_by = argmax = None
+    weighted = total = columns = argmax = None
     if left.weighted is not None and right.weighted is not None:
         weighted = scale_left * (left.weighted + left.s * shift_left)
         weighted = weighted + scale_right * (right.weighted + right.s * shift_right)
@@ -64,8 +71,6 @@ def merge(left: Part, right: Part) -> Part:
         assert left.columns is not None and right.columns is not None
         columns = left.columns + right.columns
         total = left.total + left.columns * shift_left + right.total + right.columns * shift_right
-    if left.beaten_by is not None and right.beaten_by is not None:
-        beaten_by = left.beaten_by + right.beaten_by
     if left.argmax is not None and right.argmax is not None:
         right_wins = (right.m > left.m) | (right.m.isnan() & ~left.m.isnan())
         argmax = torch.where(right_wins, right.argmax, left.argmax)
@@ -92,6 +97,7 @@ def finish(
     That is 0.0005 when all logits are near 1e4. `part` covers every class but the target, whose
     logit is finite, -inf or NaN.
     """
+    assert part.m is not None
     gap = part.m - target_logit
     log_s = part.s.log()
     d = gap + log_s
@@ -124,17 +130,16 @@ def finish(
     return TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low
 
 
-def finish_from_zero(part: Part, target_logit: Tensor) -> tuple[TokenStats, Tensor]:
+def finish_from_zero(part: Part, e_target: Tensor) -> tuple[TokenStats, Tensor]:
     """`finish` where the sums refer to 0, not to a maximum: s = sum exp z over the other classes.
 
     Holds where neither s nor exp(z_target) leaves the range of normal numbers.
     """
-    e_target = target_logit.exp()
-    loss = (part.s / e_target).log1p()
+    loss = (part.s / e_target).log1p_()
     total = part.s + e_target
     lse = total.log()
-    lse_low = total * (-lse).exp() - 1.0  # exp(true lse - lse) - 1
-    return TokenStats(lse, -loss, rank=part.beaten_by), lse_low
+    lse_low = lse.neg().exp_().mul_(total).sub_(1.0)  # exp(true lse - lse) - 1
+    return TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low
 
 
 class Coefficients(NamedTuple):
@@ -181,8 +186,12 @@ class RowGradient(NamedTuple):
     u: Tensor | None
     at_target: Tensor
 
-    def of(self, rows: slice) -> RowGradient:
-        return RowGradient(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
+    def as_columns(self) -> RowGradient:
+        """[rows, 1] each."""
+        return RowGradient(*(None if part is None else part[:, None] for part in self))  # type: ignore[arg-type]
+
+    def of(self, block: Block) -> RowGradient:
+        return RowGradient(*(None if part is None else block.of_rows(part) for part in self))  # type: ignore[arg-type]
 
 
 def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -> RowGradient:
@@ -200,6 +209,6 @@ def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -
             b = b * correction
     if u is not None:
         at_target = _plus(at_target, u)
-    zero = torch.zeros_like(logprob)
-    scale = zero if scale is None else scale * correction
-    return RowGradient(scale, b, u, zero if at_target is None else at_target)
+    if scale is None or at_target is None:
+        scale = at_target = torch.zeros_like(logprob) if at_target is None else at_target
+    return RowGradient(scale * correction, b, u, at_target)

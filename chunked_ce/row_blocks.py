@@ -1,0 +1,93 @@
+"""How rows of logits are cut into blocks: many whole rows, or a piece of one long row."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    where: tuple[int | slice, ...] | None  # into the leading dimensions; None: everything
+    rows: slice  # the same rows, counted flat
+    start: int  # columns start to stop
+    stop: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """[R, columns] of logits; [..., columns] where the leading dimensions do not merge."""
+        if self.where is not None:
+            x = x[self.where]
+        return x if self.stop - self.start == x.shape[-1] else x[..., self.start : self.stop]
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """[R, ...] of something that each row has."""
+        return t if self.where is None else t[self.rows]
+
+
+def blocks(leading: torch.Size, columns: int, elements: int) -> Iterator[Block]:
+    """Blocks of at most `elements` of [*leading, columns].
+
+    The pieces of a row follow one another.
+    """
+    if leading.numel() * columns <= elements:
+        yield Block(None, slice(None), 0, columns)
+        return
+    width = min(columns, elements)
+    limit = elements // width
+    dim, inner = len(leading) - 1, 1
+    while dim > 0 and inner * leading[dim] <= limit:
+        inner *= leading[dim]
+        dim -= 1
+    step = max(1, limit // inner)
+    row = 0
+    for outer in product(*(range(size) for size in leading[:dim])):
+        for first in range(0, leading[dim], step):
+            last = min(first + step, leading[dim])
+            rows = slice(row, row + (last - first) * inner)
+            row = rows.stop
+            for start in range(0, columns, width):
+                yield Block((*outer, slice(first, last)), rows, start, min(start + width, columns))
+
+
+def flat(x: Tensor) -> Tensor:
+    """[rows, V] where strides allow it without a copy, else as it came."""
+    if x.dim() == 2:
+        return x
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x
+
+
+def two_dimensional(block: Tensor) -> Tensor:
+    return block if block.dim() == 2 else block.reshape(-1, block.shape[-1])
+
+
+_kept = threading.local()
+
+
+class Scratch:
+    """Memory for the work on one block after another.
+
+    The CPU keeps one per thread: touching fresh pages would cost more than the arithmetic.
+    """
+
+    def __init__(self, elements: int, most: int, dtype: torch.dtype, device: torch.device) -> None:
+        if device.type != "cpu" or dtype != torch.float32:
+            self._memory = torch.empty(elements, dtype=dtype, device=device)
+            return
+        kept: Tensor | None = getattr(_kept, "memory", None)
+        if kept is None or kept.numel() < elements:
+            # Else it could not be written to outside of inference mode.
+            with torch.inference_mode(False):
+                kept = _kept.memory = torch.empty(most, dtype=dtype)
+        self._memory = kept
+
+    def like(self, block: Tensor) -> Tensor:
+        """[rows, columns] for a block of that many."""
+        columns = block.shape[-1]
+        return self._memory.as_strided((block.numel() // columns, columns), (columns, 1))
