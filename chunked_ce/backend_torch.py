@@ -36,6 +36,8 @@ from .stats import (
     is_scored,
     merge,
     row_gradient,
+    token_loss,
+    token_loss_coefficients,
 )
 
 # 3 MiB of fp32: with less the calls cost more, with more the cache misses.
@@ -132,6 +134,53 @@ def logits_gradient(
             row = torch.arange(column.shape[0], device=x.device)[:, None]
             out_block[row, column] = at_target.to(out_block.dtype)
     return out
+
+
+def loss_and_gradient(
+    input: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    divisor: Tensor | None,
+    label_smoothing: float,
+    z_loss_weight: float,
+    ignore_index: int,
+    options: Options,
+    *,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+
+    That in a new tensor or over `input`. On the CPU memory is not what takes the time: two passes.
+    """
+    stats, lse_low = row_statistics(
+        input, target, ignore_index, options,
+        entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
+    )  # fmt: skip
+    weight = torch.ones_like(stats.lse)
+    if token_weight is not None:
+        weight = weight * token_weight.reshape(-1)
+    if divisor is not None:
+        weight = weight / divisor
+    numbers = token_loss_coefficients(
+        stats, weight, label_smoothing, z_loss_weight, options.vocab_size
+    )
+    grad = logits_gradient(
+        input, target, stats.lse, stats.logprob, lse_low, numbers, ignore_index, options,
+        inplace=inplace,
+    )  # fmt: skip
+    return token_loss(stats, label_smoothing, z_loss_weight), grad
+
+
+def scale_(grad: Tensor, upstream: Tensor) -> None:
+    """grad [..., V] *= upstream [...] or []."""
+    grad = flat(grad)
+    rows = grad.shape[:-1]
+    factor = upstream.to(compute_dtype(grad.dtype))
+    factor = factor.expand(rows) if factor.dim() == 0 else factor.reshape(rows)
+    for block in blocks(grad.shape[:-1], grad.shape[-1], _CACHED_ELEMENTS):
+        part = block.of(grad)
+        by = factor if block.where is None else factor[block.where]
+        part.copy_((part * by[..., None]).masked_fill_(part == 0, 0.0))  # ignored rows stay 0
 
 
 def _relative_to_zero(lse: Tensor, rows: RowGradient) -> tuple[Tensor | None, RowGradient]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from itertools import product
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import gpu
 from .blocks import Head, compute_dtype
 from .kernels import launch
+from .kernels.loss_and_grad import loss_and_grad_kernel
+from .kernels.scale import scale_kernel
 from .kernels.token_grad import token_grad_kernel
-from .kernels.token_stats import token_stats_kernel
+from .kernels.token_stats import finish_kernel, token_stats_kernel
 from .stats import Coefficients, TokenStats
+from .strided_rows import strided_rows
 
 
 def row_statistics(
@@ -34,47 +34,74 @@ def row_statistics(
     target = target.reshape(-1).contiguous()
     dtype = compute_dtype(input.dtype)
 
-    def new(dtype: torch.dtype) -> Tensor:
-        return torch.empty(target.numel(), dtype=dtype, device=input.device)
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=input.device)
 
-    lse, logprob, lse_low = new(dtype), new(dtype), new(dtype)
+    n = target.numel()
+    lse, logprob, lse_low = new(n), new(n), new(n)
     stats = TokenStats(
         lse,
         logprob,
-        entropy=new(dtype) if entropy else None,
-        mean_logprob=new(dtype) if mean_logprob else None,
-        rank=new(torch.int64) if rank else None,
-        argmax=new(torch.int64) if argmax else None,
+        entropy=new(n) if entropy else None,
+        mean_logprob=new(n) if mean_logprob else None,
+        rank=new(n, dtype=torch.int64) if rank else None,
+        argmax=new(n, dtype=torch.int64) if argmax else None,
     )
-    tile = launch.tile(vocab_size, input.element_size(), strided=input.stride(-1) != 1)
-    for rows, (x,) in _strided_rows(input):
-        outputs = (
-            lse if out is None else out for out in stats[2:]
-        )  # one not asked for is not touched
-        entropy_out, mean_out, rank_out, argmax_out = (out[rows] for out in outputs)
-        with _on(input.device):
-            token_stats_kernel[(x.shape[0] * x.shape[1],)](
-                x_ptr=x,
-                target_ptr=target[rows],
-                lse_ptr=lse[rows],
-                logprob_ptr=logprob[rows],
-                lse_low_ptr=lse_low[rows],
+    contiguous = input.stride(-1) == 1
+    tile = launch.tile(
+        gpu.architecture(input.device),
+        vocab_size,
+        input.element_size(),
+        contiguous=contiguous,
+        plain=head.is_identity and not (entropy or mean_logprob or rank or argmax),
+    )
+    segments = launch.segments(vocab_size)
+    floats, integers = (5, 2) if entropy or mean_logprob or rank or argmax else (2, 0)
+    for flat, (x,) in strided_rows(input):
+        rows = x.shape[0] * x.shape[1]
+        per_program = launch.segments_per_program(rows, segments, gpu.processors(input.device))
+        shared: dict[str, Any] = dict(
+            x_ptr=x.data,
+            target_ptr=target[flat],
+            floats_ptr=new(floats, rows, segments),
+            integers_ptr=new(integers, rows, segments, dtype=torch.int32),
+            rows=rows,
+            segments=segments,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            offset=x.offset,
+            inner_rows=x.shape[1],
+            stride_outer=x.stride[0],
+            stride_inner=x.stride[1],
+            stride_v=x.stride[2],
+            ENTROPY=entropy,
+            MEAN_LOGPROB=mean_logprob,
+            RANK=rank,
+            ARGMAX=argmax,
+            **_head_arguments(head),
+        )
+        # One not asked for is not touched.
+        outputs = (lse if out is None else out for out in stats[2:])
+        entropy_out, mean_out, rank_out, argmax_out = (out[flat] for out in outputs)
+        with gpu.on(input.device):
+            token_stats_kernel[(rows, -(-segments // per_program))](
+                **shared,
+                segments_per_program=per_program,
+                CONTIGUOUS=contiguous,
+                SEGMENT=launch.SEGMENT,
+                **tile.arguments(),
+            )
+            finish_kernel[(-(-rows // launch.FINISH_ROWS),)](
+                **shared,
+                lse_ptr=lse[flat],
+                logprob_ptr=logprob[flat],
+                lse_low_ptr=lse_low[flat],
                 entropy_ptr=entropy_out,
                 mean_logprob_ptr=mean_out,
                 rank_ptr=rank_out,
                 argmax_ptr=argmax_out,
-                vocab_size=vocab_size,
-                ignore_index=ignore_index,
-                inner_rows=x.shape[1],
-                stride_outer=x.stride(0),
-                stride_inner=x.stride(1),
-                stride_v=x.stride(2),
-                ENTROPY=entropy,
-                MEAN_LOGPROB=mean_logprob,
-                RANK=rank,
-                ARGMAX=argmax,
-                **_head_arguments(head),
-                **tile._asdict(),
+                ROWS=launch.FINISH_ROWS,
+                num_warps=max(1, launch.FINISH_ROWS // 32),
             )
     return stats, lse_low
 
@@ -95,18 +122,25 @@ def logits_gradient(
     """dL/dinput, in a new tensor or over `input`."""
     grad = input if inplace else torch.empty_like(input)
     target = target.reshape(-1).contiguous()
-    tile = launch.tile(input.shape[-1], input.element_size(), strided=input.stride(-1) != 1)
-    programs_per_row = -(-input.shape[-1] // (launch.GRAD_TILES * tile.columns))
-    for rows, (x, out) in _strided_rows(input, grad):
-        a, b, c, u = (lse[rows] if number is None else number[rows] for number in coefficients)
-        with _on(input.device):
-            token_grad_kernel[(x.shape[0] * x.shape[1], programs_per_row)](
-                x_ptr=x,
-                grad_ptr=out,
-                target_ptr=target[rows],
-                lse_ptr=lse[rows],
-                logprob_ptr=logprob[rows],
-                lse_low_ptr=lse_low[rows],
+    contiguous = input.stride(-1) == 1
+    tile = launch.tile(
+        gpu.architecture(input.device),
+        input.shape[-1],
+        input.element_size(),
+        contiguous=contiguous,
+        plain=head.is_identity and coefficients.b is None,
+    )
+    span = launch.SPAN_TILES * tile.columns
+    for flat, (x, out) in strided_rows(input, grad):
+        a, b, c, u = (lse[flat] if number is None else number[flat] for number in coefficients)
+        with gpu.on(input.device):
+            token_grad_kernel[(x.shape[0] * x.shape[1], -(-input.shape[-1] // span))](
+                x_ptr=x.data,
+                grad_ptr=out.data,
+                target_ptr=target[flat],
+                lse_ptr=lse[flat],
+                logprob_ptr=logprob[flat],
+                lse_low_ptr=lse_low[flat],
                 a_ptr=a,
                 b_ptr=b,
                 c_ptr=c,
@@ -115,21 +149,123 @@ def logits_gradient(
                 vocab_size=vocab_size,
                 ignore_index=ignore_index,
                 inner_rows=x.shape[1],
-                x_stride_outer=x.stride(0),
-                x_stride_inner=x.stride(1),
-                x_stride_v=x.stride(2),
-                grad_stride_outer=out.stride(0),
-                grad_stride_inner=out.stride(1),
-                grad_stride_v=out.stride(2),
+                x_offset=x.offset,
+                x_stride_outer=x.stride[0],
+                x_stride_inner=x.stride[1],
+                x_stride_v=x.stride[2],
+                grad_offset=out.offset,
+                grad_stride_outer=out.stride[0],
+                grad_stride_inner=out.stride[1],
+                grad_stride_v=out.stride[2],
                 HAS_A=coefficients.a is not None,
                 HAS_B=coefficients.b is not None,
                 HAS_C=coefficients.c is not None,
                 HAS_U=coefficients.u is not None,
-                TILES=launch.GRAD_TILES,
+                PADDED=vocab_size < input.shape[-1],
+                CONTIGUOUS=contiguous,
+                GRAD_CONTIGUOUS=out.stride[2] == 1,
+                GRAD_ALIGNED=contiguous and out.alignment() == x.alignment(),
+                SPAN=span,
                 **_head_arguments(head),
-                **tile._asdict(),
+                **tile.arguments(),
             )
     return grad
+
+
+def loss_and_gradient(
+    input: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    divisor: Tensor | None,
+    label_smoothing: float,
+    z_loss_weight: float,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    *,
+    inplace: bool,
+    on_clusters: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+
+    That in a new tensor or over `input`.
+    """
+    grad = input if inplace else torch.empty_like(input)
+    target = target.reshape(-1).contiguous()
+    dtype = compute_dtype(input.dtype)
+    loss = torch.empty(target.numel(), dtype=dtype, device=input.device)
+    weight = loss if token_weight is None else token_weight.reshape(-1).to(dtype).contiguous()
+    contiguous = input.stride(-1) == 1 and grad.stride(-1) == 1
+    for flat, (x, out) in strided_rows(input, grad):
+        rows = x.shape[0] * x.shape[1]
+        plan = launch.one_pass(
+            gpu.architecture(input.device),
+            input.shape[-1],
+            input.element_size(),
+            contiguous=contiguous,
+            plain=head.is_identity,
+            rows=rows,
+            processors=gpu.processors(input.device),
+            l2_bytes=gpu.l2_bytes(input.device),
+            clusters=on_clusters,
+        )
+        with gpu.on(input.device):
+            loss_and_grad_kernel[(plan.programs,)](
+                x_ptr=x.data,
+                grad_ptr=out.data,
+                target_ptr=target[flat],
+                loss_ptr=loss[flat],
+                weight_ptr=weight[flat],
+                divisor_ptr=loss if divisor is None else divisor.to(dtype),
+                rows=rows,
+                columns_in_memory=input.shape[-1],
+                vocab_size=vocab_size,
+                ignore_index=ignore_index,
+                inner_rows=x.shape[1],
+                x_offset=x.offset,
+                x_stride_outer=x.stride[0],
+                x_stride_inner=x.stride[1],
+                x_stride_v=x.stride[2],
+                grad_offset=out.offset,
+                grad_stride_outer=out.stride[0],
+                grad_stride_inner=out.stride[1],
+                grad_stride_v=out.stride[2],
+                smoothing=label_smoothing,
+                z_loss_weight=z_loss_weight,
+                HAS_WEIGHT=token_weight is not None,
+                HAS_DIVISOR=divisor is not None,
+                SMOOTHING=label_smoothing > 0,
+                PADDED=vocab_size < input.shape[-1],
+                CONTIGUOUS=contiguous,
+                GRAD_CONTIGUOUS=out.stride[2] == 1,
+                GRAD_ALIGNED=contiguous and out.alignment() == x.alignment(),
+                ON_CHIP=plan.on_chip,
+                **_head_arguments(head),
+                **plan.tile.arguments(),
+            )
+    return loss, grad
+
+
+def scale_(grad: Tensor, upstream: Tensor) -> None:
+    """grad [..., V] *= upstream [...] or [], unless that is 1."""
+    upstream = upstream.reshape(-1).to(compute_dtype(grad.dtype))
+    block = launch.SCALE_BLOCK
+    for flat, (rows,) in strided_rows(grad):
+        n = rows.shape[0] * rows.shape[1]
+        one = upstream.numel() == 1
+        with gpu.on(grad.device):
+            scale_kernel[(n, -(-grad.shape[-1] // block))](
+                grad_ptr=rows.data,
+                upstream_ptr=upstream if one else upstream[flat],
+                columns=grad.shape[-1],
+                offset=rows.offset,
+                inner_rows=rows.shape[1],
+                stride_outer=rows.stride[0],
+                stride_inner=rows.stride[1],
+                stride_v=rows.stride[2],
+                upstream_stride=0 if one else upstream.stride(0),
+                BLOCK=block,
+            )
 
 
 def _head_arguments(head: Head) -> dict[str, Any]:
@@ -139,46 +275,3 @@ def _head_arguments(head: Head) -> dict[str, Any]:
         HAS_SOFTCAP=head.softcap is not None,
         HAS_SCALE=head.logit_scale != 1.0,
     )
-
-
-def _strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Tensors of one shape [..., V] as views [outer, inner, V], with the flat rows each covers.
-
-    Almost always one view: leading dimensions are merged wherever their strides allow.
-    """
-    sizes: list[int] = []
-    strides: list[list[int]] = []
-    for dim, size in enumerate(tensors[0].shape[:-1]):
-        here = [t.stride(dim) for t in tensors]
-        if size == 1:
-            continue
-        if sizes and all(
-            above == size * stride for above, stride in zip(strides[-1], here, strict=True)
-        ):
-            sizes[-1] *= size
-            strides[-1] = here
-        else:
-            sizes.append(size)
-            strides.append(here)
-    while len(sizes) < 2:
-        sizes.insert(0, 1)
-        strides.insert(0, [0] * len(tensors))
-    rows = sizes[-2] * sizes[-1]
-    if prod(sizes) == 0:
-        return
-    for piece, index in enumerate(product(*(range(size) for size in sizes[:-2]))):
-        views = []
-        for i, t in enumerate(tensors):
-            offset = t.storage_offset() + sum(
-                k * s[i] for k, s in zip(index, strides, strict=False)
-            )
-            shape = (sizes[-2], sizes[-1], t.shape[-1])
-            views.append(
-                t.as_strided(shape, (strides[-2][i], strides[-1][i], t.stride(-1)), offset)
-            )
-        yield slice(piece * rows, (piece + 1) * rows), views
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -264,12 +264,20 @@ def class_weight(weight: object) -> None:
         )
 
 
-def grad_in_forward(value: object) -> None:
+def grad_in_forward(value: object, token_weight: Tensor | None) -> None:
     flag("grad_in_forward", value)
-    if value:
-        raise NotImplementedError(
-            "grad_in_forward=True is not supported yet: pass False; the result is the same"
+    if value and token_weight is not None and token_weight.requires_grad:
+        raise ValueError(
+            "grad_in_forward=True computes the gradient of input alone, but token_weight requires "
+            "one too: pass token_weight.detach(), or grad_in_forward=False"
         )
+
+
+def second_backward() -> None:
+    raise RuntimeError(
+        "grad_in_forward=True keeps one gradient, which the first backward has handed over: "
+        "for a second backward pass grad_in_forward=False"
+    )
 
 
 def inplace_backward(value: object, input: Tensor) -> None:

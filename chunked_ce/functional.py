@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import checks, ops  # noqa: F401  (importing ops registers the operators)
-from .stats import TokenStats, is_scored
+from .blocks import compute_dtype
+from .one_pass import one_pass_loss
+from .stats import TokenStats, is_scored, token_loss
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # As Triton reads it, and when it does: a change after the import comes too late for both.
@@ -91,9 +93,12 @@ def token_stats(
         ("argmax", argmax),
     ):
         checks.flag(name, value)
+    ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
+        input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
+    )
     return _token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale,
-        entropy, mean_logprob, rank, argmax, inplace_backward, backend,
+        input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
+        entropy, mean_logprob, rank, argmax, inplace_backward,
     )  # fmt: skip
 
 
@@ -142,7 +147,12 @@ def cross_entropy(
         num_items: what "mean" divides by instead (gradient accumulation); an int or a 0-d tensor on
             any device.
         inplace_backward: see :func:`token_stats`.
-        grad_in_forward: not supported yet.
+        grad_in_forward: computes the gradient in forward, reading the logits once: 4 bytes moved
+            per bf16 logit instead of 6. The gradient, N·V elements, is held until backward, which
+            hands it over: a second backward raises. With `inplace_backward=True` it is written
+            over `input` at once, the least memory and traffic: after the call `input` holds its
+            gradient, and autograd raises if another backward needs its values. The gradient of
+            `token_weight` is not computed. Under torch.compile it changes nothing.
         backend: see :func:`token_stats`.
 
     Returns:
@@ -151,58 +161,64 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
-        NotImplementedError: class weights, a class dimension that is not last, grad_in_forward.
+        NotImplementedError: class weights, a class dimension that is not last.
     """
     checks.logits(input)
     checks.target_indices(target)
     checks.class_dimension(input, target, dim)
     checks.one_target_per_row(input, target)
     checks.class_weight(weight)
-    checks.grad_in_forward(grad_in_forward)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.token_weight(token_weight, input, target)
+    checks.grad_in_forward(grad_in_forward, token_weight)
     num_items = checks.num_items(num_items, reduction)
-    stats = _token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale,
-        False, label_smoothing > 0, False, False, inplace_backward, backend,
-    )  # fmt: skip
-    loss = -stats.logprob
-    if stats.mean_logprob is not None:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logprob
-    if z_loss_weight > 0:
-        loss = loss + z_loss_weight * stats.lse.square()
-    divisor = is_scored(target, ignore_index)
+    ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
+        input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
+    )
+    weight = is_scored(target, ignore_index)
     if token_weight is not None:
-        divisor = torch.where(divisor, token_weight.to(loss.dtype), 0.0)
-        loss = loss * divisor
+        weight = torch.where(weight, token_weight.to(compute_dtype(input.dtype)), 0.0)
+    divisor: int | Tensor | None = None
+    if reduction == "mean":
+        divisor = weight.sum() if num_items is None else num_items
+        if isinstance(num_items, Tensor):
+            divisor = num_items.to(input.device, compute_dtype(input.dtype), non_blocking=True)
+    # A tracer plans reads and writes itself.
+    if grad_in_forward and _wants_gradient(input) and not torch.compiler.is_compiling():
+        return one_pass_loss(
+            input, target, token_weight if token_weight is None else weight, divisor, reduction,
+            label_smoothing, z_loss_weight,
+            ignore_index, vocab_size, softcap, logit_scale, backend, inplace_backward,
+        )  # fmt: skip
+    stats = _token_stats(
+        input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
+        False, label_smoothing > 0, False, False, inplace_backward,
+    )  # fmt: skip
+    loss = token_loss(stats, label_smoothing, z_loss_weight)
+    if token_weight is not None:
+        loss = loss * weight
     if reduction == "none":
         return loss + 0.0  # an ignored token's -0 becomes 0
     total = loss.sum()
-    if reduction == "sum":
-        return total
-    if num_items is None:
-        return total / divisor.sum()
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(loss.device, loss.dtype, non_blocking=True)
-    return total / num_items
+    return total if divisor is None else total / divisor
 
 
-def _token_stats(
+def _wants_gradient(input: Tensor) -> bool:
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def _common(
     input: Tensor,
-    target: Tensor,
     ignore_index: int,
     vocab_size: int | None,
     softcap: float | None,
     logit_scale: float,
-    entropy: bool,
-    mean_logprob: bool,
-    rank: bool,
-    argmax: bool,
     inplace_backward: bool,
     backend: str,
-) -> TokenStats:
+) -> tuple[int, int, float | None, float, bool, str]:
+    """The arguments that all functions share, checked."""
     ignore_index = checks.ignore_index(ignore_index)
     vocab_size = checks.vocab_size(vocab_size, input)
     softcap = checks.softcap(softcap)
@@ -211,6 +227,23 @@ def _token_stats(
     # A tracer cannot tell who else needs the logits, and plans the memory itself.
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     backend = _choose_backend(backend, input.device)
+    return ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
+
+
+def _token_stats(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    entropy: bool,
+    mean_logprob: bool,
+    rank: bool,
+    argmax: bool,
+    inplace_backward: bool,
+) -> TokenStats:
     lse, logprob, _, entropies, means, ranks, winners = torch.ops.chunked_ce.token_stats(
         input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
         entropy, mean_logprob, rank, argmax, inplace_backward,

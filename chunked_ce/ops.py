@@ -19,22 +19,24 @@ from . import backend_torch, checks
 from .blocks import Head, compute_dtype
 from .stats import Coefficients, TokenStats, coefficients
 
-_library = torch.library.Library("chunked_ce", "DEF")
+library = torch.library.Library("chunked_ce", "DEF")
 
-_SHARED = "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
+SHARED_SCHEMA = (
+    "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
+)
 _GRADIENT = (
     "Tensor target, Tensor lse, Tensor logprob, Tensor lse_low, "
-    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, " + _SHARED
+    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, " + SHARED_SCHEMA
 )
 
-_library.define(
-    f"token_stats(Tensor input, Tensor target, {_SHARED}, "
+library.define(
+    f"token_stats(Tensor input, Tensor target, {SHARED_SCHEMA}, "
     "bool entropy, bool mean_logprob, bool rank, bool argmax, bool inplace_backward) -> "
     "(Tensor lse, Tensor logprob, Tensor lse_low, "
     "Tensor entropy, Tensor mean_logprob, Tensor rank, Tensor argmax)",
 )
-_library.define(f"token_grad(Tensor input, {_GRADIENT}) -> Tensor")
-_library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
+library.define(f"token_grad(Tensor input, {_GRADIENT}) -> Tensor")
+library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
 
 
 def _token_stats(
@@ -51,8 +53,7 @@ def _token_stats(
     argmax: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
-    if os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
-        checks.targets_in_range(target, vocab_size, ignore_index)
+    check_targets_if_asked(target, vocab_size, ignore_index)
     wanted = dict(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     if target.numel() == 0:
         return _new_outputs(input, target, **wanted)
@@ -70,6 +71,12 @@ def _token_stats(
             input, target, ignore_index, options, **wanted
         )
     return _outputs(stats, lse_low, target.shape)
+
+
+def check_targets_if_asked(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Where looking at targets means waiting for a GPU, the user says when to."""
+    if os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
+        checks.targets_in_range(target, vocab_size, ignore_index)
 
 
 def _outputs(stats: TokenStats, lse_low: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -196,17 +203,17 @@ def _differentiable_token_stats(input: Tensor, *arguments: Any) -> Any:
         return torch.ops.chunked_ce.token_stats(input, *arguments)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+def no_double_backward(ctx: Any, *grads: Tensor) -> None:
     checks.double_backward()
 
 
-_library.impl("token_stats", _token_stats, "CompositeExplicitAutograd")
-_library.impl("token_stats", _differentiable_token_stats, "Autograd")
-_library.impl("token_grad", _token_grad, "CompositeExplicitAutograd")
-_library.impl("token_grad_", _token_grad_, "CompositeExplicitAutograd")
-torch.library.register_fake("chunked_ce::token_stats", _fake_token_stats, lib=_library)
+library.impl("token_stats", _token_stats, "CompositeExplicitAutograd")
+library.impl("token_stats", _differentiable_token_stats, "Autograd")
+library.impl("token_grad", _token_grad, "CompositeExplicitAutograd")
+library.impl("token_grad_", _token_grad_, "CompositeExplicitAutograd")
+torch.library.register_fake("chunked_ce::token_stats", _fake_token_stats, lib=library)
 torch.library.register_fake(
-    "chunked_ce::token_grad", lambda input, *_: torch.empty_like(input), lib=_library
+    "chunked_ce::token_grad", lambda input, *_: torch.empty_like(input), lib=library
 )
-torch.library.register_fake("chunked_ce::token_grad_", lambda input, *_: None, lib=_library)
-torch.library.register_autograd("chunked_ce::token_grad", _no_double_backward, lib=_library)
+torch.library.register_fake("chunked_ce::token_grad_", lambda input, *_: None, lib=library)
+torch.library.register_autograd("chunked_ce::token_grad", no_double_backward, lib=library)

@@ -41,6 +41,17 @@ class TokenStats(NamedTuple):
     argmax: Tensor | None = None  # the winning class
 
 
+def token_loss(stats: TokenStats, label_smoothing: float, z_loss_weight: float) -> Tensor:
+    """Each token's loss, before its weight. Label smoothing wants `mean_logprob`."""
+    loss = -stats.logprob
+    if label_smoothing > 0:
+        assert stats.mean_logprob is not None
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logprob
+    if z_loss_weight > 0:
+        loss = loss + z_loss_weight * stats.lse.square()
+    return loss
+
+
 class Part(NamedTuple):
     """Sums over some of the classes of each row, the target left out. All [rows]."""
 
@@ -173,6 +184,20 @@ def coefficients(
 
 def _plus(x: Tensor | None, y: Tensor) -> Tensor:
     return y if x is None else x + y
+
+
+def token_loss_coefficients(
+    stats: TokenStats, weight: Tensor, label_smoothing: float, z_loss_weight: float, vocab_size: int
+) -> Coefficients:
+    """The coefficients of `token_loss` times `weight` [rows]."""
+    return coefficients(
+        2.0 * z_loss_weight * stats.lse * weight if z_loss_weight > 0 else None,
+        (label_smoothing - 1.0) * weight,
+        None,
+        -label_smoothing * weight if label_smoothing > 0 else None,
+        stats.lse,
+        vocab_size,
+    )
 
 
 class RowGradient(NamedTuple):

@@ -2,43 +2,195 @@
 
 lse and logprob, and on request entropy, mean_logprob, rank, argmax.
 
-The target is left out of the running sums: over the other classes, with m = max z and
-s = sum exp(z - m), d = m + log s - z_target, the loss is
-
-    -logprob = log(1 + exp(d))          lse = z_target - logprob
-
-so a confident token's loss of 1e-8 is computed as 1e-8, not as log(1 + 1e-8) = 0.
+A row is summed in segments of SEGMENT columns, whose parts `finish_kernel` merges in ascending
+order. How many segments one program walks is the launch's choice: no result depends on it.
 """
 
 import triton
 import triton.language as tl
 
 from .streaming import (
+    LN_2,
     LOG2_E,
-    finite_or_zero,
+    apart,
+    at,
+    body_start,
+    group_starts,
     head_transform,
-    log1p,
-    precise_exp,
+    lanes,
+    log2_e_of,
+    merge,
+    nothing,
+    row_loss,
     row_start,
-    tile_columns,
+    row_window,
+    step,
+    target_group,
 )
 
 MAX_INT = tl.constexpr(2147483647)
+# Of a part, floats: m, s, and on request sum exp2(z - m) (z - m), sum (z - origin), largest key;
+# integers: how many beat the target, the class of the largest key. The target is in none of m, s.
+FLOATS, INTEGERS = tl.constexpr(5), tl.constexpr(2)
 
 
 @triton.jit
+def load_target(
+    x_ptr, target, stride_v, vocab_size, scored, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The target's logit; NaN where it is +inf, as torch has it, or the target out of range."""
+    read = scored & (target >= 0) & (target < vocab_size)
+    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    x = tl.load(x_ptr + target * stride_v, mask=read, other=float("nan")).to(DTYPE)
+    z = head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
+    return tl.where(z == float("inf"), float("nan"), z)
+
+
+@triton.jit
+def add_exponentials(z, m, s, weighted, ENTROPY: tl.constexpr):
+    """Adds a tile z [G, W] to each group's running maximum and sums [G]."""
+    m_new = tl.maximum(m, tl.max(z, 1) * LOG2_E)
+    shifted = tl.fma(z, log2_e_of(z), -tl.broadcast_to(m_new[:, None], z.shape))
+    e = tl.exp2(shifted)
+    rescale = tl.exp2(m - m_new)
+    if ENTROPY:
+        weighted = (weighted + s * (m - m_new)) * rescale
+        weighted += tl.sum(tl.where(z == float("-inf"), 0.0, e * shifted), 1)
+    return m_new, s * rescale + tl.sum(e, 1), weighted
+
+
+@triton.jit
+def add_ranks(z, columns, valid, z_target, target, beaten_by, key, best,
+              RANK: tl.constexpr, ARGMAX: tl.constexpr):  # fmt: skip
+    """Counts classes that beat the target, and keeps the best class of each group [G]."""
+    if RANK:
+        wins = (z > z_target) | (z != z) | ((z == z_target) & (columns < target))
+        beaten_by += tl.sum((wins & valid & (columns != target)).to(tl.int32), 1)
+    if ARGMAX:
+        k = tl.where(z != z, float("inf"), z)
+        top = tl.max(k, 1)
+        column = tl.min(tl.where((k == top[:, None]) & valid, columns, MAX_INT), 1)
+        best = tl.where((top > key) | (best == MAX_INT), column, best)
+        key = tl.maximum(key, top)
+    return beaten_by, key, best
+
+
+@triton.jit
+def add_groups(m, s, weighted):
+    """The sums [G] of all groups as one."""
+    top = tl.max(m, 0)
+    scale = tl.exp2(m - top)
+    return top, tl.sum(s * scale, 0), tl.sum((weighted + s * (m - top)) * scale, 0)
+
+
+@triton.jit
+def best_of(key, best):
+    """(largest key [G], its class: the lowest where several have it)."""
+    top = tl.max(key, 0)
+    return top, tl.min(tl.where(key == top, best, MAX_INT), 0)
+
+
+@triton.jit
+def better(key, best, other_key, other_best):
+    """The larger key and its class; on a tie the lower class."""
+    wins = (other_key > key) | ((other_key == key) & (other_best < best))
+    return tl.maximum(key, other_key), tl.where(wins, other_best, best)
+
+
+@triton.jit
+def sum_body(
+    x_ptr, length, first_column, group, stride_v, origin, z_target, target, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr,
+    MEAN_LOGPROB: tl.constexpr, RANK: tl.constexpr, ARGMAX: tl.constexpr, PADDED: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The sums of `length` positions of a row's body, all but the target's group.
+
+    PADDED: `length` need not be a multiple of WIDTH.
+    """
+    m, s, weighted = nothing([GROUPS], origin.dtype)
+    total = tl.zeros([GROUPS], origin.dtype)
+    beaten_by = tl.zeros([GROUPS], tl.int32)
+    key = tl.full([GROUPS], float("-inf"), origin.dtype)
+    best = tl.full([GROUPS], MAX_INT, tl.int32)
+    tile = group_starts(GROUPS, WIDTH) + lanes(WIDTH)
+    for i in range(0, length, GROUPS * WIDTH):
+        groups = i + group_starts(GROUPS, WIDTH)
+        valid = tl.broadcast_to((groups < length) & (groups != group), [GROUPS, WIDTH])
+        if PADDED:
+            valid &= i + tile < length
+        x = tl.load(x_ptr + at(tile, stride_v, CONTIGUOUS), mask=valid, other=float("-inf"))
+        # An offset from the loop's counter would make that, and its comparisons, 64 bits wide.
+        x_ptr += step(GROUPS * WIDTH, stride_v, CONTIGUOUS)
+        z = x.to(origin.dtype)
+        if HAS_SOFTCAP or HAS_SCALE:
+            # Mask after the transform: softcap would make a padding of -inf finite.
+            z = head_transform(z, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
+            z = tl.where(valid, z, float("-inf"))
+        if MEAN_LOGPROB:
+            total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
+        beaten_by, key, best = add_ranks(
+            z, first_column + i + tile, valid, z_target, target, beaten_by, key, best,
+            RANK, ARGMAX,
+        )  # fmt: skip
+        m, s, weighted = add_exponentials(z, m, s, weighted, ENTROPY)
+    m, s, weighted = add_groups(m, s, weighted)
+    key, best = best_of(key, best)
+    return m, s, weighted, tl.sum(total, 0), tl.sum(beaten_by, 0), key, best
+
+
+@triton.jit
+def sum_apart(
+    x_ptr, head, body, columns, group, stride_v, origin, z_target, target, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr,
+    MEAN_LOGPROB: tl.constexpr, RANK: tl.constexpr, ARGMAX: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The sums of a row's head, tail and the target's group."""
+    edge, valid = apart(head, body, columns, group, WIDTH)
+    valid &= edge < columns
+    x = tl.load(x_ptr + edge.to(tl.int64) * stride_v, mask=valid, other=0.0).to(origin.dtype)
+    z = head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
+    total = tl.zeros([4], origin.dtype)
+    if MEAN_LOGPROB:
+        total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
+    valid &= edge != target
+    z = tl.where(valid, z, float("-inf"))
+    beaten_by, key, best = add_ranks(
+        z, edge, valid, z_target, target, tl.zeros([4], tl.int32),
+        tl.full([4], float("-inf"), origin.dtype), tl.full([4], MAX_INT, tl.int32), RANK, ARGMAX,
+    )  # fmt: skip
+    m, s, weighted = nothing([4], origin.dtype)
+    m, s, weighted = add_exponentials(z, m, s, weighted, ENTROPY)
+    m, s, weighted = add_groups(m, s, weighted)
+    key, best = best_of(key, best)
+    return m, s, weighted, tl.sum(total, 0), tl.sum(beaten_by, 0), key, best
+
+
+@triton.jit(
+    do_not_specialize=[  # so that another number of rows or of classes compiles nothing new
+        "rows",
+        "segments",
+        "segments_per_program",
+        "vocab_size",
+        "ignore_index",
+        "offset",
+        "inner_rows",
+        "stride_outer",
+        "stride_inner",
+    ]
+)
 def token_stats_kernel(
-    x_ptr,  # [rows, V] logits, rows addressed by (stride_outer, stride_inner)
+    x_ptr,  # [rows, V] logits, rows addressed by (offset, stride_outer, stride_inner)
     target_ptr,  # [rows] integers
-    lse_ptr,
-    logprob_ptr,
-    lse_low_ptr,
-    entropy_ptr,
-    mean_logprob_ptr,
-    rank_ptr,
-    argmax_ptr,  # all [rows]; the last four are read only when asked for
+    floats_ptr,  # [FLOATS, rows, segments]
+    integers_ptr,  # [INTEGERS, rows, segments], touched only for RANK and ARGMAX
+    rows,
+    segments,
+    segments_per_program,
     vocab_size,
     ignore_index,
+    offset,
     inner_rows,
     stride_outer,
     stride_inner,
@@ -51,110 +203,167 @@ def token_stats_kernel(
     MEAN_LOGPROB: tl.constexpr,
     RANK: tl.constexpr,
     ARGMAX: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     target = tl.load(target_ptr + row).to(tl.int64)
-    ignored = target == ignore_index
-    in_range = (target >= 0) & (target < vocab_size)
-    x_ptr += row_start(row, inner_rows, stride_outer, stride_inner)
+    scored = target != ignore_index
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     softcap = tl.full([], softcap, DTYPE)
     logit_scale = tl.full([], logit_scale, DTYPE)
-
-    z_target = tl.load(
-        x_ptr + target * stride_v, mask=in_range & (ignored == 0), other=float("nan")
-    ).to(DTYPE)
-    z_target = head_transform(z_target, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
-    z_target = tl.where(z_target == float("inf"), float("nan"), z_target)
+    start = row_start(row, offset, inner_rows, stride_outer, stride_inner)
+    z_target = load_target(
+        x_ptr + start, target, stride_v, vocab_size, scored,
+        softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE,
+    )  # fmt: skip
     # Sums of z are taken from the target's logit, so that a large common offset cancels.
     origin = tl.where(z_target == float("-inf"), 0.0, z_target)
-    tile = tile_columns(GROUPS, WIDTH)
-    target_column = tl.where(in_range, target, -1).to(tl.int32)
-    end = tl.where(ignored, 0, vocab_size)  # an ignored row is not read
-
-    m = tl.full([GROUPS], float("-inf"), DTYPE)
-    s = tl.zeros([GROUPS], DTYPE)
-    weighted = tl.zeros([GROUPS], DTYPE)  # sum exp(z - m) (z - m)
-    total = tl.zeros([GROUPS], DTYPE)  # sum (z - origin)
-    beaten_by = tl.zeros([GROUPS], tl.int32)
-    best_key = tl.full([GROUPS], float("-inf"), DTYPE)
-    best = tl.arange(0, GROUPS) * WIDTH
-    for start in range(0, end, GROUPS * WIDTH):
-        columns = start + tile
-        valid = columns < end
-        x = tl.load(x_ptr + columns.to(tl.int64) * stride_v, mask=valid, other=0.0).to(DTYPE)
-        # Mask after the transform: softcap would make a padding of -inf finite.
-        z = tl.where(
-            valid, head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE), float("-inf")
-        )
-        if MEAN_LOGPROB:
-            total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
-        z = tl.where(columns == target_column, float("-inf"), z)
-        if RANK:
-            wins = (z > z_target) | (z != z) | ((z == z_target) & (columns < target_column))
-            beaten_by += tl.sum((wins & valid & (columns != target_column)).to(tl.int32), 1)
-        if ARGMAX:
-            key = tl.where(z != z, float("inf"), z)
-            top = tl.max(key, 1)
-            column = tl.min(tl.where(key == top[:, None], columns, MAX_INT), 1)
-            best = tl.where(top > best_key, column, best)
-            best_key = tl.maximum(best_key, top)
-        m_new = tl.maximum(m, tl.max(z, 1))
-        reference = finite_or_zero(m_new)
-        rescale = tl.exp2((m - reference) * LOG2_E)
-        shifted = z - reference[:, None]
-        e = tl.exp2(shifted * LOG2_E)
+    columns = tl.where(scored, vocab_size, 0)  # an ignored row is not read
+    head, body = row_window(start, columns, WIDTH, CONTIGUOUS)
+    target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
+    group = target_group(target_column, head, body, WIDTH)
+    body_ptr = x_ptr + body_start(start, head, stride_v, WIDTH, CONTIGUOUS)
+    first_segment = tl.program_id(1) * segments_per_program
+    last_segment = tl.minimum(first_segment + segments_per_program, segments)
+    for segment in range(first_segment, last_segment):
+        begin = segment * SEGMENT
+        m, s, weighted, total, beaten_by, key, best = sum_body(
+            body_ptr + at(begin, stride_v, CONTIGUOUS), tl.minimum(body - begin, SEGMENT),
+            head + begin, group - begin, stride_v, origin, z_target, target_column,
+            softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE, ENTROPY, MEAN_LOGPROB, RANK, ARGMAX,
+            False, CONTIGUOUS, GROUPS, WIDTH,
+        )  # fmt: skip
+        if segment == 0:
+            edge_m, edge_s, edge_weighted, edge_total, edge_beaten_by, edge_key, edge_best = (
+                sum_apart(
+                    x_ptr + start, head, body, columns, group, stride_v, origin, z_target,
+                    target_column, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE,
+                    ENTROPY, MEAN_LOGPROB, RANK, ARGMAX, WIDTH,
+                )
+            )  # fmt: skip
+            m, s, weighted = merge(m, s, weighted, edge_m, edge_s, edge_weighted)
+            total += edge_total
+            beaten_by += edge_beaten_by
+            key, best = better(key, best, edge_key, edge_best)
+        part = row.to(tl.int64) * segments + segment
+        here = floats_ptr + part
+        field = tl.cast(rows, tl.int64) * segments
+        tl.store(here, m)
+        tl.store(here + field, s)
         if ENTROPY:
-            weighted = (weighted + s * tl.where(m == float("-inf"), 0.0, m - reference)) * rescale
-            weighted += tl.sum(tl.where(z == float("-inf"), 0.0, e * shifted), 1)
-        s = s * rescale + tl.sum(e, 1)
-        m = m_new
+            tl.store(here + 2 * field, weighted)
+        if MEAN_LOGPROB:
+            tl.store(here + 3 * field, total)
+        if RANK:
+            tl.store(integers_ptr + part, beaten_by)
+        if ARGMAX:
+            tl.store(here + 4 * field, key)
+            tl.store(integers_ptr + field + part, best)
 
-    group_m = m
-    m = tl.max(group_m, 0)
-    shift = tl.where(group_m == float("-inf"), 0.0, group_m - finite_or_zero(m))
-    rescale = tl.where(group_m == float("-inf"), 0.0, tl.exp2(shift * LOG2_E))
-    # A NaN leaves group_m at -inf when nothing else was seen: s still carries it.
-    rescale = tl.where(s != s, 1.0, rescale)
-    group_s = s
-    s = tl.sum(group_s * rescale, 0)
 
-    gap = m - z_target
-    back = gap - m
-    gap_low = (m - (gap - back)) - (z_target + back)  # what rounding took from it (Knuth's TwoSum)
-    ratio = s * precise_exp(gap) * (1.0 + tl.where(gap_low == gap_low, gap_low, 0.0))
-    d = gap + tl.log(s)
-    tail = log1p(tl.where(d < 0.0, ratio, tl.exp(-d)))
-    loss = tl.where(d > 0.0, d, 0.0) + tl.where(d == d, tail, d)
-    above_m = tl.where(d > 0.0, tl.log(s) + tail, loss - gap)  # lse - m
-    lse = tl.where(d > 0.0, m + above_m, z_target + loss)
-    tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
-    tl.store(logprob_ptr + row, tl.where(ignored, 0.0, -loss))
-    # What rounding took from lse: 0.0005 when all logits are near 1e4.
-    lse_low = tl.where(d > 0.0, (m - lse) + above_m, (z_target - lse) + loss)
-    tl.store(lse_low_ptr + row, tl.where(ignored, 0.0, lse_low))
+@triton.jit(
+    do_not_specialize=[  # so that another number of rows or of classes compiles nothing new
+        "rows",
+        "segments",
+        "vocab_size",
+        "ignore_index",
+        "offset",
+        "inner_rows",
+        "stride_outer",
+        "stride_inner",
+        "stride_v",
+    ]
+)
+def finish_kernel(
+    x_ptr,
+    target_ptr,
+    floats_ptr,
+    integers_ptr,
+    lse_ptr,
+    logprob_ptr,
+    lse_low_ptr,
+    entropy_ptr,
+    mean_logprob_ptr,
+    rank_ptr,
+    argmax_ptr,  # all [rows]; the last four are written only when asked for
+    rows,
+    segments,
+    vocab_size,
+    ignore_index,
+    offset,
+    inner_rows,
+    stride_outer,
+    stride_inner,
+    stride_v,
+    softcap: "fp64",
+    logit_scale: "fp64",
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGPROB: tl.constexpr,
+    RANK: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Merges the parts of each row and writes its statistics, ROWS rows a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    target = tl.load(target_ptr + row, mask=here, other=0).to(tl.int64)
+    scored = target != ignore_index
+    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    softcap = tl.full([], softcap, DTYPE)
+    logit_scale = tl.full([], logit_scale, DTYPE)
+    start = row_start(row, offset, inner_rows, stride_outer, stride_inner)
+    z_target = load_target(
+        x_ptr + start, target, stride_v, vocab_size, scored & here,
+        softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE,
+    )  # fmt: skip
+    field = tl.cast(rows, tl.int64) * segments
+    m, s, weighted = nothing([ROWS], DTYPE)
+    total = tl.zeros([ROWS], DTYPE)
+    beaten_by = tl.zeros([ROWS], tl.int32)
+    key = tl.full([ROWS], float("-inf"), DTYPE)
+    best = tl.full([ROWS], MAX_INT, tl.int32)
+    for segment in range(0, segments):
+        part = row.to(tl.int64) * segments + segment
+        part_m = tl.load(floats_ptr + part, mask=here, other=0.0)
+        part_s = tl.load(floats_ptr + field + part, mask=here, other=0.0)
+        part_weighted = tl.zeros([ROWS], DTYPE)
+        if ENTROPY:
+            part_weighted += tl.load(floats_ptr + 2 * field + part, mask=here, other=0.0)
+        if MEAN_LOGPROB:
+            total += tl.load(floats_ptr + 3 * field + part, mask=here, other=0.0)
+        if RANK:
+            beaten_by += tl.load(integers_ptr + part, mask=here, other=0)
+        if ARGMAX:
+            part_key = tl.load(floats_ptr + 4 * field + part, mask=here, other=float("-inf"))
+            part_best = tl.load(integers_ptr + field + part, mask=here, other=MAX_INT)
+            key, best = better(key, best, part_key, part_best)
+        m, s, weighted = merge(m, s, weighted, part_m, part_s, part_weighted)
+
+    loss, lse, lse_low, above = row_loss(m, s, z_target)
+    tl.store(lse_ptr + row, tl.where(scored, lse, 0.0), mask=here)
+    tl.store(logprob_ptr + row, tl.where(scored, -loss, 0.0), mask=here)
+    tl.store(lse_low_ptr + row, tl.where(scored, lse_low, 0.0), mask=here)
     if ENTROPY:
         # -sum p log p = p_t loss + sum over the others of e^(m - lse) e_j (lse - z_j): no term is
         # negative.
-        weighted = tl.sum((weighted + group_s * shift) * rescale, 0)
-        others = tl.exp(-above_m) * (s * above_m - weighted)
-        others = tl.where(m == float("-inf"), 0.0, others)
+        others = tl.exp2(-above) * (s * above - weighted) * LN_2
         target_part = tl.where(loss == float("inf"), 0.0, tl.exp(-loss) * loss)
-        tl.store(entropy_ptr + row, tl.where(ignored, 0.0, target_part + others))
+        tl.store(entropy_ptr + row, tl.where(scored, target_part + others, 0.0), mask=here)
     if MEAN_LOGPROB:
-        mean = tl.sum(total, 0) / vocab_size + tl.where(origin == z_target, -loss, -lse)
-        tl.store(mean_logprob_ptr + row, tl.where(ignored, 0.0, mean))
+        from_origin = tl.where(z_target == float("-inf"), -lse, -loss)
+        mean = total / vocab_size + from_origin
+        tl.store(mean_logprob_ptr + row, tl.where(scored, mean, 0.0), mask=here)
+    in_range = (target >= 0) & (target < vocab_size)
     if RANK:
-        rank = tl.where(z_target == z_target, tl.sum(beaten_by, 0), vocab_size - 1)
-        tl.store(rank_ptr + row, tl.where(in_range & (ignored == 0), rank, -1).to(tl.int64))
+        rank = tl.where(z_target == z_target, beaten_by, vocab_size - 1)
+        tl.store(rank_ptr + row, tl.where(in_range & scored, rank, -1).to(tl.int64), mask=here)
     if ARGMAX:
-        best_of_all = tl.max(best_key, 0)
-        winner = tl.min(tl.where(best_key == best_of_all, best, MAX_INT), 0)
         target_key = tl.where(z_target != z_target, float("inf"), z_target)
-        ahead = (target_key > best_of_all) | (
-            (target_key == best_of_all) & (target_column < winner)
-        )
-        winner = tl.where(ahead & in_range, target_column, winner)
-        tl.store(argmax_ptr + row, tl.where(ignored, -1, winner).to(tl.int64))
+        ahead = (target_key > key) | ((target_key == key) & (target < best))
+        winner = tl.where(ahead & in_range, target, best.to(tl.int64))
+        tl.store(argmax_ptr + row, tl.where(scored, winner, -1), mask=here)

@@ -10,19 +10,20 @@ import sys
 import torch
 
 from bench.compiled import build, launches
-from chunked_ce import backend_triton
+from chunked_ce import backend_triton, gpu
 from chunked_ce.blocks import Head
 from chunked_ce.stats import Coefficients
 
 PLAIN, CAPPED = Head(None, 1.0), Head(30.0, 0.5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = ("entropy", "mean_logprob", "rank", "argmax")
-# GPT-2's ragged rows; rows on 16 bytes; a view whose classes are strided
+# GPT-2's ragged rows; a view whose classes are strided
 VIEWS = {
     "50257": lambda dtype: torch.empty(8, 50257, dtype=dtype),
-    "50304": lambda dtype: torch.empty(8, 50304, dtype=dtype),
     "strided": lambda dtype: torch.empty(8, 3000, dtype=dtype)[:, ::3],
 }
+# A row that one CTA holds; rows that are streamed; that a cluster holds
+ONE_PASS = {"on chip": (12000, False), "streamed": (50257, False), "cluster": (128256, True)}
 
 
 def variants(dtypes):
@@ -54,14 +55,43 @@ def variants(dtypes):
         )
 
 
-def main(target: str, *dtypes: str) -> None:
+def one_pass_variants(dtypes, target):
+    for dtype, form, everything in itertools.product(dtypes, ONE_PASS, (False, True)):
+        vocab, on_clusters = ONE_PASS[form]
+        if on_clusters and (dtype == torch.float64 or target not in ("sm_90", "sm_100")):
+            continue
+        if dtype == torch.float16 and everything:
+            continue
+        x = torch.empty(8, vocab, dtype=dtype)
+        rows = torch.empty(8)
+        options = (rows, torch.empty(()), 0.1, 1e-4) if everything else (None, None, 0.0, 0.0)
+        yield (
+            f"one pass {dtype} {form} {'everything' if everything else ''}",
+            lambda x=x, r=rows, o=options, v=vocab - 7 * everything, e=everything, c=on_clusters: (
+                backend_triton.loss_and_gradient(
+                    x, r.long(), *o, -100, v, CAPPED if e else PLAIN, inplace=False, on_clusters=c
+                )
+            ),
+        )
+
+
+def main(target: str, *names: str) -> None:
+    gpu.architecture = lambda device: target
+    gpu.l2_bytes = lambda device: 50 << 20
+    dtypes = [getattr(torch, name) for name in names] or DTYPES
     results = []
-    for label, call in variants([getattr(torch, d) for d in dtypes] or DTYPES):
+    for label, call in (*variants(dtypes), *one_pass_variants(dtypes, target)):
         for launch in launches(call):
             built = build(launch, target)
             size = len(built.assembly)
             results.append(
-                dict(label=label, spills=built.spills, registers=built.registers, size=size)
+                dict(
+                    label=label,
+                    kernel=launch.name,
+                    spills=built.spills,
+                    registers=built.registers,
+                    size=size,
+                )
             )
     print(json.dumps(results))
 

@@ -69,7 +69,6 @@ CROSS_ENTROPY = [
     ("smoothing above 1", (X, T), dict(label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),
     ("smoothing of bool", (X, T), dict(label_smoothing=True), TypeError, "label_smoothing must be a number, got bool"),
     ("z-loss below 0", (X, T), dict(z_loss_weight=-1e-4), ValueError, "z_loss_weight is -0.0001"),
-    ("grad_in_forward", (X, T), dict(grad_in_forward=True), NotImplementedError, "grad_in_forward=True is not supported yet"),
     ("grad_in_forward of int", (X, T), dict(grad_in_forward=1), TypeError, "grad_in_forward must be True or False"),
     ("token_weight of list", (X, T), dict(token_weight=[1.0] * 4), TypeError, "token_weight must be a Tensor, got list"),
     ("token_weight of ints", (X, T), dict(token_weight=T), TypeError, "token_weight has dtype torch.int64"),

@@ -1,0 +1,131 @@
+"""`grad_in_forward`: loss and gradient from one read of the logits.
+
+chunked_ce::loss_and_grad   each token's loss, and the gradient of the weighted sum
+chunked_ce::loss_and_grad_  the same over the logits, whose version counter says so
+chunked_ce::scale_          gradient times the upstream gradient, without asking the host for it
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend_torch, checks
+from .blocks import Head, compute_dtype
+from .ops import SHARED_SCHEMA, check_targets_if_asked, library, no_double_backward
+
+_ARGUMENTS = (
+    "Tensor target, Tensor? token_weight, Tensor? divisor, "
+    "float label_smoothing, float z_loss_weight, " + SHARED_SCHEMA
+)
+library.define(f"loss_and_grad(Tensor input, {_ARGUMENTS}) -> (Tensor loss, Tensor grad)")
+library.define(f"loss_and_grad_(Tensor(a!) input, {_ARGUMENTS}) -> Tensor")
+library.define("scale_(Tensor(a!) grad, Tensor upstream, str backend) -> ()")
+
+
+def one_pass_loss(
+    input: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,  # [...], 0 where ignored
+    divisor: int | Tensor | None,
+    reduction: str,
+    *options: Any,  # label_smoothing, ..., backend, inplace_backward
+) -> Tensor:
+    """The reduced loss; its gradient is ready, in new memory or over `input`."""
+    if isinstance(divisor, int):
+        divisor = torch.full((), divisor, dtype=compute_dtype(input.dtype), device=input.device)
+    loss: Tensor = _OnePass.apply(  # type: ignore[no-untyped-call]
+        input, target, token_weight, divisor, reduction, *options
+    )
+    return loss
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        input, target, token_weight, divisor, reduction, *options, inplace = arguments
+        ctx.backend, ctx.spent = options[-1], False
+        given = (input, target, token_weight, divisor, *options)
+        with torch._C._AutoDispatchBelowAutograd():
+            if inplace:
+                loss, grad = torch.ops.chunked_ce.loss_and_grad_(*given), input
+            else:
+                loss, grad = torch.ops.chunked_ce.loss_and_grad(*given)
+        ctx.save_for_backward(grad)
+        value: Tensor = loss if token_weight is None else loss * token_weight
+        if reduction == "none":
+            return value + 0.0  # an ignored token's -0 becomes 0
+        return value.sum() if divisor is None else value.sum() / divisor
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            checks.double_backward()
+        if ctx.spent:
+            checks.second_backward()
+        (grad,) = ctx.saved_tensors
+        ctx.spent = True
+        grad = grad.detach()
+        torch.ops.chunked_ce.scale_(grad, upstream, ctx.backend)
+        return grad, *(None,) * 12
+
+
+def _loss_and_gradient(inplace: bool, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    target, weight, divisor, smoothing, z_loss_weight, *shared = arguments
+    ignore_index, vocab_size, softcap, logit_scale, backend = shared
+    check_targets_if_asked(target, vocab_size, ignore_index)
+    if target.numel() == 0:
+        loss = input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
+        return loss, torch.empty_like(input)
+    input, head = input.detach(), Head(softcap, logit_scale)
+    given = (input, target, weight, divisor, smoothing, z_loss_weight, ignore_index)
+    if backend == "triton":
+        from . import backend_triton, clusters
+
+        loss, grad = backend_triton.loss_and_gradient(
+            *given, vocab_size, head, inplace=inplace, on_clusters=clusters.checked(input.device)
+        )
+    else:
+        options = backend_torch.Options(vocab_size, head, compiled=backend == "inductor")
+        loss, grad = backend_torch.loss_and_gradient(*given, options, inplace=inplace)
+    return loss.view(target.shape), grad
+
+
+def _loss_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _loss_and_gradient(False, *arguments)
+
+
+def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
+    loss, _ = _loss_and_gradient(True, input, *arguments)
+    torch.autograd.graph.increment_version(input)  # a kernel's write is not seen by autograd
+    return loss
+
+
+def _scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
+    if grad.numel() == 0:
+        return
+    if backend == "triton":
+        from . import backend_triton
+
+        backend_triton.scale_(grad, upstream)
+    elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
+        backend_torch.scale_(grad, upstream)
+
+
+def _fake_loss_and_grad_(input: Tensor, target: Tensor, *_: Any) -> Tensor:
+    return input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
+
+
+library.impl("loss_and_grad", _loss_and_grad, "CompositeExplicitAutograd")
+library.impl("loss_and_grad_", _loss_and_grad_, "CompositeExplicitAutograd")
+library.impl("scale_", _scale_, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "chunked_ce::loss_and_grad",
+    lambda input, *rest: (_fake_loss_and_grad_(input, *rest), torch.empty_like(input)),
+    lib=library,
+)
+torch.library.register_fake("chunked_ce::loss_and_grad_", _fake_loss_and_grad_, lib=library)
+torch.library.register_fake("chunked_ce::scale_", lambda *_: None, lib=library)
+torch.library.register_autograd("chunked_ce::loss_and_grad", no_double_backward, lib=library)

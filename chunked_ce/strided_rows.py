@@ -1,0 +1,70 @@
+"""Rows of logits as kernels address them: a pointer on 16 bytes, an offset, and three strides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """[outer, inner, V] logits; element (i, j, v) is at offset + i stride[0] + j stride[1] + ..."""
+
+    data: Tensor  # from the 16-byte boundary at or before the first logit
+    offset: int
+    shape: tuple[int, int, int]
+    stride: tuple[int, int, int]
+
+    def alignment(self) -> tuple[int, int, int]:
+        """Where rows start in a group of 16 bytes: equal for two tensors whose rows do alike."""
+        width = 16 // self.data.element_size()
+        outer, inner = (
+            0 if size == 1 else stride % width
+            for size, stride in zip(self.shape, self.stride[:2], strict=False)
+        )
+        return self.offset % width, outer, inner
+
+
+def strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
+    """Tensors of one shape [..., V] as `Rows`, with the flat rows each covers.
+
+    Almost always once: leading dimensions are merged wherever their strides allow.
+    """
+    sizes: list[int] = []
+    strides: list[list[int]] = []
+    for dim, size in enumerate(tensors[0].shape[:-1]):
+        here = [t.stride(dim) for t in tensors]
+        if size == 1:
+            continue
+        if sizes and all(
+            above == size * stride for above, stride in zip(strides[-1], here, strict=True)
+        ):
+            sizes[-1] *= size
+            strides[-1] = here
+        else:
+            sizes.append(size)
+            strides.append(here)
+    while len(sizes) < 2:
+        sizes.insert(0, 1)
+        strides.insert(0, [0] * len(tensors))
+    rows = sizes[-2] * sizes[-1]
+    if prod(sizes) == 0:
+        return
+    for piece, index in enumerate(product(*(range(size) for size in sizes[:-2]))):
+        views = []
+        for i, t in enumerate(tensors):
+            start = sum(k * s[i] for k, s in zip(index, strides, strict=False))
+            shape = (sizes[-2], sizes[-1], t.shape[-1])
+            views.append(_rows(t, start, shape, (strides[-2][i], strides[-1][i], t.stride(-1))))
+        yield slice(piece * rows, (piece + 1) * rows), views
+
+
+def _rows(t: Tensor, start: int, shape: tuple[int, int, int], stride: tuple[int, int, int]) -> Rows:
+    past_boundary = (t.data_ptr() + start * t.element_size()) % 16 // t.element_size()
+    first = int(t.storage_offset()) + start
+    offset = min(past_boundary, first)
+    extent = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    return Rows(t.as_strided((extent,), (1,), first - offset), offset, shape, stride)
