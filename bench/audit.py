@@ -58,6 +58,7 @@ ISSUE = 4 * 32  # instructions that the lanes of an SM start in a cycle
 ROWS = 8192
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = ("bfloat16", "float16", "float32")
+CLUSTERED = ("sm_90", "sm_100")
 THREADS = {"sm_89": 1536}  # that an SM holds; 2048 elsewhere
 
 
@@ -134,8 +135,10 @@ def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
         for launch in recorded(call, on):
             if launch.name == "finish_kernel":
                 continue  # a few numbers a row
-            if name == "one pass, clusters" and launch.arguments.get("num_ctas", 1) == 1:
-                continue  # no other than "one pass"
+            if name == "one pass, clusters" and not (
+                target in CLUSTERED and launch.arguments.get("num_ctas", 1) > 1
+            ):
+                continue  # no other than "one pass", or not to be had
             built = build(launch, target)
             yield from findings("chunked_ce", target, dtype, vocab, name, launch, built, moved)
 
@@ -152,6 +155,8 @@ def findings(
     resident = min(
         65536 // (threads * -(-built.registers // 8) * 8), THREADS.get(target, 2048) // threads
     )
+    if target.startswith("gfx"):
+        resident = 0  # not computed
     shared = (resident, resident * tile // ctas * getattr(torch, dtype).itemsize)
     measures = (built.registers, built.spills, built.shared, *shared)
 

@@ -1,6 +1,7 @@
 """Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored."""
 
 from .functional import cross_entropy, token_stats
+from .linear import linear_cross_entropy, linear_token_stats
 from .perplexity import Perplexity, PerplexityReport, perplexity
 from .stats import TokenStats
 
@@ -11,6 +12,8 @@ __all__ = [
     "PerplexityReport",
     "TokenStats",
     "cross_entropy",
+    "linear_cross_entropy",
+    "linear_token_stats",
     "perplexity",
     "token_stats",
 ]

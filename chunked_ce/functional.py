@@ -226,7 +226,7 @@ def _common(
     checks.inplace_backward(inplace_backward, input)
     # A tracer cannot tell who else needs the logits, and plans the memory itself.
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    backend = _choose_backend(backend, input.device)
+    backend = choose_backend(backend, input.device)
     return ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
 
 
@@ -258,7 +258,7 @@ def _token_stats(
     )
 
 
-def _choose_backend(backend: str, device: torch.device) -> str:
+def choose_backend(backend: str, device: torch.device) -> str:
     checks.backend_name(backend)
     if backend == "triton":
         checks.triton_can_run(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend_torch, checks
+from . import backends, checks
 from .blocks import Head, compute_dtype
 from .ops import SHARED_SCHEMA, check_targets_if_asked, library, no_double_backward
 
@@ -79,17 +79,10 @@ def _loss_and_gradient(inplace: bool, input: Tensor, *arguments: Any) -> tuple[T
     if target.numel() == 0:
         loss = input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
         return loss, torch.empty_like(input)
-    input, head = input.detach(), Head(softcap, logit_scale)
-    given = (input, target, weight, divisor, smoothing, z_loss_weight, ignore_index)
-    if backend == "triton":
-        from . import backend_triton, clusters
-
-        loss, grad = backend_triton.loss_and_gradient(
-            *given, vocab_size, head, inplace=inplace, on_clusters=clusters.checked(input.device)
-        )
-    else:
-        options = backend_torch.Options(vocab_size, head, compiled=backend == "inductor")
-        loss, grad = backend_torch.loss_and_gradient(*given, options, inplace=inplace)
+    loss, grad = backends.loss_and_gradient(
+        backend, input.detach(), target, weight, divisor, smoothing, z_loss_weight,
+        ignore_index, vocab_size, Head(softcap, logit_scale), inplace=inplace,
+    )  # fmt: skip
     return loss.view(target.shape), grad
 
 
@@ -104,14 +97,7 @@ def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
 
 
 def _scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
-    if grad.numel() == 0:
-        return
-    if backend == "triton":
-        from . import backend_triton
-
-        backend_triton.scale_(grad, upstream)
-    elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
-        backend_torch.scale_(grad, upstream)
+    backends.scale_(backend, grad, upstream)
 
 
 def _fake_loss_and_grad_(input: Tensor, target: Tensor, *_: Any) -> Tensor:

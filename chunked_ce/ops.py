@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend_torch, checks
+from . import backends, checks
 from .blocks import Head, compute_dtype
 from .stats import Coefficients, TokenStats, coefficients
 
@@ -57,19 +57,10 @@ def _token_stats(
     wanted = dict(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     if target.numel() == 0:
         return _new_outputs(input, target, **wanted)
-    input = input.detach()
-    head = Head(softcap, logit_scale)
-    if backend == "triton":
-        from . import backend_triton
-
-        stats, lse_low = backend_triton.row_statistics(
-            input, target, ignore_index, vocab_size, head, **wanted
-        )
-    else:
-        options = backend_torch.Options(vocab_size, head, compiled=backend == "inductor")
-        stats, lse_low = backend_torch.row_statistics(
-            input, target, ignore_index, options, **wanted
-        )
+    stats, lse_low = backends.row_statistics(
+        backend, input.detach(), target, ignore_index, vocab_size, Head(softcap, logit_scale),
+        **wanted,
+    )  # fmt: skip
     return _outputs(stats, lse_low, target.shape)
 
 
@@ -134,19 +125,13 @@ def _gradient(inplace: bool, input: Tensor, target: Tensor, *arguments: Any) -> 
     ) = arguments
     if target.numel() == 0:
         return torch.empty_like(input)
-    input = input.detach()
-    lse, logprob, lse_low = lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1)
     numbers = Coefficients(
         *(None if n is None else n.reshape(-1).contiguous() for n in (a, b, c, u))
     )
-    shared = (target, lse, logprob, lse_low, numbers, ignore_index)
-    head = Head(softcap, logit_scale)
-    if backend == "triton":
-        from . import backend_triton
-
-        return backend_triton.logits_gradient(input, *shared, vocab_size, head, inplace=inplace)
-    options = backend_torch.Options(vocab_size, head, compiled=backend == "inductor")
-    return backend_torch.logits_gradient(input, *shared, options, inplace=inplace)
+    return backends.logits_gradient(
+        backend, input.detach(), target, lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1),
+        numbers, ignore_index, vocab_size, Head(softcap, logit_scale), inplace=inplace,
+    )  # fmt: skip
 
 
 def _token_grad(*arguments: Any) -> Tensor:

@@ -1,0 +1,100 @@
+"""One face of the backends: by name, with the same arguments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import backend_torch
+from .blocks import Head
+from .stats import Coefficients, TokenStats
+
+
+def row_statistics(
+    backend: str,
+    input: Tensor,  # [..., V]
+    target: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    **wanted: bool,  # entropy, mean_logprob, rank, argmax
+) -> tuple[TokenStats, Tensor]:
+    """The statistics of every row, flat, and what rounding took from lse."""
+    if backend == "triton":
+        from . import backend_triton
+
+        return backend_triton.row_statistics(
+            input, target, ignore_index, vocab_size, head, **wanted
+        )
+    options = _options(backend, vocab_size, head)
+    return backend_torch.row_statistics(input, target, ignore_index, options, **wanted)
+
+
+def logits_gradient(
+    backend: str,
+    input: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    logprob: Tensor,
+    lse_low: Tensor,
+    coefficients: Coefficients,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """dL/dinput, in a new tensor or over `input`."""
+    given = (input, target, lse, logprob, lse_low, coefficients, ignore_index)
+    if backend == "triton":
+        from . import backend_triton
+
+        return backend_triton.logits_gradient(*given, vocab_size, head, inplace=inplace)
+    options = _options(backend, vocab_size, head)
+    return backend_torch.logits_gradient(*given, options, inplace=inplace)
+
+
+def loss_and_gradient(
+    backend: str,
+    input: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    divisor: Tensor | None,
+    label_smoothing: float,
+    z_loss_weight: float,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    *,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+
+    That in a new tensor or over `input`.
+    """
+    losses = (token_weight, divisor, label_smoothing, z_loss_weight)
+    if backend == "triton":
+        from . import backend_triton, clusters
+
+        return backend_triton.loss_and_gradient(
+            input, target, *losses, ignore_index, vocab_size, head,
+            inplace=inplace, on_clusters=clusters.checked(input.device),
+        )  # fmt: skip
+    return backend_torch.loss_and_gradient(
+        input, target, *losses, ignore_index, _options(backend, vocab_size, head), inplace=inplace
+    )
+
+
+def scale_(backend: str, grad: Tensor, upstream: Tensor) -> None:
+    """grad [..., V] *= upstream [...] or []; nothing is done where that is 1."""
+    if grad.numel() == 0:
+        return
+    if backend == "triton":
+        from . import backend_triton
+
+        backend_triton.scale_(grad, upstream)
+    elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
+        backend_torch.scale_(grad, upstream)
+
+
+def _options(backend: str, vocab_size: int, head: Head) -> backend_torch.Options:
+    return backend_torch.Options(vocab_size, head, compiled=backend == "inductor")
