@@ -110,6 +110,12 @@ class _Gradients:
             vocab_size if for_bias else 0, dtype=compute_dtype(weight.dtype)
         )
         self.wanted, self.seen = wanted, 0
+        # Where the product itself can stay in fp32, so does each chunk's.
+        self.products_in_full = (
+            weight.device.type == "cuda"
+            and acc_dtype == torch.float32
+            and "dtype" in torch.ops.aten.mm.overloads()
+        )
 
     def add(self, index: Index, x: Tensor, grad: Tensor) -> None:
         for_input, for_weight, for_bias = self.wanted
@@ -120,7 +126,9 @@ class _Gradients:
                 self.input.index_copy_(0, index, grad @ self.weight)
         if for_weight:
             out = self.of_weight[: self.vocab_size]
-            if self.sum is not None:
+            if self.sum is not None and self.products_in_full:
+                self.sum.add_(torch.mm(grad.t(), x, out_dtype=self.sum.dtype))
+            elif self.sum is not None:
                 self.sum.add_(torch.mm(grad.t(), x, out=out))
             elif self.seen == 0:
                 torch.mm(grad.t(), x, out=out)
@@ -321,9 +329,9 @@ class _LinearLoss(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         with torch._C._AutoDispatchBelowAutograd():
             loss, *grads = torch.ops.chunked_ce.linear_loss(*given, wanted, reuse)
-        ctx.options = given[6:]
-        ctx.wanted, ctx.reuse, ctx.spent = wanted, reuse, False
-        ctx.save_for_backward(*grads, *given[:6])
+        ctx.options, ctx.wanted, ctx.reuse = given[6:], wanted, reuse
+        ctx.grads = grads  # not saved: backward gives them away
+        ctx.save_for_backward(*given[:6])
         result: Tensor = loss
         return result
 
@@ -331,21 +339,22 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
-        grads, given = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        if ctx.spent:  # handed over, and scaled: a second backward computes them again
+        given, grads = ctx.saved_tensors, ctx.grads
+        if ctx.reuse:
+            ctx.grads = None
+        if grads is None:  # handed over, and scaled: a second backward computes them again
             with torch._C._AutoDispatchBelowAutograd():
                 _, *grads = torch.ops.chunked_ce.linear_loss(
-                    *given, *ctx.options, ctx.wanted, False
+                    *given, *ctx.options, ctx.wanted, ctx.reuse
                 )
         backend = ctx.options[6]
         scaled: list[Tensor | None] = [None, None, None]
         for i, wanted in enumerate(ctx.wanted):
             if wanted and ctx.reuse:
-                scaled[i] = grads[i].detach()
+                scaled[i] = grads[i]
                 torch.ops.chunked_ce.scale_(_rows(grads[i]), upstream, backend)
             elif wanted:
                 scaled[i] = (grads[i] * upstream).to(grads[i].dtype)
-        ctx.spent = ctx.reuse
         return *scaled, *(None,) * 15
 
 
@@ -390,12 +399,11 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _differentiable_linear_loss(*arguments: Any) -> Any:
-    *given, _, reuse = arguments
-    if _needs_gradient(*given[:3]):
+    if _needs_gradient(*arguments[:3]):
         loss = _LinearLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss, *(loss.new_empty(0) for _ in range(3))
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.chunked_ce.linear_loss(*given, [False, False, False], reuse)
+        return torch.ops.chunked_ce.linear_loss(*arguments)
 
 
 def _differentiable_linear_stats(*arguments: Any) -> Any:

@@ -1,0 +1,467 @@
+"""The lm_head and the loss in one: as F.linear and the loss on its logits."""
+
+import copy
+import itertools
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chunked_ce import (
+    LinearCrossEntropyLoss,
+    linear_cross_entropy,
+    linear_ops,
+    linear_token_stats,
+)
+
+N, D, V = 9, 16, 101
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# relative to the largest: logits and gradients of logits are rounded to the dtype, as eager's are
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-12}
+OPTIONS = {
+    "plain": {},
+    "sum": dict(reduction="sum"),
+    "none": dict(reduction="none"),
+    "smoothing": dict(label_smoothing=0.1),
+    "z_loss": dict(z_loss_weight=1e-2),
+    "softcap": dict(softcap=5.0, logit_scale=0.5),
+    "padded": dict(vocab_size=90),
+    "num_items": dict(num_items=20),
+}
+
+
+def head(dtype=torch.float32, device="cpu", n=N, ignored=True):
+    """Hidden states, weight, bias, target; those ignored in the midst of the others."""
+    x, w, b = torch.randn(n, D), torch.randn(V, D) / D**0.5, torch.randn(V)
+    target = torch.randint(0, 90, (n,))
+    if ignored:
+        target[::3] = -100
+    return *(t.to(device, dtype) for t in (x, w, b)), target.to(device)
+
+
+def leaves(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def truth(x, w, b, target, upstream, **options):
+    """Loss and gradients in fp64 with all logits."""
+    x, w, b = leaves(*(t.double().cpu() for t in (x, w, b)))
+    loss = oracle.cross_entropy(F.linear(x, w, b), target.cpu(), **options)
+    (loss * upstream).sum().backward()
+    return loss.detach(), x.grad, w.grad, b.grad
+
+
+def assert_near(ours, expected, dtype):
+    for a, e in zip(ours, expected, strict=True):
+        assert (a.double().cpu() - e).abs().max() <= TOLERANCE[dtype] * e.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_and_gradients(backend, device, dtype, options, chunk):
+    x, w, b, target = head(dtype, device)
+    options = OPTIONS[options]
+    upstream = torch.randn(N).double() if options.get("reduction") == "none" else 3.7
+    expected = truth(x, w, b, target, upstream, **options)
+    x, w, b = leaves(x, w, b)
+    loss = linear_cross_entropy(
+        x, w, target, linear_bias=b, token_chunk_size=chunk, backend=backend, **options
+    )
+    assert loss.dtype == dtype
+    factor = upstream.to(loss) if isinstance(upstream, torch.Tensor) else upstream
+    (loss * factor).sum().backward()
+    assert_near((loss.detach(), x.grad, w.grad, b.grad), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_half_precision(backend, device, dtype, chunk):
+    x, w, b, target = head(dtype, device)
+    expected = truth(x, w, b, target, 3.7)
+    x, w, b = leaves(x, w, b)
+    loss = linear_cross_entropy(
+        x, w, target, linear_bias=b, token_chunk_size=chunk, backend=backend
+    )
+    assert loss.dtype == torch.float32
+    (3.7 * loss).backward()
+    assert x.grad.dtype == w.grad.dtype == b.grad.dtype == dtype
+    assert_near((loss.detach(), x.grad, w.grad, b.grad), expected, dtype)
+
+
+def test_the_weights_gradient_in_bfloat16_is_no_worse_than_eagers():
+    torch.manual_seed(1)
+    x, w = torch.randn(512, 64), torch.randn(1000, 64) / 8
+    target = torch.randint(0, 1000, (512,))
+    x, w = x.bfloat16(), w.bfloat16()
+    *_, exact, _ = truth(x, w, torch.zeros(1000), target, 1.0)
+    errors = []
+    for chunk in (None, 64, 0):
+        xs, ws = leaves(x, w)
+        if chunk == 0:
+            F.cross_entropy(F.linear(xs, ws), target).backward()
+        else:
+            linear_cross_entropy(xs, ws, target, token_chunk_size=chunk).backward()
+        errors.append((ws.grad.double() - exact).norm() / exact.norm())
+    whole, chunked, eager = errors
+    # In chunks on a CPU, whose bf16 products come rounded to bf16, each adds its own rounding.
+    assert whole <= 1.01 * eager and chunked <= 1.35 * eager
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_tensors(needs, reduction):
+    """LoRA freezes the weight; nothing is computed for what needs no gradient."""
+    x, w, b, target = head()
+    expected = truth(x, w, b, target, 1.0, reduction=reduction)[1:]
+    tensors = [t.requires_grad_(n) for t, n in zip((x, w, b), needs, strict=True)]
+    linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction).sum().backward()
+    for t, n, e in zip(tensors, needs, expected, strict=True):
+        assert t.grad is None if not n else torch.allclose(t.grad.double(), e, atol=1e-6)
+
+
+def test_tied_embeddings():
+    w = (torch.randn(V, D) / 4).requires_grad_()
+    tokens, target = torch.randint(0, V, (N,)), torch.randint(0, V, (N,))
+    linear_cross_entropy(F.embedding(tokens, w), w, target).backward()
+    ours, w.grad = w.grad, None
+    F.cross_entropy(F.linear(F.embedding(tokens, w), w), target).backward()
+    torch.testing.assert_close(ours, w.grad)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 1, 3)])
+def test_shapes(shape):
+    x, target = torch.randn(*shape, D), torch.randint(0, V, shape)
+    w = torch.randn(V, D)
+    expected = F.cross_entropy(F.linear(x, w).view(-1, V), target.view(-1), reduction="none").view(
+        shape
+    )
+    torch.testing.assert_close(linear_cross_entropy(x, w, target, reduction="none"), expected)
+    torch.testing.assert_close(linear_cross_entropy(x, w, target), expected.mean())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_heads_as_torch_has_them(reduction, bias):
+    double = dict(dtype=torch.float64)
+    x, w = leaves(torch.randn(N, D, **double), torch.randn(V, 2, 3, D, **double))
+    b = torch.randn(V, 2, 3, **double, requires_grad=True) if bias else None
+    target = torch.randint(0, V, (N, 2, 3))
+    target[0, 1] = -100
+    results = []
+    for function in (linear_cross_entropy, F.linear_cross_entropy):
+        loss = function(x, w, target, linear_bias=b, reduction=reduction, label_smoothing=0.1)
+        results.append((loss, *torch.autograd.grad((2 * loss).sum(), [x, w] + [b] * bias)))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(softcap=5.0), dict(vocab_size=90)])
+def test_token_stats(backend, device, options):
+    x, w, b, target = head(torch.float64, device)
+    x, w, b = leaves(x, w, b)
+    stats = linear_token_stats(
+        x, w, target, linear_bias=b, entropy=True, mean_logprob=True, rank=True, argmax=True,
+        token_chunk_size=4, backend=backend, **options,
+    )  # fmt: skip
+    others = leaves(*(t.cpu() for t in (x, w, b)))
+    expected = oracle.token_stats(F.linear(*others), target.cpu(), **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(stats, name).detach().cpu(), value.detach())
+    names = ("lse", "logprob", "entropy", "mean_logprob")
+    factors = torch.randn(4, N, dtype=torch.float64)
+    loss = sum(
+        (f.to(device) * getattr(stats, n)).sum() for f, n in zip(factors, names, strict=True)
+    )
+    loss.backward()
+    sum((f * expected[n]).sum() for f, n in zip(factors, names, strict=True)).backward()
+    for ours, theirs in zip((x, w, b), others, strict=True):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_chunk_size_changes_rounding_alone(dtype):
+    x, w, b, target = head(dtype, n=40)
+    results = []
+    for chunk in (1, 7, 13, None):
+        tensors = leaves(x, w, b)
+        loss = linear_cross_entropy(
+            *tensors[:2], target, linear_bias=tensors[2], token_chunk_size=chunk
+        )
+        loss.backward()
+        results.append((loss.detach(), *(t.grad for t in tensors)))
+    for other in results[1:]:
+        assert_near(other, [t.double() for t in results[0]], dtype)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_tokens(backend, device, drop, reduction):
+    """Dropped before the product, or masked at static shapes: the same, NaN and all."""
+    x, w, _, target = head(device=device)
+    x[0] = float("nan")
+    x, w = leaves(x, w)
+    loss = linear_cross_entropy(
+        x, w, target, reduction=reduction, drop_ignored=drop, token_chunk_size=4, backend=backend
+    )
+    loss.sum().backward()
+    assert not x.grad[::3].any()
+    kept = target != -100
+    xs, ws = leaves(x[kept], w)
+    F.cross_entropy(F.linear(xs, ws), target[kept], reduction=reduction).sum().backward()
+    torch.testing.assert_close(x.grad[kept], xs.grad, rtol=1e-4, atol=1e-6)
+    if drop:
+        torch.testing.assert_close(w.grad, ws.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_token_counts(n, reduction):
+    x, w, b, _ = head(n=n)
+    x, w, b = leaves(x, w, b)
+    target = torch.full((n,), -100)
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+    assert loss.isnan() if reduction == "mean" else not loss.any()
+    loss.sum().backward()
+    assert not any(t.grad.any() for t in (x, w, b))
+
+
+def test_token_weight_with_and_without_a_gradient():
+    x, w, b, target = head(torch.float64)
+    for needs in (False, True):
+        weight = torch.rand(N, dtype=torch.float64, requires_grad=needs)
+        tensors = leaves(x, w)
+        linear_cross_entropy(*tensors, target, token_weight=weight).backward()
+        other = weight.detach().clone().requires_grad_()
+        others = leaves(x, w)
+        oracle.cross_entropy(F.linear(*others), target, token_weight=other).backward()
+        for ours, theirs in zip(tensors, others, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+        if needs:
+            torch.testing.assert_close(weight.grad, other.grad)
+
+
+def test_second_backward_is_right_and_double_backward_an_error():
+    x, w, b, target = head(torch.float64)
+    x, w = leaves(x, w)
+    loss = linear_cross_entropy(x, w, target)
+    first = torch.autograd.grad(2 * loss, (x, w), retain_graph=True)
+    second = torch.autograd.grad(3 * loss, (x, w), retain_graph=True)
+    for a, c in zip(first, second, strict=True):
+        torch.testing.assert_close(1.5 * a, c)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_gradients_accumulate():
+    x, w, b, target = head()
+    x, w = leaves(x, w)
+    for _ in range(3):
+        linear_cross_entropy(x, w, target).backward()
+    xs, ws = leaves(x, w)
+    linear_cross_entropy(xs, ws, target).backward()
+    torch.testing.assert_close(w.grad, 3 * ws.grad)
+
+
+def test_autocast_as_linear_has_it():
+    x, w, b, target = head()
+    results = []
+    for ours in (True, False):
+        tensors = leaves(x, w, b)
+        with torch.autocast("cpu", torch.bfloat16):
+            if ours:
+                loss = linear_cross_entropy(*tensors[:2], target, linear_bias=tensors[2])
+            else:
+                loss = F.cross_entropy(F.linear(*tensors).float(), target)
+        loss.backward()
+        results.append((loss.detach(), *(t.grad for t in tensors)))
+    for a, e in zip(*results, strict=True):
+        assert a.dtype == e.dtype == torch.float32
+        assert (a - e).abs().max() <= 2e-2 * e.abs().max()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(backend, device, reduction):
+    x, w, b, target = head(torch.float64, device, n=4)
+
+    def loss(x, w, b):
+        return linear_cross_entropy(
+            x, w, target, linear_bias=b, reduction=reduction, token_chunk_size=3, backend=backend
+        )
+
+    small = (x[:, :3], w[:7, :3], b[:7])
+    target.clamp_(max=6)
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in leaves(*small)])
+
+
+class Watch(TorchDispatchMode):
+    """The most bytes of one tensor that is made, and the FLOPs of products, inside our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.flops = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inside = getattr(linear_ops, "_" + function.overloadpacket.__name__, None)
+        if function.namespace == "chunked_ce" and inside is not None:
+            with self:
+                return inside(*args)
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            a, b = [t for t in args if isinstance(t, torch.Tensor)][-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return result
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(reduction):
+    n, v, d = 512, 4000, 32
+    x, w = leaves(torch.randn(n, d), torch.randn(v, d))
+    target = torch.randint(0, v, (n,))
+    chunk = 64 * 4000 * 4
+    with Watch() as seen:
+        loss = linear_cross_entropy(x, w, target, reduction=reduction, chunk_bytes=chunk)
+        loss.sum().backward()
+    scratch = 3 << 20  # the CPU path's own block
+    assert seen.bytes <= max(chunk, v * d * 4, scratch) < n * v * 4 / 2
+    assert seen.flops == (6 if reduction == "mean" else 8) * n * d * v
+
+
+@pytest.mark.real_sizes
+def test_without_gradients_nothing_is_computed_for_them():
+    n, v, d = 256, 4000, 32
+    x, w, target = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
+    with Watch() as seen, torch.no_grad():
+        linear_cross_entropy(x.requires_grad_(), w, target, chunk_bytes=1 << 20)
+    assert seen.flops == 2 * n * d * v and seen.bytes <= 3 << 20
+    w.requires_grad_(False)
+    with Watch() as seen:
+        linear_cross_entropy(x, w, target, chunk_bytes=1 << 20).backward()
+    assert seen.flops == 4 * n * d * v
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("tracer", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_fullgraph(tracer, reduction):
+    x, w, b, target = head()
+
+    def loss(x, w, b):
+        each = linear_cross_entropy(
+            x * 1.0, w, target, linear_bias=b, reduction=reduction, token_chunk_size=4
+        )
+        return 2 * each.sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, backend=tracer, fullgraph=True)):
+        tensors = leaves(x, w, b)
+        value = function(*tensors)
+        value.backward()
+        results.append((value.detach(), *(t.grad for t in tensors)))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.framework
+def test_operators_are_well_formed():
+    x, w, b, target = head()
+    ops, chunk = torch.ops.chunked_ce, (4, True, torch.float32)
+    shared = (-100, V, None, 1.0, "torch", *chunk)
+    for needs in (False, True):
+        tensors = [t.requires_grad_(needs) for t in leaves(x, w, b)]
+        torch.library.opcheck(
+            ops.linear_loss,
+            (*tensors, target, None, None, 0.1, 0.0, *shared, [False] * 3, False),
+        )
+        torch.library.opcheck(ops.linear_stats, (*tensors, target, *shared, *[True] * 4))
+
+
+@pytest.mark.framework
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    x, w, b, target = head()
+    results = []
+    for wrap in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        tensors = leaves(x, w)
+        wrap(lambda x, w: linear_cross_entropy(x, w, target), *tensors).backward()
+        results.append([t.grad for t in tensors])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_module_has_torchs_parameters():
+    torch.manual_seed(0)
+    ours = LinearCrossEntropyLoss(D, V, out_features=(2,), bias=True, label_smoothing=0.1)
+    torchs = torch.nn.LinearCrossEntropyLoss(
+        D, V, out_features=(2,), bias=True, label_smoothing=0.1
+    )
+    torchs.load_state_dict(ours.state_dict())
+    x, target = torch.randn(N, D), torch.randint(0, V, (N, 2))
+    torch.testing.assert_close(ours(x, target), torchs(x, target))
+    again = copy.deepcopy(ours)
+    assert torch.equal(again(x, target), ours(x, target))
+    assert "num_classes=101" in repr(ours) and "label_smoothing=0.1" in repr(ours)
+
+
+X, W, T = torch.randn(3, D), torch.randn(V, D), torch.tensor([0, 5, -100])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0], W, T), {}, TypeError, "input must be a Tensor of hidden states, got list"),
+        ((X.long(), W, T), {}, TypeError, "input has dtype torch.int64"),
+        ((torch.tensor(1.0), W, T), {}, ValueError, "0-dimensional"),
+        ((X, W.int(), T), {}, TypeError, "linear_weight has dtype torch.int32"),
+        ((X, W[0], T), {}, ValueError, r"linear_weight has shape \[16\], expected \[V, D\]"),
+        (
+            (X, W[:, :5], T),
+            {},
+            ValueError,
+            r"input has shape \[3, 16\]: pass the weight as \[V, D\]",
+        ),
+        ((X, W.t(), T), {}, ValueError, "takes hidden states of 101 numbers"),
+        ((X, W.double(), T), {}, TypeError, "linear_weight has dtype torch.float64, but input has"),
+        ((X, W, T), dict(linear_bias=torch.zeros(5)), ValueError, "linear_bias has shape .5."),
+        ((X, W, T), dict(linear_bias=1.0), TypeError, "linear_bias must be a Tensor or None"),
+        ((X, W, T[:2]), {}, ValueError, r"target has shape \[2\].*for each of \[3\]"),
+        ((X, W, T.float()), {}, TypeError, "target has dtype torch.float32"),
+        ((X, W, torch.tensor([0, 101, 1])), {}, IndexError, "target 101 in row 1"),
+        ((X, W, T), dict(chunk_bytes=100), ValueError, "logits of one token take 512 bytes"),
+        ((X, W, T), dict(chunk_bytes=1.5), TypeError, "chunk_bytes must be an int or None"),
+        ((X, W, T), dict(token_chunk_size=0), ValueError, "token_chunk_size is 0"),
+        ((X, W, T), dict(token_chunk_size=1, chunk_bytes=512), ValueError, "give one of them"),
+        ((X, W, T), dict(acc_dtype=torch.int8), TypeError, "acc_dtype must be a floating dtype"),
+        ((X, W, T), dict(acc_dtype="float32"), TypeError, "acc_dtype must be a floating dtype"),
+        ((X, W, T), dict(drop_ignored=1), TypeError, "drop_ignored must be True or False"),
+        ((X, W, T), dict(vocab_size=102), ValueError, "linear_weight of shape .* has 101 classes"),
+        ((X, W, T), dict(weight=torch.ones(V)), NotImplementedError, "class weights"),
+        ((X, W.to("meta"), T), {}, ValueError, "linear_weight is on meta"),
+        ((X, W, T.to("meta")), {}, ValueError, "target is on meta"),
+        ((X[None], W.view(V, 1, D), T[None]), {}, ValueError, "more than two dimensions"),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(*arguments, **options)
+
+
+def test_a_sharded_weight_is_refused():
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match="gather it first"):
+        linear_cross_entropy(X, W.as_subclass(DTensor), T)
+
+
+def test_an_upstream_gradient_that_is_not_a_scalar():
+    x, w = leaves(X, W)
+    with pytest.raises(RuntimeError):
+        linear_cross_entropy(x, w, T).backward(torch.ones(3))
