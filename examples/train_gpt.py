@@ -1,6 +1,7 @@
 """Trains a small GPT-2 with chunked_ce's loss, on Python's own source unless given other text.
 
     python examples/train_gpt.py                    # minutes on two CPU cores; uses a CUDA GPU
+    python examples/train_gpt.py --fused            # the lm_head and the loss in one
     python examples/train_gpt.py --text war.txt peace.txt --steps 1000 --name tolstoy
     python examples/train_gpt.py --layers 12 --heads 12 --width 768 --context 1024 --dtype bfloat16
 
@@ -66,7 +67,7 @@ AVERAGED_STEPS = 10
 REPEATS = 5
 
 Call = Callable[[], object]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, head, targets
 
 
 class InputError(Exception):
@@ -129,6 +130,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layers", type=at_least(1), default=2)
     add("--heads", type=at_least(1), default=4)
     add("--width", type=at_least(1), default=256)
+    add("--fused", action="store_true", help="head and loss in one: no logits")
     add("--lr", type=float, default=7e-4, help="highest learning rate")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
@@ -264,24 +266,43 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadMod
         return GPT2LMHeadModel(config)
 
 
-def forward(model: nn.Module, inputs: Tensor, dtype: str) -> Tensor:
+def precision(device: torch.device, dtype: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def forward(model: GPT2LMHeadModel, inputs: Tensor, dtype: str) -> Tensor:
     """Logits [B, T, V]."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with precision(inputs.device, dtype):
         logits: Tensor = model(input_ids=inputs, use_cache=False).logits
     return logits
 
 
-def chunked_ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return chunked_ce.cross_entropy(logits, targets, ignore_index=IGNORE, dim=-1)
+def loss_of(
+    model: GPT2LMHeadModel, inputs: Tensor, targets: Tensor, loss_function: Loss, dtype: str
+) -> Tensor:
+    with precision(inputs.device, dtype):
+        hidden = model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        return loss_function(hidden, model.lm_head.weight, targets)
 
 
-def torch_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.float().flatten(0, 1)  # float32 as in transformers
+def chunked_ce_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return chunked_ce.cross_entropy(F.linear(hidden, weight), targets, ignore_index=IGNORE, dim=-1)
+
+
+def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same without the logits [B, T, V]."""
+    return chunked_ce.linear_cross_entropy(
+        hidden, weight, targets, ignore_index=IGNORE, chunk_bytes=16 << 20
+    )
+
+
+def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float().flatten(0, 1)  # float32 as in transformers
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
 
 def train(
-    model: nn.Module, windows: TensorDataset, args: argparse.Namespace, done: list[Step]
+    model: GPT2LMHeadModel, windows: TensorDataset, args: argparse.Namespace, done: list[Step]
 ) -> None:
     """Appends each step to `done`, which outlives an interruption."""
     optimizer = torch.optim.AdamW(
@@ -296,8 +317,9 @@ def train(
         for step, (inputs, targets) in enumerate(progress, 1):
             start = time.perf_counter()
             lr = float(scheduler.get_last_lr()[0])
-            logits = forward(model, inputs.to(args.device), args.dtype)
-            loss = chunked_ce_loss(logits, targets.to(args.device))
+            inputs, targets = inputs.to(args.device), targets.to(args.device)
+            loss_function = fused_loss if args.fused else chunked_ce_loss
+            loss = loss_of(model, inputs, targets, loss_function, args.dtype)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -314,7 +336,7 @@ def train(
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, windows: TensorDataset, token_bytes: Tensor, args: argparse.Namespace
+    model: GPT2LMHeadModel, windows: TensorDataset, token_bytes: Tensor, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the held-out text, or of windows evenly spaced over it."""
     every = math.ceil(len(windows) * args.context / VALIDATION_TOKENS)
@@ -333,39 +355,56 @@ def validate(
 # Comparison with torch's loss
 
 
-def compare(model: nn.Module, batch: Sequence[Tensor], dtype: str) -> dict[str, Any]:
-    """Torch's loss and ours: in a training step, but for the optimizer, and alone."""
-    losses = {"F.cross_entropy": torch_loss, "chunked_ce.cross_entropy": chunked_ce_loss}
+def compare(model: GPT2LMHeadModel, batch: Sequence[Tensor], dtype: str) -> dict[str, Any]:
+    """Torch's loss and ours: in a training step, but for the optimizer, and from the head on."""
+    losses = {
+        "F.cross_entropy": torch_loss,
+        "chunked_ce.cross_entropy": chunked_ce_loss,
+        "linear_cross_entropy": fused_loss,
+    }
     inputs, targets = batch
     model.train()
-    logits = forward(model, inputs, dtype).detach().requires_grad_()
+    with precision(inputs.device, dtype):
+        hidden = model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+    hidden = hidden.detach().requires_grad_()
     step = {n: partial(gradients, model, inputs, targets, f, dtype) for n, f in losses.items()}
-    alone = {n: partial(logits_gradient, logits, targets, f) for n, f in losses.items()}
-    (torch_nats, torch_grads), (nats, grads) = (call() for call in step.values())
-    differences = [(a - b).abs().max().item() for a, b in zip(torch_grads, grads, strict=True)]
+    alone = {
+        n: partial(head_gradients, model, hidden, targets, f, dtype) for n, f in losses.items()
+    }
+    (torch_nats, torch_grads), *others = (call() for call in step.values())
     return {
-        "logits_bytes": logits.nbytes,
+        "logits_bytes": targets.numel() * model.lm_head.weight.shape[0] * hidden.element_size(),
         "loss_extra_bytes": {n: extra_bytes(call, inputs.device) for n, call in alone.items()},
         "loss_seconds": median_seconds(alone, inputs.device),
         "step_seconds": median_seconds(step, inputs.device),
-        "loss_difference": abs(torch_nats - nats),
-        "gradient_difference": max(differences),
+        "loss_difference": max(abs(torch_nats - nats) for nats, _ in others),
+        "gradient_difference": max(
+            (a - b).abs().max().item()
+            for _, grads in others
+            for a, b in zip(torch_grads, grads, strict=True)
+        ),
         "largest_gradient": max(grad.abs().max().item() for grad in torch_grads),
     }
 
 
 def gradients(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss_function: Loss, dtype: str
+    model: GPT2LMHeadModel, inputs: Tensor, targets: Tensor, loss_function: Loss, dtype: str
 ) -> tuple[float, list[Tensor]]:
     """(loss, the parameters' gradients)"""
     model.zero_grad()
-    loss = loss_function(forward(model, inputs, dtype), targets)
+    loss = loss_of(model, inputs, targets, loss_function, dtype)
     loss.backward()
     return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def logits_gradient(logits: Tensor, targets: Tensor, loss_function: Loss) -> Tensor:
-    return torch.autograd.grad(loss_function(logits, targets), logits)[0]
+def head_gradients(
+    model: GPT2LMHeadModel, hidden: Tensor, targets: Tensor, loss_function: Loss, dtype: str
+) -> tuple[Tensor, ...]:
+    """From hidden states on: those of the hidden states and of the head's weight."""
+    weight = model.lm_head.weight
+    with precision(hidden.device, dtype):
+        loss = loss_function(hidden, weight, targets)
+    return torch.autograd.grad(loss, (hidden, weight))
 
 
 def median_seconds(calls: Mapping[str, Call], device: torch.device) -> dict[str, float]:
@@ -406,7 +445,7 @@ def resident_bytes(name: str) -> int:
 
 
 def table(comparison: dict[str, Any]) -> str:
-    lines = [f"{'':24}{'step':>10}{'loss alone':>13}{'its extra memory':>19}"]
+    lines = [f"{'':24}{'step':>10}{'head, loss':>13}{'its extra memory':>19}"]
     for name, step in comparison["step_seconds"].items():
         loss, extra = comparison["loss_seconds"][name], comparison["loss_extra_bytes"][name]
         memory = "not measured" if extra is None else f"{extra / 2**20:.0f} MiB"

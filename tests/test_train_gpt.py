@@ -85,6 +85,15 @@ def test_a_run_leaves_its_files_and_a_model_that_loads(texts: list[str], tmp_pat
     assert model(**tokens).logits.shape[-1] == report["vocabulary"] == len(tokenizer)
 
 
+def test_fused_trains_to_the_same_losses(
+    train_gpt: ModuleType, texts: list[Path], tmp_path: Path
+) -> None:
+    for name, options in (("logits", []), ("fused", ["--fused"])):
+        assert train_gpt.main([*arguments(texts, tmp_path, name), *options]) == 0
+    logits, fused = (losses(tmp_path / name) for name in ("logits", "fused"))
+    assert max(abs(a - b) for a, b in zip(logits, fused, strict=True)) < 1e-3
+
+
 def test_the_same_seed_gives_the_same_losses(
     train_gpt: ModuleType, texts: list[str], tmp_path: Path
 ) -> None:
