@@ -10,10 +10,11 @@ from torch import Tensor
 from . import gpu
 from .blocks import Head, compute_dtype
 from .kernels import launch
+from .kernels.finish import finish_kernel
 from .kernels.loss_and_grad import loss_and_grad_kernel
 from .kernels.scale import scale_kernel
 from .kernels.token_grad import token_grad_kernel
-from .kernels.token_stats import finish_kernel, token_stats_kernel
+from .kernels.token_stats import token_stats_kernel
 from .stats import Coefficients, TokenStats
 from .strided_rows import strided_rows
 
