@@ -9,16 +9,16 @@ Memory: one chunk of logits, the gradients, and a sum in `acc_dtype` where chunk
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks
 from .blocks import Head, compute_dtype
+from .chunks import Chunks, Gradients, gradient_like, walk
 from .ops import SHARED_SCHEMA, check_targets_if_asked, library, no_double_backward
-from .stats import Coefficients, coefficients, is_scored, token_loss
+from .stats import Coefficients, coefficients, token_loss
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
@@ -38,138 +38,6 @@ library.define(
     f"Tensor? a, Tensor? b, Tensor? c, Tensor? u, {SHARED_SCHEMA}{_CHUNKS}, bool[] wanted) -> "
     "(Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
 )
-
-Index = slice | Tensor
-
-
-class _Chunks(NamedTuple):
-    """How tokens are walked: so many at a time, those ignored perhaps not at all."""
-
-    rows: int
-    drop_ignored: bool
-
-    def of(self, target: Tensor, ignore_index: int) -> list[Index]:
-        """Into the tokens [N], a chunk each; the chunks are of like size."""
-        kept: Tensor | None = None
-        if self.drop_ignored:
-            scored = is_scored(target, ignore_index)
-            kept = None if scored.all() else scored.nonzero()[:, 0]
-        n = target.numel() if kept is None else kept.numel()
-        count = -(-n // self.rows)
-        size = -(-n // count) if count else 1
-        starts = range(0, n, size)
-        if kept is None:
-            return [slice(start, start + size) for start in starts]
-        return [kept[start : start + size] for start in starts]
-
-
-class _Logits:
-    """Logits of one chunk after another, in one buffer whose rows start on 128 bytes.
-
-    An odd vocabulary would slow down the product, and the kernels' accesses.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self.weight, self.bias = weight, bias
-        per_line = 128 // weight.element_size()
-        padded = -(-weight.shape[0] // per_line) * per_line
-        self.buffer = weight.new_empty(rows, padded)
-
-    def of(self, x: Tensor) -> Tensor:
-        """[R, V] of hidden states [R, D]."""
-        out = self.buffer[: x.shape[0], : self.weight.shape[0]]
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
-
-
-class _Gradients:
-    """Sums over chunks of what logits' gradients say about input, weight and bias."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        vocab_size: int,
-        wanted: list[bool],
-        acc_dtype: torch.dtype,
-        chunks: list[Index],
-    ) -> None:
-        for_input, for_weight, for_bias = wanted
-        self.weight, self.vocab_size, self.chunks = weight[:vocab_size], vocab_size, len(chunks)
-        whole = bool(chunks) and isinstance(chunks[0], slice)
-        self.input = _like(input, for_input)
-        if for_input and not whole:
-            self.input.zero_()
-        self.of_weight, self.of_bias = _like(weight, for_weight), _like(bias, for_bias)
-        self.sum: Tensor | None = None
-        if for_weight and self.chunks > 1 and weight.dtype.itemsize < acc_dtype.itemsize:
-            self.sum = weight.new_zeros(vocab_size, weight.shape[1], dtype=acc_dtype)
-        self.bias_sum = self.of_bias.new_zeros(
-            vocab_size if for_bias else 0, dtype=compute_dtype(weight.dtype)
-        )
-        self.wanted, self.seen = wanted, 0
-        # Where the product itself can stay in fp32, so does each chunk's.
-        self.products_in_full = (
-            weight.device.type == "cuda"
-            and acc_dtype == torch.float32
-            and "dtype" in torch.ops.aten.mm.overloads()
-        )
-
-    def add(self, index: Index, x: Tensor, grad: Tensor) -> None:
-        for_input, for_weight, for_bias = self.wanted
-        if for_input:
-            if isinstance(index, slice):
-                torch.mm(grad, self.weight, out=self.input[index])
-            else:
-                self.input.index_copy_(0, index, grad @ self.weight)
-        if for_weight:
-            out = self.of_weight[: self.vocab_size]
-            if self.sum is not None and self.products_in_full:
-                self.sum.add_(torch.mm(grad.t(), x, out_dtype=self.sum.dtype))
-            elif self.sum is not None:
-                self.sum.add_(torch.mm(grad.t(), x, out=out))
-            elif self.seen == 0:
-                torch.mm(grad.t(), x, out=out)
-            else:
-                out.addmm_(grad.t(), x)
-        if for_bias:
-            self.bias_sum += grad.sum(0, dtype=self.bias_sum.dtype)
-        self.seen += 1
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each rounded once to its dtype; columns that do not exist have gradient 0."""
-        _, for_weight, for_bias = self.wanted
-        if for_weight:
-            if self.sum is not None:
-                self.of_weight[: self.vocab_size].copy_(self.sum)
-            self.of_weight[self.vocab_size if self.seen else 0 :].zero_()
-        if for_bias:
-            self.of_bias[: self.vocab_size].copy_(self.bias_sum)
-            self.of_bias[self.vocab_size :].zero_()
-        return self.input, self.of_weight, self.of_bias
-
-
-def _like(t: Tensor | None, wanted: bool) -> Tensor:
-    """Memory for a gradient of `t`; an empty tensor where none is wanted."""
-    if t is None or not wanted:
-        return torch.empty(0) if t is None else t.new_empty(0)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _walk(
-    input: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int, chunks: list[Index]
-) -> Iterator[tuple[Index, Tensor, Tensor]]:
-    """(index, hidden states, logits) of each chunk."""
-    if not chunks:
-        return
-    first = input[chunks[0]]
-    bias = None if bias is None else bias[:vocab_size]
-    logits = _Logits(weight[:vocab_size], bias, first.shape[0])
-    for index in chunks:
-        x = first if index is chunks[0] else input[index]
-        yield index, x, logits.of(x)
 
 
 def _linear_loss(
@@ -196,11 +64,11 @@ def _linear_loss(
     if target.device.type == "cpu":
         checks.targets_in_range(target, vocab_size, ignore_index)
     input, weight = input.detach(), weight.detach()
-    chunks = _Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
+    chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
     head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
-    gradients = _Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
-    for index, x, logits in _walk(input, weight, bias, vocab_size, chunks):
+    gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks):
         of_tokens = None if token_weight is None else token_weight[index]
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
@@ -241,10 +109,10 @@ def _linear_stats(
     outputs = _new_stats(input, target, flags)
     for out in outputs:
         out.fill_(0 if out.is_floating_point() else -1)  # those ignored
-    chunks = _Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
+    chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
     head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
-    for index, _, logits in _walk(input, weight, bias, vocab_size, chunks):
+    for index, _, logits in walk(input, weight, bias, vocab_size, chunks):
         stats, lse_low = backends.row_statistics(
             backend, logits, target[index], ignore_index, vocab_size, head, **wanted
         )
@@ -277,10 +145,10 @@ def _linear_stats_grad(
     acc_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    chunks = _Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
-    gradients = _Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
+    chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
+    gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     head = Head(softcap, logit_scale)
-    for index, x, logits in _walk(input, weight, bias, vocab_size, chunks):
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks):
         numbers = Coefficients(
             *(None if n is None else n[index].contiguous() for n in (a, b, c, u))
         )
@@ -306,7 +174,7 @@ def _fake_linear_loss(
     *_, wanted, _ = rest
     loss = input.new_empty((), dtype=compute_dtype(input.dtype))
     given = zip((input, weight, bias), wanted, strict=True)
-    return loss, *(_like(t, w) for t, w in given)
+    return loss, *(gradient_like(t, w) for t, w in given)
 
 
 def _fake_linear_stats(
@@ -319,7 +187,7 @@ def _fake_linear_stats_grad(
     input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     given = zip((input, weight, bias), rest[-1], strict=True)
-    return tuple(_like(t, w) for t, w in given)
+    return tuple(gradient_like(t, w) for t, w in given)
 
 
 class _LinearLoss(torch.autograd.Function):
