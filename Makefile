@@ -12,10 +12,10 @@ train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 long: .venv/dev
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -46,6 +46,8 @@ class Logits:
         per_line = 128 // weight.element_size()
         padded = -(-weight.shape[0] // per_line) * per_line
         self.buffer = weight.new_empty(rows, padded)
+        # No result depends on the padding, unless it is NaN: some bf16 products on a CPU read it.
+        self.buffer[:, weight.shape[0] :].zero_()
 
     def of(self, x: Tensor) -> Tensor:
         """[R, V] of hidden states [R, D]."""

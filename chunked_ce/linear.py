@@ -13,6 +13,9 @@ from .stats import TokenStats, is_scored, token_loss
 _CHUNK_BYTES = 256 << 20
 """Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
 
+_CPU_CHUNK_BYTES = 128 << 20
+"""On a CPU, where that is not enough for all: products need workspace of their own."""
+
 
 def linear_token_stats(
     input: Tensor,
@@ -47,7 +50,8 @@ def linear_token_stats(
         target: class indices [...], any integer dtype.
         linear_bias: [V] or None.
         acc_dtype: in which the chunks' gradients of `linear_weight` are added, to be rounded once.
-        chunk_bytes: of logits held at a time, 256 MiB by default; or
+        chunk_bytes: of logits held at a time; by default 256 MiB, on a CPU 128 MiB where that
+            does not hold all; or
         token_chunk_size: as a number of tokens.
         drop_ignored: whether ignored tokens are left out of the products. Finding them makes a GPU
             wait, so by default that is done on the CPU alone.
@@ -207,13 +211,15 @@ def _shared(
     """The arguments that both operators share, checked."""
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = -(-classes * weight.element_size() // 128) * 128
+    whole = input.numel() // input.shape[-1] * row_bytes <= _CHUNK_BYTES if input.numel() else True
+    default = _CHUNK_BYTES if whole or input.device.type != "cpu" else _CPU_CHUNK_BYTES
     return (
         checks.ignore_index(ignore_index),
         classes,
         checks.softcap(softcap),
         checks.logit_scale(logit_scale),
         choose_backend(backend, input.device),
-        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, _CHUNK_BYTES),
+        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
         checks.drop_ignored(drop_ignored, input.device),
         checks.acc_dtype(acc_dtype, weight),
     )

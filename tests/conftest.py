@@ -4,6 +4,11 @@ on a GPU, compiled. The `device` fixture says where tensors go, so that one test
 import os
 import sys
 
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # the workers share the cores: a spinning thread is in the way
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
@@ -62,12 +67,12 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         from chunked_ce.kernels import launch
     except ImportError:
         return
-    row = launch.Row(groups=8, num_warps=1)
+    row = launch.Row(groups=16, num_warps=1)
     monkeypatch.setattr(launch, "GENERIC", row)
     monkeypatch.setattr(launch, "TABLE", dict.fromkeys(launch.TABLE, row))
     monkeypatch.setattr(launch, "STREAMED_TABLE", {})
-    monkeypatch.setattr(launch, "SMALLEST_GROUPS", 8)
-    monkeypatch.setattr(launch, "SEGMENT", 128)
+    monkeypatch.setattr(launch, "SMALLEST_GROUPS", 16)
+    monkeypatch.setattr(launch, "SEGMENT", 256)
     monkeypatch.setattr(launch, "SPAN_TILES", 2)
     monkeypatch.setattr(launch, "FINISH_ROWS", 4)
     monkeypatch.setattr(gpu, "architecture", lambda device: "generic")

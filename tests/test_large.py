@@ -25,10 +25,12 @@ class Own(torch.autograd.Function):  # logits with a history, and no copy of the
 results = []
 far = Own.apply(torch.zeros(1, requires_grad=True))
 stats = chunked_ce.token_stats(far, target, backend=backend)
-assert torch.equal(stats.lse, expected.lse) and torch.equal(stats.logprob, expected.logprob)
+# Near, not equal: these rows start elsewhere in 16 bytes, and a sum's order follows that.
+torch.testing.assert_close(stats.lse, expected.lse)
+torch.testing.assert_close(stats.logprob, expected.logprob)
 chunked_ce.cross_entropy(far, target, inplace_backward=inplace, backend=backend).backward()
-assert torch.equal(results[0], small.grad)
-assert torch.equal(logits, small.grad) == inplace
+torch.testing.assert_close(results[0], small.grad)
+assert (results[0].data_ptr() == logits.data_ptr()) == inplace
 logits.copy_(small.detach())
 results.clear()
 far = Own.apply(torch.zeros(1, requires_grad=True))
