@@ -77,9 +77,13 @@ def logits(input: Tensor) -> None:
         raise ValueError(
             f"input of shape {_shape(input)} has no classes: its last dimension must be at least 1"
         )
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(input).tangent is not None:
+    _no_tangent("input", input)
+
+
+def _no_tangent(name: str, tensor: Tensor) -> None:
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
-            "input carries a forward-mode tangent, but chunked_ce computes reverse-mode "
+            f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
             "derivatives only: use torch.nn.functional.cross_entropy"
         )
 
@@ -224,6 +228,12 @@ def reduction(value: object) -> None:
         raise ValueError(f"reduction is {_brief(value)}, expected one of {_names(REDUCTIONS)}")
 
 
+def known_options(given: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{name} is no option of this loss, expected of {_names(known)}")
+
+
 def drop_ignored(value: object, device: torch.device) -> bool:
     """None: where finding the tokens that count makes nothing wait."""
     if value is None:
@@ -285,13 +295,14 @@ def class_weight(weight: object) -> None:
         )
 
 
-def grad_in_forward(value: object, token_weight: Tensor | None) -> None:
+def grad_in_forward(value: object, token_weight: object, num_items: object) -> None:
     flag("grad_in_forward", value)
-    if value and token_weight is not None and token_weight.requires_grad:
-        raise ValueError(
-            "grad_in_forward=True computes the gradient of input alone, but token_weight requires "
-            "one too: pass token_weight.detach(), or grad_in_forward=False"
-        )
+    for name, t in (("token_weight", token_weight), ("num_items", num_items)):
+        if value and isinstance(t, Tensor) and t.requires_grad:
+            raise ValueError(
+                f"grad_in_forward=True computes the gradient of input alone, but {name} requires "
+                f"one too: pass {name}.detach(), or grad_in_forward=False"
+            )
 
 
 def hidden_states(input: object) -> None:
@@ -305,6 +316,11 @@ def hidden_states(input: object) -> None:
         )
     if input.dim() == 0:
         raise ValueError("input is a 0-dimensional tensor, expected hidden states [..., D]")
+    if input.shape[-1] == 0:
+        raise ValueError(
+            f"input of shape {_shape(input)} has hidden states of 0 numbers: expected at least 1"
+        )
+    _no_tangent("input", input)
 
 
 def linear_weight(weight: object, input: Tensor, *, dims: bool) -> None:
@@ -334,8 +350,9 @@ def linear_weight(weight: object, input: Tensor, *, dims: bool) -> None:
             f"{weight.shape[-1]} numbers, but input has shape {_shape(input)}: "
             "pass the weight as [V, D], as torch.nn.Linear keeps it"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"linear_weight of shape {_shape(weight)} has no classes")
+    if 0 in weight.shape:
+        raise ValueError(f"linear_weight of shape {_shape(weight)} has no classes, or no heads")
+    _no_tangent("linear_weight", weight)
     if weight.dim() > 2 and input.dim() != 2:
         raise ValueError(
             f"linear_weight of shape {_shape(weight)} has more than two dimensions and wants "
@@ -349,6 +366,7 @@ def linear_bias(bias: object, weight: Tensor) -> None:
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"linear_bias must be a Tensor or None, got {type(bias).__name__}")
+    _dense("linear_bias", bias)
     if bias.shape != weight.shape[:-1]:
         raise ValueError(
             f"linear_bias has shape {_shape(bias)}, expected one number per class, "
@@ -418,6 +436,8 @@ def inplace_backward(value: object, input: Tensor) -> None:
     flag("inplace_backward", value)
     if not (value and input.requires_grad and torch.is_grad_enabled()):
         return
+    if torch.compiler.is_compiling():  # where it is not done
+        return
     owner = input if input._base is None else input._base
     if owner.is_leaf and owner.requires_grad:
         raise ValueError(
@@ -434,6 +454,8 @@ def inplace_backward(value: object, input: Tensor) -> None:
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether two indices may share an address: a stride within the extent of the smaller ones."""
+    if tensor.numel() == 0:
+        return False
     extent = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

@@ -35,6 +35,11 @@ class Chunks(NamedTuple):
         return [kept[start : start + size] for start in starts]
 
 
+def ignored_tokens(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | None:
+    """Which tokens are walked, yet count for nothing."""
+    return None if drop_ignored else ~is_scored(target, ignore_index)
+
+
 class Logits:
     """Logits of one chunk after another, in one buffer whose rows start on 128 bytes.
 
@@ -136,14 +141,21 @@ def gradient_like(t: Tensor | None, wanted: bool) -> Tensor:
 
 
 def walk(
-    input: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int, chunks: list[Index]
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_size: int,
+    chunks: list[Index],
+    ignored: Tensor | None,  # [N]; None: no chunk holds any
 ) -> Iterator[tuple[Index, Tensor, Tensor]]:
     """(index, hidden states, logits) of each chunk."""
     if not chunks:
         return
-    first = input[chunks[0]]
+    rows = input[chunks[0]].shape[0]
     bias = None if bias is None else bias[:vocab_size]
-    logits = Logits(weight[:vocab_size], bias, first.shape[0])
+    logits = Logits(weight[:vocab_size], bias, rows)
     for index in chunks:
-        x = first if index is chunks[0] else input[index]
+        x = input[index]
+        if ignored is not None:  # 0 times a NaN of theirs would be one in the weight's gradient
+            x = x.masked_fill(ignored[index][:, None], 0.0)
         yield index, x, logits.of(x)

@@ -172,7 +172,7 @@ def cross_entropy(
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.token_weight(token_weight, input, target)
-    checks.grad_in_forward(grad_in_forward, token_weight)
+    checks.grad_in_forward(grad_in_forward, token_weight, num_items)
     num_items = checks.num_items(num_items, reduction)
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
@@ -185,8 +185,9 @@ def cross_entropy(
         divisor = weight.sum() if num_items is None else num_items
         if isinstance(num_items, Tensor):
             divisor = num_items.to(input.device, compute_dtype(input.dtype), non_blocking=True)
-    # A tracer plans reads and writes itself.
-    if grad_in_forward and _wants_gradient(input) and not torch.compiler.is_compiling():
+    # A tracer plans reads and writes itself; float16 wants the loss scale, which backward knows.
+    in_forward = grad_in_forward and input.dtype != torch.float16
+    if in_forward and _wants_gradient(input) and not torch.compiler.is_compiling():
         return one_pass_loss(
             input, target, token_weight if token_weight is None else weight, divisor, reduction,
             label_smoothing, z_loss_weight,

@@ -94,7 +94,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
@@ -113,13 +113,16 @@ def linear_cross_entropy(
 
     As `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk over chunks
     of tokens, 6 N D V FLOPs as without chunks; without gradients 2 N D V. With `reduction="none"`,
-    or a `token_weight` that wants a gradient, through :func:`linear_token_stats`: 8 N D V.
+    a `token_weight` or `num_items` that wants a gradient, or float16, whose small gradients only a
+    loss scale saves that backward knows, through :func:`linear_token_stats`: 8 N D V. Else an
+    upstream gradient other than 1 multiplies the rounded gradients.
 
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
         linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
         target: class indices [...].
         linear_bias: [V] (or [V, d1, ...]) or None.
+        ignore_index: None is -100, as in torch.
         others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
 
     Returns:
@@ -141,6 +144,7 @@ def linear_cross_entropy(
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.token_weight(token_weight, input, target)
     num_items = checks.num_items(num_items, reduction)
+    ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
@@ -161,7 +165,10 @@ def linear_cross_entropy(
     def of_head(head: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor) -> Tensor:
         """The loss of one [V, D] head: a sum, or that of each token."""
         weights = None if token_weight is None else scored
-        if reduction != "none" and not (weights is not None and weights.requires_grad):
+        known = input.dtype != torch.float16 and not any(
+            t is not None and t.requires_grad for t in (weights, divisor)
+        )
+        if reduction != "none" and known:
             reuse = not torch.compiler.is_compiling()
             flat = None if weights is None else weights.reshape(-1)
             loss: Tensor

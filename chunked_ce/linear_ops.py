@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .blocks import Head, compute_dtype
-from .chunks import Chunks, Gradients, gradient_like, walk
+from .chunks import Chunks, Gradients, gradient_like, ignored_tokens, walk
 from .ops import SHARED_SCHEMA, check_targets_if_asked, library, no_double_backward
 from .stats import Coefficients, coefficients, token_loss
 
@@ -65,10 +65,11 @@ def _linear_loss(
         checks.targets_in_range(target, vocab_size, ignore_index)
     input, weight = input.detach(), weight.detach()
     chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
+    ignored = ignored_tokens(target, ignore_index, drop_ignored)
     head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
-    for index, x, logits in walk(input, weight, bias, vocab_size, chunks):
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
         of_tokens = None if token_weight is None else token_weight[index]
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
@@ -110,9 +111,10 @@ def _linear_stats(
     for out in outputs:
         out.fill_(0 if out.is_floating_point() else -1)  # those ignored
     chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
+    ignored = ignored_tokens(target, ignore_index, drop_ignored)
     head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
-    for index, _, logits in walk(input, weight, bias, vocab_size, chunks):
+    for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
         stats, lse_low = backends.row_statistics(
             backend, logits, target[index], ignore_index, vocab_size, head, **wanted
         )
@@ -146,9 +148,10 @@ def _linear_stats_grad(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
+    ignored = ignored_tokens(target, ignore_index, drop_ignored)
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     head = Head(softcap, logit_scale)
-    for index, x, logits in walk(input, weight, bias, vocab_size, chunks):
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
         numbers = Coefficients(
             *(None if n is None else n[index].contiguous() for n in (a, b, c, u))
         )

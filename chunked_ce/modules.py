@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from . import checks
 from .linear import linear_cross_entropy
 
+_OPTIONS = (
+    "z_loss_weight", "softcap", "logit_scale", "vocab_size", "acc_dtype", "chunk_bytes",
+    "token_chunk_size", "drop_ignored", "backend",
+)  # fmt: skip
+
 
 class LinearCrossEntropyLoss(nn.Module):
     """An output head and its loss, as `torch.nn.LinearCrossEntropyLoss`: no logits are stored.
@@ -44,6 +49,7 @@ class LinearCrossEntropyLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        checks.known_options(options, _OPTIONS)
         checks.class_weight(weight)
         checks.reduction(reduction)
         self.label_smoothing = checks.label_smoothing(label_smoothing)

@@ -219,6 +219,12 @@ def test_a_token_weight_that_wants_a_gradient_is_refused(backend, device):
         one_pass(backend, token_weight=weight)(x.requires_grad_(), target)
 
 
+def test_a_loss_scale_saves_small_float16_gradients(backend, device):
+    """They would round to 0 before backward, which alone knows the scale."""
+    x, target = batch(3, 100, torch.float16, device)
+    check(x, target, backend, torch.float16, lambda loss: 65536 * loss, num_items=65536)
+
+
 def test_evaluation_computes_no_gradient(backend, device, monkeypatch):
     x, target = batch(3, 100, device=device)
     expected = cross_entropy(x, target, backend=backend)
