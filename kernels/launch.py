@@ -105,7 +105,7 @@ def _fitted(
     groups, warps = row.groups, row.num_warps
     groups //= (1 if plain else 2) * (1 if contiguous else 2)  # strided: 64-bit addresses
     if itemsize == 8:  # twice the registers, and more for exponentials
-        groups, warps = groups // 4, warps // 2
+        groups, warps = groups // 4, max(1, warps // 2)
     while groups > SMALLEST_GROUPS and groups * width >= 2 * columns:
         groups, warps = groups // 2, max(1, warps // 2)
     if not (plain and contiguous and itemsize < 8):
