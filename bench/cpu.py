@@ -61,26 +61,26 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.cpu", description="Speed and memory of chunked_ce on the CPU."
     )
     add = parser.add_argument
-    add("--tokens", type=_positive, default=2048, metavar="N", help="default: %(default)s")
-    add("--vocab", type=_positive, default=50257, metavar="V", help="default: %(default)s")
-    add("--threads", type=_positive, default=2, metavar="T", help="default: %(default)s")
-    add("--repeats", type=_positive, default=11, metavar="R", help="default: %(default)s")
+    add("--tokens", type=positive, default=2048, metavar="N", help="default: %(default)s")
+    add("--vocab", type=positive, default=50257, metavar="V", help="default: %(default)s")
+    add("--threads", type=positive, default=2, metavar="T", help="default: %(default)s")
+    add("--repeats", type=positive, default=11, metavar="R", help="default: %(default)s")
     sections = list(SECTIONS)
     add("--only", nargs="+", choices=sections, default=sections, metavar="SECTION",
         help="of " + ", ".join(sections))  # fmt: skip
     add("--no-compile", action="store_true", help="leave out what torch.compile builds first")
-    add("--csv", type=_file, metavar="FILE", help="write the figures, one a row")
-    add("--json", type=_file, metavar="FILE", help="write figures, ratios and bounds")
+    add("--csv", type=writable, metavar="FILE", help="write the figures, one a row")
+    add("--json", type=writable, metavar="FILE", help="write figures, ratios and bounds")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
 
 
-def _file(text: str) -> Path:
+def writable(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():  # said now rather than after four minutes
         raise argparse.ArgumentTypeError(f"no file can be written at {text!r}")

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from . import linear_sections, measure, records
-from .cpu import _file, _positive
+from .cpu import positive, writable
 from .cpu_sections import COMPILED
 from .linear_providers import CUT, LIGER, PROVIDERS, TORCH
 from .linear_sections import SECTIONS, Config
@@ -72,12 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Speed and memory of chunked_ce.linear_cross_entropy on the CPU.",
     )
     add = parser.add_argument
-    add("--tokens", type=_positive, default=2048, metavar="N", help="default: %(default)s")
-    add("--hidden", type=_positive, default=768, metavar="D", help="default: %(default)s")
-    add("--vocab", type=_positive, default=50257, metavar="V", help="default: %(default)s")
-    add("--threads", type=_positive, default=2, metavar="T", help="default: %(default)s")
-    add("--repeats", type=_positive, default=5, metavar="R", help="default: %(default)s")
-    add("--slow-repeats", type=_positive, default=2, metavar="R",
+    add("--tokens", type=positive, default=2048, metavar="N", help="default: %(default)s")
+    add("--hidden", type=positive, default=768, metavar="D", help="default: %(default)s")
+    add("--vocab", type=positive, default=50257, metavar="V", help="default: %(default)s")
+    add("--threads", type=positive, default=2, metavar="T", help="default: %(default)s")
+    add("--repeats", type=positive, default=5, metavar="R", help="default: %(default)s")
+    add("--slow-repeats", type=positive, default=2, metavar="R",
         help="of " + ", ".join(linear_sections.SLOW) + "; default: %(default)s")  # fmt: skip
     add("--grid", action="store_true", help="more N at this V and more V at this N, as memory lets")
     sections = list(SECTIONS)
@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of " + ", ".join(sections))  # fmt: skip
     add("--without", nargs="+", choices=OPTIONAL, default=(), metavar="PROVIDER",
         help="leave out of " + ", ".join(OPTIONAL))  # fmt: skip
-    add("--csv", type=_file, metavar="FILE", help="write the figures, one a row")
-    add("--json", type=_file, metavar="FILE", help="write figures, ratios and bounds")
+    add("--csv", type=writable, metavar="FILE", help="write the figures, one a row")
+    add("--json", type=writable, metavar="FILE", help="write figures, ratios and bounds")
     add("--figure", type=_png, metavar="FILE.png", help="draw time and memory against N")
     return parser
 
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 def _png(text: str) -> Path:
     if not text.endswith(".png"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .png, got {text!r}")
-    return _file(text)
+    return writable(text)
 
 
 def draw(report: records.Report, config: Config, path: Path) -> None:

@@ -3,7 +3,7 @@
     python -m bench.tune --tokens 8192 --vocab 128256 --dtype bfloat16
 
 Statistics, gradient (into new memory, never over what it reads) and both together, interleaved,
-medians of CUDA events. No candidate changes a result.
+medians of CUDA events. A candidate changes the order of sums, and so rounding, alone.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ def logits_gradient(
     for block in blocks(x.shape[:-1], options.vocab_size, _elements_per_block(x, options)):
         column, inside = _column(target, block, options)
         skip = None if skipped is None else block.of_rows(skipped)[:, None]
-        of_rows, out_block, x_block = rows.of(block), block.of(grad), block.of(x)
+        of_rows = RowGradient(*(None if r is None else block.of_rows(r) for r in rows))  # type: ignore[arg-type]
+        out_block, x_block = block.of(grad), block.of(x)
         write(
             x_block,
             None if apart and inside is None else column,

@@ -16,7 +16,7 @@ from .kernels.scale import scale_kernel
 from .kernels.token_grad import token_grad_kernel
 from .kernels.token_stats import token_stats_kernel
 from .stats import Coefficients, TokenStats
-from .strided_rows import strided_rows
+from .strided_rows import Rows, strided_rows
 
 
 def row_statistics(
@@ -136,8 +136,7 @@ def logits_gradient(
         a, b, c, u = (lse[flat] if number is None else number[flat] for number in coefficients)
         with gpu.on(input.device):
             token_grad_kernel[(x.shape[0] * x.shape[1], -(-input.shape[-1] // span))](
-                x_ptr=x.data,
-                grad_ptr=out.data,
+                **_addresses(x, out, vocab_size),
                 target_ptr=target[flat],
                 lse_ptr=lse[flat],
                 logprob_ptr=logprob[flat],
@@ -146,26 +145,11 @@ def logits_gradient(
                 b_ptr=b,
                 c_ptr=c,
                 u_ptr=u,
-                columns_in_memory=input.shape[-1],
-                vocab_size=vocab_size,
                 ignore_index=ignore_index,
-                inner_rows=x.shape[1],
-                x_offset=x.offset,
-                x_stride_outer=x.stride[0],
-                x_stride_inner=x.stride[1],
-                x_stride_v=x.stride[2],
-                grad_offset=out.offset,
-                grad_stride_outer=out.stride[0],
-                grad_stride_inner=out.stride[1],
-                grad_stride_v=out.stride[2],
                 HAS_A=coefficients.a is not None,
                 HAS_B=coefficients.b is not None,
                 HAS_C=coefficients.c is not None,
                 HAS_U=coefficients.u is not None,
-                PADDED=vocab_size < input.shape[-1],
-                CONTIGUOUS=contiguous,
-                GRAD_CONTIGUOUS=out.stride[2] == 1,
-                GRAD_ALIGNED=contiguous and out.alignment() == x.alignment(),
                 SPAN=span,
                 **_head_arguments(head),
                 **tile.arguments(),
@@ -212,34 +196,18 @@ def loss_and_gradient(
         )
         with gpu.on(input.device):
             loss_and_grad_kernel[(plan.programs,)](
-                x_ptr=x.data,
-                grad_ptr=out.data,
+                **_addresses(x, out, vocab_size),
                 target_ptr=target[flat],
                 loss_ptr=loss[flat],
                 weight_ptr=weight[flat],
                 divisor_ptr=loss if divisor is None else divisor.to(dtype),
                 rows=rows,
-                columns_in_memory=input.shape[-1],
-                vocab_size=vocab_size,
                 ignore_index=ignore_index,
-                inner_rows=x.shape[1],
-                x_offset=x.offset,
-                x_stride_outer=x.stride[0],
-                x_stride_inner=x.stride[1],
-                x_stride_v=x.stride[2],
-                grad_offset=out.offset,
-                grad_stride_outer=out.stride[0],
-                grad_stride_inner=out.stride[1],
-                grad_stride_v=out.stride[2],
                 smoothing=label_smoothing,
                 z_loss_weight=z_loss_weight,
                 HAS_WEIGHT=token_weight is not None,
                 HAS_DIVISOR=divisor is not None,
                 SMOOTHING=label_smoothing > 0,
-                PADDED=vocab_size < input.shape[-1],
-                CONTIGUOUS=contiguous,
-                GRAD_CONTIGUOUS=out.stride[2] == 1,
-                GRAD_ALIGNED=contiguous and out.alignment() == x.alignment(),
                 ON_CHIP=plan.on_chip,
                 **_head_arguments(head),
                 **plan.tile.arguments(),
@@ -267,6 +235,30 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
                 upstream_stride=0 if one else upstream.stride(0),
                 BLOCK=block,
             )
+
+
+def _addresses(x: Rows, grad: Rows, vocab_size: int) -> dict[str, Any]:
+    """Where the kernels that write a gradient find logits and gradient."""
+    contiguous = x.stride[2] == 1
+    return dict(
+        x_ptr=x.data,
+        grad_ptr=grad.data,
+        columns_in_memory=x.shape[2],
+        vocab_size=vocab_size,
+        inner_rows=x.shape[1],
+        x_offset=x.offset,
+        x_stride_outer=x.stride[0],
+        x_stride_inner=x.stride[1],
+        x_stride_v=x.stride[2],
+        grad_offset=grad.offset,
+        grad_stride_outer=grad.stride[0],
+        grad_stride_inner=grad.stride[1],
+        grad_stride_v=grad.stride[2],
+        PADDED=vocab_size < x.shape[2],
+        CONTIGUOUS=contiguous,
+        GRAD_CONTIGUOUS=grad.stride[2] == 1,
+        GRAD_ALIGNED=contiguous and grad.alignment() == x.alignment(),
+    )
 
 
 def _head_arguments(head: Head) -> dict[str, Any]:

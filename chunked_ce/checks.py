@@ -62,29 +62,29 @@ def one_target_per_row(input: Tensor, target: Tensor) -> None:
     same_device("target", target, input)
 
 
-def logits(input: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor of logits, got {type(input).__name__}")
-    _dense("input", input)
-    if input.dtype not in LOGIT_DTYPES:
+def _floating(name: str, tensor: Any, what: str, mend: str = "convert it with .float()") -> None:
+    """A dense Tensor of a dtype we compute with, and no forward-mode tangent."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor{what}, got {type(tensor).__name__}")
+    _dense(name, tensor)
+    if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
-            f"input has dtype {input.dtype}, expected one of {_names(LOGIT_DTYPES)}: "
-            "convert it with .float()"
+            f"{name} has dtype {tensor.dtype}, expected one of {_names(LOGIT_DTYPES)}: {mend}"
         )
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
+            "derivatives only: use torch.nn.functional.cross_entropy"
+        )
+
+
+def logits(input: Tensor) -> None:
+    _floating("input", input, " of logits")
     if input.dim() == 0:
         raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., V]")
     if input.shape[-1] == 0:
         raise ValueError(
             f"input of shape {_shape(input)} has no classes: its last dimension must be at least 1"
-        )
-    _no_tangent("input", input)
-
-
-def _no_tangent(name: str, tensor: Tensor) -> None:
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(
-            f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
-            "derivatives only: use torch.nn.functional.cross_entropy"
         )
 
 
@@ -305,39 +305,24 @@ def grad_in_forward(value: object, token_weight: object, num_items: object) -> N
             )
 
 
-def hidden_states(input: object) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor of hidden states, got {type(input).__name__}")
-    _dense("input", input)
-    if input.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"input has dtype {input.dtype}, expected one of {_names(LOGIT_DTYPES)}: "
-            "convert it with .float()"
-        )
+def hidden_states(input: Tensor) -> None:
+    _floating("input", input, " of hidden states")
     if input.dim() == 0:
         raise ValueError("input is a 0-dimensional tensor, expected hidden states [..., D]")
     if input.shape[-1] == 0:
         raise ValueError(
             f"input of shape {_shape(input)} has hidden states of 0 numbers: expected at least 1"
         )
-    _no_tangent("input", input)
 
 
-def linear_weight(weight: object, input: Tensor, *, dims: bool) -> None:
+def linear_weight(weight: Tensor, input: Tensor, *, dims: bool) -> None:
     """[V, D], or [V, d1, ..., D] where `dims` may be."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"linear_weight must be a Tensor, got {type(weight).__name__}")
     if type(weight).__name__ == "DTensor":
         raise TypeError(
             "linear_weight is a DTensor, whose shards are elsewhere: gather it first "
             "(linear_weight.full_tensor(), or module.unshard() with FSDP2)"
         )
-    _dense("linear_weight", weight)
-    if weight.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"linear_weight has dtype {weight.dtype}, expected one of {_names(LOGIT_DTYPES)}: "
-            "dequantise it, or convert it to input's dtype"
-        )
+    _floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
     if weight.dim() < 2 or (weight.dim() > 2 and not dims):
         expected = "[V, D] or [V, d1, ..., D]" if dims else "[V, D]"
         raise ValueError(
@@ -352,7 +337,6 @@ def linear_weight(weight: object, input: Tensor, *, dims: bool) -> None:
         )
     if 0 in weight.shape:
         raise ValueError(f"linear_weight of shape {_shape(weight)} has no classes, or no heads")
-    _no_tangent("linear_weight", weight)
     if weight.dim() > 2 and input.dim() != 2:
         raise ValueError(
             f"linear_weight of shape {_shape(weight)} has more than two dimensions and wants "

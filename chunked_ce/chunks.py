@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,30 +13,19 @@ from .stats import is_scored
 Index = slice | Tensor
 
 
-class Chunks(NamedTuple):
-    """How tokens are walked: so many at a time, those ignored perhaps not at all."""
-
-    rows: int
-    drop_ignored: bool
-
-    def of(self, target: Tensor, ignore_index: int) -> list[Index]:
-        """Into the tokens [N], a chunk each; the chunks are of like size."""
-        kept: Tensor | None = None
-        if self.drop_ignored:
-            scored = is_scored(target, ignore_index)
-            kept = None if scored.all() else scored.nonzero()[:, 0]
-        n = target.numel() if kept is None else kept.numel()
-        count = -(-n // self.rows)
-        size = -(-n // count) if count else 1
-        starts = range(0, n, size)
-        if kept is None:
-            return [slice(start, start + size) for start in starts]
-        return [kept[start : start + size] for start in starts]
-
-
-def ignored_tokens(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | None:
-    """Which tokens are walked, yet count for nothing."""
-    return None if drop_ignored else ~is_scored(target, ignore_index)
+def chunk_indices(target: Tensor, ignore_index: int, rows: int, drop_ignored: bool) -> list[Index]:
+    """Into the tokens [N], so many `rows` a chunk; the chunks are of like size."""
+    kept: Tensor | None = None
+    if drop_ignored:
+        scored = is_scored(target, ignore_index)
+        kept = None if scored.all() else scored.nonzero()[:, 0]
+    n = target.numel() if kept is None else kept.numel()
+    count = -(-n // rows)
+    size = -(-n // count) if count else 1
+    starts = range(0, n, size)
+    if kept is None:
+        return [slice(start, start + size) for start in starts]
+    return [kept[start : start + size] for start in starts]
 
 
 class Logits:
@@ -76,17 +64,15 @@ class Gradients:
         chunks: list[Index],
     ) -> None:
         for_input, for_weight, for_bias = wanted
-        self.weight, self.vocab_size, self.chunks = weight[:vocab_size], vocab_size, len(chunks)
+        self.weight, self.vocab_size = weight[:vocab_size], vocab_size
         whole = bool(chunks) and isinstance(chunks[0], slice)
         self.input = gradient_like(input, for_input)
         if for_input and not whole:
             self.input.zero_()
-        self.of_weight, self.of_bias = (
-            gradient_like(weight, for_weight),
-            gradient_like(bias, for_bias),
-        )
+        self.of_weight = gradient_like(weight, for_weight)
+        self.of_bias = gradient_like(bias, for_bias)
         self.sum: Tensor | None = None
-        if for_weight and self.chunks > 1 and weight.dtype.itemsize < acc_dtype.itemsize:
+        if for_weight and len(chunks) > 1 and weight.dtype.itemsize < acc_dtype.itemsize:
             self.sum = weight.new_zeros(vocab_size, weight.shape[1], dtype=acc_dtype)
         self.bias_sum = self.of_bias.new_zeros(
             vocab_size if for_bias else 0, dtype=compute_dtype(weight.dtype)

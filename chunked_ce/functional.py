@@ -11,10 +11,11 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks, ops  # noqa: F401  (importing ops registers the operators)
+from . import checks, ops
 from .blocks import compute_dtype
 from .one_pass import one_pass_loss
-from .stats import TokenStats, is_scored, token_loss
+from .reduction import reduction_of
+from .stats import TokenStats, token_loss
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # As Triton reads it, and when it does: a change after the import comes too late for both.
@@ -177,33 +178,21 @@ def cross_entropy(
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
-    weight = is_scored(target, ignore_index)
-    if token_weight is not None:
-        weight = torch.where(weight, token_weight.to(compute_dtype(input.dtype)), 0.0)
-    divisor: int | Tensor | None = None
-    if reduction == "mean":
-        divisor = weight.sum() if num_items is None else num_items
-        if isinstance(num_items, Tensor):
-            divisor = num_items.to(input.device, compute_dtype(input.dtype), non_blocking=True)
-    # A tracer plans reads and writes itself; float16 wants the loss scale, which backward knows.
-    in_forward = grad_in_forward and input.dtype != torch.float16
-    if in_forward and _wants_gradient(input) and not torch.compiler.is_compiling():
+    how = reduction_of(
+        reduction, target, ignore_index, token_weight, num_items, compute_dtype(input.dtype)
+    )
+    # A tracer plans reads and writes itself.
+    one_pass = grad_in_forward and _wants_gradient(input) and not torch.compiler.is_compiling()
+    if one_pass and how.known_before_backward(input.dtype):
         return one_pass_loss(
-            input, target, token_weight if token_weight is None else weight, divisor, reduction,
-            label_smoothing, z_loss_weight,
+            input, target, how, label_smoothing, z_loss_weight,
             ignore_index, vocab_size, softcap, logit_scale, backend, inplace_backward,
         )  # fmt: skip
     stats = _token_stats(
         input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
         False, label_smoothing > 0, False, False, inplace_backward,
     )  # fmt: skip
-    loss = token_loss(stats, label_smoothing, z_loss_weight)
-    if token_weight is not None:
-        loss = loss * weight
-    if reduction == "none":
-        return loss + 0.0  # an ignored token's -0 becomes 0
-    total = loss.sum()
-    return total if divisor is None else total / divisor
+    return how.of(token_loss(stats, label_smoothing, z_loss_weight))
 
 
 def _wants_gradient(input: Tensor) -> bool:
@@ -245,18 +234,11 @@ def _token_stats(
     argmax: bool,
     inplace_backward: bool,
 ) -> TokenStats:
-    lse, logprob, _, entropies, means, ranks, winners = torch.ops.chunked_ce.token_stats(
+    outputs = torch.ops.chunked_ce.token_stats(
         input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
         entropy, mean_logprob, rank, argmax, inplace_backward,
     )  # fmt: skip
-    return TokenStats(
-        lse,
-        logprob,
-        entropies if entropy else None,
-        means if mean_logprob else None,
-        ranks if rank else None,
-        winners if argmax else None,
-    )
+    return ops.as_stats(outputs, (entropy, mean_logprob, rank, argmax))
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import checks, linear_ops  # noqa: F401  (importing linear_ops registers the operators)
 from .blocks import compute_dtype
 from .functional import choose_backend
-from .stats import TokenStats, is_scored, token_loss
+from .ops import as_stats
+from .reduction import Reduction, reduction_of
+from .stats import TokenStats, token_loss
 
 _CHUNK_BYTES = 256 << 20
 """Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
@@ -82,9 +86,8 @@ def linear_token_stats(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
-    return _stats(
-        input, linear_weight, linear_bias, target, shared, entropy, mean_logprob, rank, argmax
-    )
+    wanted = (entropy, mean_logprob, rank, argmax)
+    return _stats(input, linear_weight, linear_bias, target, shared, wanted)
 
 
 def linear_cross_entropy(
@@ -150,50 +153,40 @@ def linear_cross_entropy(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
-    dtype = compute_dtype(input.dtype)
-    tokens = is_scored(target, shared[0])
-    if token_weight is not None:
-        tokens = torch.where(tokens, token_weight.to(dtype), 0.0)
-    divisor: Tensor | None = None
-    if reduction == "mean" and num_items is None:
-        divisor = tokens.sum().to(dtype)
-    elif isinstance(num_items, Tensor):
-        divisor = num_items.to(input.device, dtype, non_blocking=True)
-    elif num_items is not None:
-        divisor = torch.full((), num_items, dtype=dtype, device=input.device)
+    how = reduction_of(
+        reduction, target, shared[0], token_weight, num_items, compute_dtype(input.dtype)
+    )
+    fused = reduction != "none" and how.known_before_backward(input.dtype)
 
-    def of_head(head: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor) -> Tensor:
+    def of_head(head: Tensor, bias: Tensor | None, labels: Tensor, how: Reduction) -> Tensor:
         """The loss of one [V, D] head: a sum, or that of each token."""
-        weights = None if token_weight is None else scored
-        known = input.dtype != torch.float16 and not any(
-            t is not None and t.requires_grad for t in (weights, divisor)
-        )
-        if reduction != "none" and known:
-            reuse = not torch.compiler.is_compiling()
-            flat = None if weights is None else weights.reshape(-1)
-            loss: Tensor
-            loss, *_ = torch.ops.chunked_ce.linear_loss(
-                input.reshape(-1, input.shape[-1]), head, bias, labels.reshape(-1), flat, divisor,
-                label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
-            )  # fmt: skip
-            return loss
-        stats = _stats(input, head, bias, labels, shared, False, label_smoothing > 0, False, False)
-        loss = token_loss(stats, label_smoothing, z_loss_weight)
-        loss = loss if weights is None else loss * weights
-        if reduction == "none":
-            return loss + 0.0  # an ignored token's -0 becomes 0
-        return loss.sum() if divisor is None else loss.sum() / divisor
+        if not fused:
+            smoothed = label_smoothing > 0
+            stats = _stats(input, head, bias, labels, shared, (False, smoothed, False, False))
+            return how.of(token_loss(stats, label_smoothing, z_loss_weight))
+        weight = None if how.weight is None else how.weight.reshape(-1)
+        reuse = not torch.compiler.is_compiling()
+        loss: Tensor  # autograd fills in which gradients are wanted
+        loss, *_ = torch.ops.chunked_ce.linear_loss(
+            input.reshape(-1, input.shape[-1]), head, bias, labels.reshape(-1), weight, how.divisor,
+            label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
+        )  # fmt: skip
+        return loss
 
     if linear_weight.dim() == 2:
-        return of_head(linear_weight, linear_bias, target, tokens)
+        return of_head(linear_weight, linear_bias, target, how)
     heads = linear_weight.flatten(1, -2).unbind(1)
-    biases = [None] * len(heads) if linear_bias is None else linear_bias.flatten(1).unbind(1)
+
+    def of_each(t: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
+
     losses = [
-        of_head(head, bias, labels, scored)
-        for head, bias, labels, scored in zip(
-            heads, biases, target.flatten(1).unbind(1), tokens.flatten(1).unbind(1), strict=True
+        of_head(head, bias, labels, how._replace(weight=weight))
+        for head, bias, labels, weight in zip(
+            heads, of_each(linear_bias), target.flatten(1).unbind(1), of_each(how.weight),
+            strict=True,
         )
-    ]
+    ]  # fmt: skip
     if reduction == "none":
         return torch.stack(losses, 1).view(target.shape)
     return torch.stack(losses).sum()
@@ -218,7 +211,7 @@ def _shared(
     """The arguments that both operators share, checked."""
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = -(-classes * weight.element_size() // 128) * 128
-    whole = input.numel() // input.shape[-1] * row_bytes <= _CHUNK_BYTES if input.numel() else True
+    whole = input.numel() // input.shape[-1] * row_bytes <= _CHUNK_BYTES
     default = _CHUNK_BYTES if whole or input.device.type != "cpu" else _CPU_CHUNK_BYTES
     return (
         checks.ignore_index(ignore_index),
@@ -238,19 +231,13 @@ def _stats(
     bias: Tensor | None,
     target: Tensor,
     shared: Shared,
-    entropy: bool,
-    mean_logprob: bool,
-    rank: bool,
-    argmax: bool,
+    wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> TokenStats:
-    found = torch.ops.chunked_ce.linear_stats(
-        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *shared,
-        entropy, mean_logprob, rank, argmax,
-    )  # fmt: skip
-    lse, logprob, _, *others = found
-    wanted = (entropy, mean_logprob, rank, argmax)
-    shaped = (o.view(target.shape) if w else None for o, w in zip(others, wanted, strict=True))
-    return TokenStats(lse.view(target.shape), logprob.view(target.shape), *shaped)
+    outputs = torch.ops.chunked_ce.linear_stats(
+        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *shared, *wanted
+    )
+    stats = as_stats(outputs, wanted)
+    return TokenStats(*(None if s is None else s.view(target.shape) for s in stats))  # type: ignore[arg-type]
 
 
 def _autocast(

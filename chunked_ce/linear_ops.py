@@ -16,11 +16,19 @@ from torch import Tensor
 
 from . import backends, checks
 from .blocks import Head, compute_dtype
-from .chunks import Chunks, Gradients, gradient_like, ignored_tokens, walk
-from .ops import SHARED_SCHEMA, check_targets_if_asked, library, no_double_backward
-from .stats import Coefficients, coefficients, token_loss
+from .chunks import Gradients, chunk_indices, gradient_like, walk
+from .ops import (
+    SHARED_SCHEMA,
+    check_targets,
+    library,
+    new_outputs,
+    no_double_backward,
+    upstream_coefficients,
+)
+from .stats import Coefficients, is_scored, token_loss
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+_FLAGS = ("entropy", "mean_logprob", "rank", "argmax")
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
 library.define(
     f"linear_loss({_HEAD}Tensor? token_weight, Tensor? divisor, float label_smoothing, "
@@ -60,12 +68,10 @@ def _linear_loss(
     wanted: list[bool],
     reuse: bool,
 ) -> tuple[Tensor, ...]:
-    check_targets_if_asked(target, vocab_size, ignore_index)
-    if target.device.type == "cpu":
-        checks.targets_in_range(target, vocab_size, ignore_index)
+    check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
     input, weight = input.detach(), weight.detach()
-    chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
-    ignored = ignored_tokens(target, ignore_index, drop_ignored)
+    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
@@ -103,15 +109,13 @@ def _linear_stats(
     acc_dtype: torch.dtype,
     *flags: bool,
 ) -> tuple[Tensor, ...]:
-    check_targets_if_asked(target, vocab_size, ignore_index)
-    if target.device.type == "cpu":
-        checks.targets_in_range(target, vocab_size, ignore_index)
-    wanted = dict(zip(("entropy", "mean_logprob", "rank", "argmax"), flags, strict=True))
-    outputs = _new_stats(input, target, flags)
+    check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    wanted = dict(zip(_FLAGS, flags, strict=True))
+    outputs = new_outputs(input, target, **wanted)
     for out in outputs:
         out.fill_(0 if out.is_floating_point() else -1)  # those ignored
-    chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
-    ignored = ignored_tokens(target, ignore_index, drop_ignored)
+    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
     for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
@@ -147,8 +151,8 @@ def _linear_stats_grad(
     acc_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    chunks = Chunks(rows_per_chunk, drop_ignored).of(target, ignore_index)
-    ignored = ignored_tokens(target, ignore_index, drop_ignored)
+    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     head = Head(softcap, logit_scale)
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
@@ -163,14 +167,6 @@ def _linear_stats_grad(
     return gradients.finish()
 
 
-def _new_stats(input: Tensor, target: Tensor, flags: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    floats, n = compute_dtype(input.dtype), target.shape
-    return tuple(
-        input.new_empty(n if wanted else 0, dtype=floats if i < 5 else torch.int64)
-        for i, wanted in enumerate((True, True, True, *flags))
-    )
-
-
 def _fake_linear_loss(
     input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -183,7 +179,7 @@ def _fake_linear_loss(
 def _fake_linear_stats(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _new_stats(input, target, rest[-4:])
+    return new_outputs(input, target, **dict(zip(_FLAGS, rest[-4:], strict=True)))
 
 
 def _fake_linear_stats_grad(
@@ -240,7 +236,7 @@ class _LinearStats(torch.autograd.Function):
         ctx.options = options
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_stats(*arguments)
-        ctx.wanted = (True, True, False, entropy, mean_logprob, False, False)
+        ctx.wanted = (entropy, mean_logprob)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[5:])
         ctx.save_for_backward(input, weight, bias, target, *outputs[:4])
@@ -251,13 +247,8 @@ class _LinearStats(torch.autograd.Function):
         if torch.is_grad_enabled():
             checks.double_backward()
         *given, lse, logprob, lse_low, entropy = ctx.saved_tensors
-        lse_grad, logprob_grad, _, entropy_grad, mean_logprob_grad, *_ = (
-            grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True)
-        )
         _, vocab_size, *_ = ctx.options
-        numbers = coefficients(
-            lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, entropy, vocab_size
-        )
+        numbers = upstream_coefficients(grads, entropy, vocab_size, *ctx.wanted)
         wanted = list(ctx.needs_input_grad[:3])
         found = torch.ops.chunked_ce.linear_stats_grad(
             *given, lse, logprob, lse_low, *numbers, *ctx.options, wanted

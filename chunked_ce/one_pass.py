@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import backends, checks
 from .blocks import Head, compute_dtype
-from .ops import SHARED_SCHEMA, check_targets_if_asked, library, no_double_backward
+from .ops import SHARED_SCHEMA, check_targets, library, no_double_backward
+from .reduction import Reduction
 
 _ARGUMENTS = (
     "Tensor target, Tensor? token_weight, Tensor? divisor, "
@@ -28,36 +29,28 @@ library.define("scale_(Tensor(a!) grad, Tensor upstream, str backend) -> ()")
 def one_pass_loss(
     input: Tensor,
     target: Tensor,
-    token_weight: Tensor | None,  # [...], 0 where ignored
-    divisor: int | Tensor | None,
-    reduction: str,
+    how: Reduction,
     *options: Any,  # label_smoothing, ..., backend, inplace_backward
 ) -> Tensor:
     """The reduced loss; its gradient is ready, in new memory or over `input`."""
-    if isinstance(divisor, int):
-        divisor = torch.full((), divisor, dtype=compute_dtype(input.dtype), device=input.device)
-    loss: Tensor = _OnePass.apply(  # type: ignore[no-untyped-call]
-        input, target, token_weight, divisor, reduction, *options
-    )
+    loss: Tensor = _OnePass.apply(input, target, how, *options)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        input, target, token_weight, divisor, reduction, *options, inplace = arguments
+        input, target, how, *options, inplace = arguments
         ctx.backend, ctx.spent = options[-1], False
-        given = (input, target, token_weight, divisor, *options)
+        given = (input, target, how.weight, how.divisor, *options)
         with torch._C._AutoDispatchBelowAutograd():
             if inplace:
                 loss, grad = torch.ops.chunked_ce.loss_and_grad_(*given), input
             else:
                 loss, grad = torch.ops.chunked_ce.loss_and_grad(*given)
         ctx.save_for_backward(grad)
-        value: Tensor = loss if token_weight is None else loss * token_weight
-        if reduction == "none":
-            return value + 0.0  # an ignored token's -0 becomes 0
-        return value.sum() if divisor is None else value.sum() / divisor
+        reduced: Tensor = how.of(loss)
+        return reduced
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,13 +62,13 @@ class _OnePass(torch.autograd.Function):
         ctx.spent = True
         grad = grad.detach()
         torch.ops.chunked_ce.scale_(grad, upstream, ctx.backend)
-        return grad, *(None,) * 12
+        return grad, *(None,) * 10
 
 
 def _loss_and_gradient(inplace: bool, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     target, weight, divisor, smoothing, z_loss_weight, *shared = arguments
     ignore_index, vocab_size, softcap, logit_scale, backend = shared
-    check_targets_if_asked(target, vocab_size, ignore_index)
+    check_targets(target, vocab_size, ignore_index)
     if target.numel() == 0:
         loss = input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
         return loss, torch.empty_like(input)

@@ -10,6 +10,7 @@ chunked_ce::token_grad_  the same over the logits, whose version counter says so
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,10 +54,10 @@ def _token_stats(
     argmax: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
-    check_targets_if_asked(target, vocab_size, ignore_index)
+    check_targets(target, vocab_size, ignore_index)
     wanted = dict(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     if target.numel() == 0:
-        return _new_outputs(input, target, **wanted)
+        return new_outputs(input, target, **wanted)
     stats, lse_low = backends.row_statistics(
         backend, input.detach(), target, ignore_index, vocab_size, Head(softcap, logit_scale),
         **wanted,
@@ -64,9 +65,11 @@ def _token_stats(
     return _outputs(stats, lse_low, target.shape)
 
 
-def check_targets_if_asked(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Where looking at targets means waiting for a GPU, the user says when to."""
-    if os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
+def check_targets(
+    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False
+) -> None:
+    """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
+    if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
         checks.targets_in_range(target, vocab_size, ignore_index)
 
 
@@ -81,7 +84,7 @@ def _outputs(stats: TokenStats, lse_low: Tensor, shape: torch.Size) -> tuple[Ten
     return tuple(outputs)
 
 
-def _new_outputs(
+def new_outputs(
     input: Tensor,
     target: Tensor,
     *,
@@ -101,9 +104,38 @@ def _new_outputs(
     )
 
 
+def as_stats(outputs: Sequence[Tensor], wanted: tuple[bool, ...]) -> TokenStats:
+    """An operator's outputs as users get them; `wanted`: entropy, mean_logprob, rank, argmax."""
+    lse, logprob, _, *others = outputs
+    asked = (out if want else None for out, want in zip(others, wanted, strict=True))
+    return TokenStats(lse, logprob, *asked)
+
+
+def upstream_coefficients(
+    grads: Sequence[Tensor | None],
+    entropy: Tensor,
+    vocab_size: int,
+    wants_entropy: bool,
+    wants_mean_logprob: bool,
+) -> Coefficients:
+    """Of the upstream gradients of an operator's outputs.
+
+    An output that was not asked for is empty, and a tracer may give it an empty gradient.
+    """
+    lse, logprob, _, of_entropy, of_mean_logprob, *_ = grads
+    return coefficients(
+        lse,
+        logprob,
+        of_entropy if wants_entropy else None,
+        of_mean_logprob if wants_mean_logprob else None,
+        entropy,
+        vocab_size,
+    )
+
+
 def _fake_token_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
     entropy, mean_logprob, rank, argmax, _ = options[-5:]
-    return _new_outputs(
+    return new_outputs(
         input, target, entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax
     )
 
@@ -151,7 +183,7 @@ class _TokenStats(torch.autograd.Function):
         input, target, *ctx.options, entropy, mean_logprob, _, _, ctx.inplace_backward = arguments
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.token_stats(*arguments)
-        ctx.wanted = (True, True, False, entropy, mean_logprob, False, False)
+        ctx.wanted = (entropy, mean_logprob)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[5:])
         ctx.save_for_backward(input, target, *outputs[:4])
@@ -160,14 +192,8 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         input, target, lse, logprob, lse_low, entropy = ctx.saved_tensors
-        # An output that was not asked for is empty, and a tracer may give it an empty gradient.
-        lse_grad, logprob_grad, _, entropy_grad, mean_logprob_grad, *_ = (
-            grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True)
-        )
         _, vocab_size, *_ = ctx.options
-        numbers = coefficients(
-            lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, entropy, vocab_size
-        )
+        numbers = upstream_coefficients(grads, entropy, vocab_size, *ctx.wanted)
         arguments = (input, target, lse, logprob, lse_low, *numbers, *ctx.options)
         no_gradient = (None,) * 11
         if ctx.inplace_backward:

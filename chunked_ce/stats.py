@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .row_blocks import Block
-
 
 def is_scored(target: Tensor, ignore_index: int) -> Tensor:
     """Which targets count. In int64: in uint8, -100 would be taken for 156."""
@@ -214,9 +212,6 @@ class RowGradient(NamedTuple):
     def as_columns(self) -> RowGradient:
         """[rows, 1] each."""
         return RowGradient(*(None if part is None else part[:, None] for part in self))  # type: ignore[arg-type]
-
-    def of(self, block: Block) -> RowGradient:
-        return RowGradient(*(None if part is None else block.of_rows(part) for part in self))  # type: ignore[arg-type]
 
 
 def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -> RowGradient:

@@ -1,6 +1,7 @@
 """Launch tables: how large a tile, how many warps, how a row is divided among programs.
 
-A group is 16 bytes of logits, one load of one thread. No figure here changes a result.
+A group is 16 bytes of logits, one load of one thread. The figures change speed and, as the order
+of a sum does, rounding; none that follows the number of rows changes a result by a bit.
 """
 
 from typing import NamedTuple
@@ -19,9 +20,12 @@ class Tile(NamedTuple):
 
     def arguments(self) -> dict[str, int]:
         """To launch with; options that say nothing are left out, for not all backends know them."""
-        options = {"maxnreg": self.maxnreg or 1, "num_ctas": self.num_ctas}
         given = dict(GROUPS=self.GROUPS, WIDTH=self.WIDTH, num_warps=self.num_warps)
-        return given | {name: value for name, value in options.items() if value != 1}
+        if self.maxnreg:
+            given["maxnreg"] = self.maxnreg
+        if self.num_ctas > 1:
+            given["num_ctas"] = self.num_ctas
+        return given
 
 
 class Row(NamedTuple):
@@ -33,7 +37,7 @@ class Row(NamedTuple):
 
 GENERIC = Row(512, 4)
 TABLE = {
-    # 4 groups a thread: 32 registers, so 2048 threads an SM, each with 64 bytes under way.
+    # 4 groups a thread: 40 registers, so 1536 threads an SM, each with 64 bytes under way.
     "sm_90": Row(512, 4),
     # A100 was reported fastest with long tiles of 8 warps.
     "sm_80": Row(1024, 8),
@@ -50,7 +54,7 @@ SMALLEST_GROUPS = 32
 """Of a tile for a small vocabulary: a group a thread, one warp."""
 
 SEGMENT = 16384
-"""Columns whose sums are one part of a row: a constant, so that no result depends on the launch."""
+"""Columns whose sums are one part of a row: a constant, whoever walks them."""
 
 SPAN_TILES = 4
 """Tiles that one program of the gradient kernel walks: enough to amortise its eight row scalars."""
@@ -60,7 +64,6 @@ PROGRAMS_PER_PROCESSOR = 4
 
 FINISH_ROWS = 64
 """Rows of one program that merges parts: a thread each."""
-
 
 SCALE_BLOCK = 4096
 """Columns of one program that multiplies by the upstream gradient."""

@@ -30,7 +30,6 @@ from .streaming import (
 MAX_INT = tl.constexpr(2147483647)
 # Of a part, floats: m, s, and on request sum exp2(z - m) (z - m), sum (z - origin), largest key;
 # integers: how many beat the target, the class of the largest key. The target is in none of m, s.
-FLOATS, INTEGERS = tl.constexpr(5), tl.constexpr(2)
 
 
 @triton.jit
@@ -182,8 +181,8 @@ def sum_apart(
 def token_stats_kernel(
     x_ptr,  # [rows, V] logits, rows addressed by (offset, stride_outer, stride_inner)
     target_ptr,  # [rows] integers
-    floats_ptr,  # [FLOATS, rows, segments]
-    integers_ptr,  # [INTEGERS, rows, segments], touched only for RANK and ARGMAX
+    floats_ptr,  # [2 or 5, rows, segments]: a part's floats, as above
+    integers_ptr,  # [2, rows, segments], touched only for RANK and ARGMAX
     rows,
     segments,
     segments_per_program,

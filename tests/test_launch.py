@@ -1,4 +1,4 @@
-"""Which launch a GPU gets. No figure of a launch table changes a result: only its bounds are tested."""
+"""Which launch a GPU gets. What it changes is speed: only bounds are tested."""
 
 import warnings
 from types import SimpleNamespace

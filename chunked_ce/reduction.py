@@ -1,0 +1,55 @@
+"""From the tokens' losses to the loss: weights, what a mean divides by, the sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .stats import is_scored
+
+
+class Reduction(NamedTuple):
+    name: str  # "mean", "sum" or "none"
+    weight: Tensor | None  # of each token, 0 where ignored; None: 1
+    divisor: Tensor | None  # of the sum, []; None: 1
+
+    def of(self, loss: Tensor) -> Tensor:
+        """The loss, from those of the tokens (0 where ignored)."""
+        if self.weight is not None:
+            loss = loss * self.weight
+        if self.name == "none":
+            return loss + 0.0  # an ignored token's -0 becomes 0
+        return loss.sum() if self.divisor is None else loss.sum() / self.divisor
+
+    def known_before_backward(self, dtype: torch.dtype) -> bool:
+        """Whether gradients of logits of `dtype` may be rounded when their weights are known.
+
+        Not for float16, whose small ones only the loss scale saves, which comes with backward; nor
+        where the weights want a gradient themselves.
+        """
+        given = (self.weight, self.divisor)
+        return dtype != torch.float16 and not any(t is not None and t.requires_grad for t in given)
+
+
+def reduction_of(
+    name: str,
+    target: Tensor,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    num_items: int | Tensor | None,
+    dtype: torch.dtype,
+) -> Reduction:
+    """The reduction of losses [...] in `dtype`, on target's device, without waiting for it."""
+    weight = divisor = None
+    if token_weight is not None:
+        weight = torch.where(is_scored(target, ignore_index), token_weight.to(dtype), 0.0)
+    if isinstance(num_items, Tensor):
+        divisor = num_items.to(target.device, dtype, non_blocking=True)
+    elif num_items is not None:
+        divisor = torch.full((), num_items, dtype=dtype, device=target.device)
+    elif name == "mean":
+        counted = is_scored(target, ignore_index) if weight is None else weight
+        divisor = counted.sum()
+    return Reduction(name, weight, divisor)
