@@ -40,8 +40,8 @@ from .stats import (
     token_loss_coefficients,
 )
 
-# 3 MiB of fp32: with less the calls cost more, with more the cache misses.
-_CACHED_ELEMENTS = 3 << 18
+# 4 MiB of fp32: with less the calls cost more, with more the cache misses.
+_CACHED_ELEMENTS = 1 << 20
 _COMPILED_ELEMENTS = 1 << 23  # a compiled block keeps nothing in cache, and has guards to check
 _DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 

@@ -36,7 +36,7 @@ def blocks(leading: torch.Size, columns: int, elements: int) -> Iterator[Block]:
     if leading.numel() * columns <= elements:
         yield Block(None, slice(None), 0, columns)
         return
-    width = min(columns, elements)
+    width = -(-columns // -(-columns // elements))  # pieces of like size
     limit = elements // width
     dim, inner = len(leading) - 1, 1
     while dim > 0 and inner * leading[dim] <= limit:
