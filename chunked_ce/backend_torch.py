@@ -360,9 +360,8 @@ def _elements_per_block(x: Tensor, options: Options) -> int:
 def _scratch(x: Tensor, options: Options) -> Scratch | None:
     if options.compiled:
         return None
-    most = _elements_per_block(x, options)
-    elements = min(prod(x.shape[:-1]) * options.vocab_size, most)
-    return Scratch(elements, most, compute_dtype(x.dtype), x.device)
+    elements = min(prod(x.shape[:-1]) * options.vocab_size, _elements_per_block(x, options))
+    return Scratch(elements, compute_dtype(x.dtype), x.device)
 
 
 def _targets(

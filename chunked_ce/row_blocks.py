@@ -73,10 +73,11 @@ _kept = threading.local()
 class Scratch:
     """Memory for the work on one block after another.
 
-    The CPU keeps one per thread: touching fresh pages would cost more than the arithmetic.
+    The CPU keeps the largest so far, one per thread: touching fresh pages would cost more than the
+    arithmetic.
     """
 
-    def __init__(self, elements: int, most: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cpu" or dtype != torch.float32:
             self._memory = torch.empty(elements, dtype=dtype, device=device)
             return
@@ -84,7 +85,7 @@ class Scratch:
         if kept is None or kept.numel() < elements:
             # Else it could not be written to outside of inference mode.
             with torch.inference_mode(False):
-                kept = _kept.memory = torch.empty(most, dtype=dtype)
+                kept = _kept.memory = torch.empty(elements, dtype=dtype)
         self._memory = kept
 
     def like(self, block: Tensor) -> Tensor:

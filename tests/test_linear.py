@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import oracle
 import pytest
@@ -14,6 +15,7 @@ from chunked_ce import (
     linear_cross_entropy,
     linear_ops,
     linear_token_stats,
+    row_blocks,
 )
 
 N, D, V = 9, 16, 101
@@ -352,9 +354,15 @@ class Watch(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def no_scratch_kept(monkeypatch):
+    """What the CPU path works in is new, and so no larger than these tests need."""
+    monkeypatch.setattr(row_blocks, "_kept", threading.local())
+
+
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(reduction):
+def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(no_scratch_kept, reduction):
     n, v, d = 512, 4000, 32
     x, w = leaves(torch.randn(n, d), torch.randn(v, d))
     target = torch.randint(0, v, (n,))
@@ -362,13 +370,12 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(reduction):
     with Watch() as seen:
         loss = linear_cross_entropy(x, w, target, reduction=reduction, chunk_bytes=chunk)
         loss.sum().backward()
-    scratch = 3 << 20  # the CPU path's own block
-    assert seen.bytes <= max(chunk, v * d * 4, scratch) < n * v * 4 / 2
+    assert seen.bytes <= max(chunk, v * d * 4) < n * v * 4 / 2
     assert seen.flops == (6 if reduction == "mean" else 8) * n * d * v
 
 
 @pytest.mark.real_sizes
-def test_without_gradients_nothing_is_computed_for_them():
+def test_without_gradients_nothing_is_computed_for_them(no_scratch_kept):
     n, v, d = 256, 4000, 32
     x, w, target = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     with Watch() as seen, torch.no_grad():
