@@ -87,13 +87,7 @@ def token_stats(
     checks.target_indices(target)
     checks.one_target_per_row(input, target)
     checks.class_weight(weight)
-    for name, value in (
-        ("entropy", entropy),
-        ("mean_logprob", mean_logprob),
-        ("rank", rank),
-        ("argmax", argmax),
-    ):
-        checks.flag(name, value)
+    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )

@@ -74,13 +74,7 @@ def linear_token_stats(
     checks.target_indices(target)
     checks.linear_target(input, linear_weight, target)
     checks.class_weight(weight)
-    for name, value in (
-        ("entropy", entropy),
-        ("mean_logprob", mean_logprob),
-        ("rank", rank),
-        ("argmax", argmax),
-    ):
-        checks.flag(name, value)
+    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,

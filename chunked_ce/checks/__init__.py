@@ -1,0 +1,10 @@
+"""Every message a user's mistake can produce: what came, what was expected, what to do.
+
+The only place that words an error; a file for each kind of argument.
+"""
+
+from .backend import *
+from .backward import *
+from .linear import *
+from .loss import *
+from .perplexity import *

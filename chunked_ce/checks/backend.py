@@ -1,0 +1,28 @@
+"""Backends and what they need."""
+
+from __future__ import annotations
+
+import torch
+
+from .values import brief, names
+
+BACKENDS = ("auto", "torch", "inductor", "triton")
+
+
+def backend_name(value: object) -> None:
+    if not isinstance(value, str) or value not in BACKENDS:
+        raise ValueError(f"backend is {brief(value)}, expected one of {names(BACKENDS)}")
+
+
+def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) -> None:
+    if not installed:
+        raise ValueError(
+            "backend='triton' needs the triton package, which is not installed: "
+            "pip install 'chunked-ce[triton]', or pass backend='auto'"
+        )
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and interpreted):
+        raise ValueError(
+            "backend='triton' needs tensors on a GPU, but input is on cpu: "
+            "move it with .to('cuda'), pass backend='auto', or set TRITON_INTERPRET=1 "
+            "before the first import to run the kernels in Triton's interpreter"
+        )

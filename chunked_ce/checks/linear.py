@@ -1,0 +1,134 @@
+"""Hidden states, the head's weight, chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .values import brief, dense, flag, floating, integer, same_device, shape
+
+
+def hidden_states(input: Tensor) -> None:
+    floating("input", input, " of hidden states")
+    if input.dim() == 0:
+        raise ValueError("input is a 0-dimensional tensor, expected hidden states [..., D]")
+    if input.shape[-1] == 0:
+        raise ValueError(
+            f"input of shape {shape(input)} has hidden states of 0 numbers: expected at least 1"
+        )
+
+
+def linear_weight(weight: Tensor, input: Tensor, *, dims: bool) -> None:
+    """[V, D], or [V, d1, ..., D] where `dims` may be."""
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            "linear_weight is a DTensor, whose shards are elsewhere: gather it first "
+            "(linear_weight.full_tensor(), or module.unshard() with FSDP2)"
+        )
+    floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
+    if weight.dim() < 2 or (weight.dim() > 2 and not dims):
+        expected = "[V, D] or [V, d1, ..., D]" if dims else "[V, D]"
+        raise ValueError(
+            f"linear_weight has shape {shape(weight)}, expected {expected}: pass lm_head.weight "
+            "(under FSDP inside the module that owns it, where it is whole)"
+        )
+    if weight.shape[-1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight of shape {shape(weight)} takes hidden states of "
+            f"{weight.shape[-1]} numbers, but input has shape {shape(input)}: "
+            "pass the weight as [V, D], as torch.nn.Linear keeps it"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"linear_weight of shape {shape(weight)} has no classes, or no heads")
+    if weight.dim() > 2 and input.dim() != 2:
+        raise ValueError(
+            f"linear_weight of shape {shape(weight)} has more than two dimensions and wants "
+            f"input [N, D], but input has shape {shape(input)}"
+        )
+    same_device("linear_weight", weight, input)
+
+
+def linear_bias(bias: object, weight: Tensor) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"linear_bias must be a Tensor or None, got {type(bias).__name__}")
+    dense("linear_bias", bias)
+    if bias.shape != weight.shape[:-1]:
+        raise ValueError(
+            f"linear_bias has shape {shape(bias)}, expected one number per class, "
+            f"{shape(weight[..., 0])}"
+        )
+    same_device("linear_bias", bias, weight)
+
+
+def linear_target(input: Tensor, weight: Tensor, target: Tensor) -> None:
+    expected = input.shape[:-1] + weight.shape[1:-1]
+    if target.shape != expected:
+        raise ValueError(
+            f"target has shape {shape(target)}, but input of shape {shape(input)} and "
+            f"linear_weight of shape {shape(weight)} have one class index for each of "
+            f"[{', '.join(map(str, expected))}]"
+        )
+    same_device("target", target, input)
+
+
+def same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("linear_weight", weight), ("linear_bias", bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise TypeError(
+                f"{name} has dtype {t.dtype}, but input has dtype {input.dtype}: "
+                "convert one of them, or use torch.autocast"
+            )
+
+
+def linear_vocab_size(value: Any, weight: Tensor) -> int:
+    """The number of classes that exist: `value`, or all rows of `linear_weight`."""
+    if value is None:
+        return weight.shape[0]
+    size = integer("vocab_size", value, "an int or None")
+    if not 1 <= size <= weight.shape[0]:
+        raise ValueError(
+            f"vocab_size is {size}, but linear_weight of shape {shape(weight)} has "
+            f"{weight.shape[0]} classes: give a number from 1 to that, or None for all of them"
+        )
+    return size
+
+
+def acc_dtype(value: object, weight: Tensor) -> torch.dtype:
+    """The dtype in which chunks' gradients of the weight are added."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"acc_dtype must be a floating dtype, got {brief(value)}")
+    return value if value.itemsize > weight.dtype.itemsize else weight.dtype
+
+
+def rows_per_chunk(
+    chunk_bytes: object, token_chunk_size: object, row_bytes: int, default_bytes: int
+) -> int:
+    """Tokens whose logits are held at a time."""
+    if token_chunk_size is not None:
+        if chunk_bytes is not None:
+            raise ValueError("chunk_bytes and token_chunk_size say the same: give one of them")
+        size = integer("token_chunk_size", token_chunk_size, "an int or None")
+        if size < 1:
+            raise ValueError(f"token_chunk_size is {size}, expected at least 1")
+        return size
+    if chunk_bytes is None:
+        return max(1, default_bytes // row_bytes)
+    size = integer("chunk_bytes", chunk_bytes, "an int or None")
+    if size < row_bytes:
+        raise ValueError(
+            f"chunk_bytes is {size}, but the logits of one token take {row_bytes} bytes: "
+            f"give at least that, or None for {default_bytes}"
+        )
+    return size // row_bytes
+
+
+def drop_ignored(value: object, device: torch.device) -> bool:
+    """None: where finding the tokens that count makes nothing wait."""
+    if value is None:
+        return device.type == "cpu" and not torch.compiler.is_compiling()
+    flag("drop_ignored", value)
+    return bool(value)

@@ -1,0 +1,91 @@
+"""How messages show values, and the checks that all others are made of."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def names(values: tuple[object, ...]) -> str:
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+
+def brief(value: object) -> str:
+    """`value` in a line of an error message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) < 40 else text[:36] + "..."
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def integer(name: str, value: Any, expected: str) -> int:
+    """`value` as an int of 64 bits; numpy's integers are ints too."""
+    if isinstance(value, Integral) and not isinstance(value, (int, torch.SymInt)):
+        value = int(value)
+    if not is_int(value):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {brief(value)}, expected a number of 64 bits")
+    return value
+
+
+LARGEST = 1e30  # as large as fp32 can still be multiplied with
+
+
+def number(name: str, value: Any) -> float:
+    numbers = (Real, torch.SymFloat, torch.SymInt)
+    if not isinstance(value, numbers) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not -LARGEST <= value <= LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name} is {brief(value)}, expected a finite number up to {LARGEST}")
+    return float(value)
+
+
+def dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} is a {kind} tensor, expected a dense one: convert it to dense")
+
+
+def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .float()") -> None:
+    """A dense Tensor of a dtype we compute with, and no forward-mode tangent."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor{what}, got {type(tensor).__name__}")
+    dense(name, tensor)
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected one of {names(LOGIT_DTYPES)}: {mend}"
+        )
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
+            "derivatives only: use torch.nn.functional.cross_entropy"
+        )
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def same_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, but input is on {input.device}: "
+            "move it with .to(input.device)"
+        )
