@@ -89,8 +89,8 @@ def build(launch: Launch, target: str) -> Built:
     attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
-            if not parameter.is_constexpr and parameter.do_not_specialize:
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            if type(value) is int and not parameter.is_constexpr and parameter.do_not_specialize:
                 signature[parameter.name] = "i32"
                 continue
             signature[parameter.name] = "constexpr"

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def step(row: launch.Row) -> Callable[[], object]:
         def run() -> None:
             with mock.patch.dict(launch.TABLE, {architecture: row}):
-                stats, low = backend_triton.row_statistics(
+                stats, low, _ = backend_triton.row_statistics(
                     x, target, -100, args.vocab, head, **wanted
                 )
                 backend_triton.logits_gradient(

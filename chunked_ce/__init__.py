@@ -1,19 +1,25 @@
 """Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored."""
 
+from .binary import binary_cross_entropy_with_logits
+from .checks import explain_loss
 from .functional import cross_entropy, token_stats
 from .linear import linear_cross_entropy, linear_token_stats
-from .modules import LinearCrossEntropyLoss
+from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 from .perplexity import Perplexity, PerplexityReport, perplexity
 from .stats import TokenStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "Perplexity",
     "PerplexityReport",
     "TokenStats",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "explain_loss",
     "linear_cross_entropy",
     "linear_token_stats",
     "perplexity",

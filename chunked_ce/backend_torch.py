@@ -27,9 +27,12 @@ from .blocks import (
 from .huge_pages import advise_huge_pages
 from .row_blocks import Block, Scratch, blocks, flat, two_dimensional
 from .stats import (
+    UNIFORM,
+    ClassWeights,
     Coefficients,
     Part,
     RowGradient,
+    RowStatistics,
     TokenStats,
     finish,
     finish_from_zero,
@@ -41,9 +44,9 @@ from .stats import (
 )
 
 # 4 MiB of fp32: with less the calls cost more, with more the cache misses.
-_CACHED_ELEMENTS = 1 << 20
+CACHED_ELEMENTS = 1 << 20
 _COMPILED_ELEMENTS = 1 << 23  # a compiled block keeps nothing in cache, and has guards to check
-_DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
+DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 # Between these, exp z of the target and its sum over the others may be taken as they are, with no
 # maximum subtracted; and so may exp z in a gradient between these lse, where p >= 1e-37.
@@ -62,24 +65,26 @@ def row_statistics(
     target: Tensor,
     ignore_index: int,
     options: Options,
+    weights: ClassWeights = UNIFORM,
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
-) -> tuple[TokenStats, Tensor]:
-    """The statistics of every row, flat, and what rounding took from lse."""
-    x = flat(input)
+) -> RowStatistics:
+    """The statistics of every row, flat."""
+    x = _flat(input, weights.prob)
     target, skipped, broken = _targets(target, ignore_index, options.vocab_size)
     index = target[:, None] if x.dim() == 2 else target.view(*x.shape[:-1], 1)
     target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
     if broken is not None:
         target_logit.masked_fill_(broken, float("nan"))
     if _on_host(x) and options.compiled and not any(wanted.values()):
-        stats, lse_low = _less_target(x, target, target_logit, skipped, options, wanted)
+        rows = _less_target(x, target, target_logit, skipped, options, wanted)
     elif _on_host(x) and not (wanted["entropy"] or wanted["mean_logprob"] or wanted["argmax"]):
-        stats, lse_low = _from_zero(x, target, target_logit, skipped, options, wanted)
+        rows = _from_zero(x, target, target_logit, skipped, options, wanted)
     else:
-        stats, lse_low = _by_maximum(x, target, target_logit, options, wanted)
+        rows = _by_maximum(x, target, target_logit, options, wanted, weights)
     if skipped is None:
-        return stats, lse_low
-    return _blank(stats, skipped), lse_low.masked_fill(skipped, 0.0)
+        return rows
+    low = rows.lse_low.masked_fill(skipped, 0.0)
+    return rows._replace(stats=_blank(rows.stats, skipped), lse_low=low)
 
 
 def logits_gradient(
@@ -91,14 +96,13 @@ def logits_gradient(
     coefficients: Coefficients,
     ignore_index: int,
     options: Options,
+    weights: ClassWeights = UNIFORM,
     *,
     inplace: bool,
 ) -> Tensor:
     """dL/dinput, in a new tensor or over `input`."""
     out = input if inplace else advise_huge_pages(torch.empty_like(input))
-    x, grad = flat(input), flat(out)
-    if x.dim() != grad.dim():
-        x, grad = input, out
+    x, grad = _flat(input, out, weights.prob), _flat(out, input, weights.prob)
     target, skipped, _ = _targets(target, ignore_index, options.vocab_size)
     rows = row_gradient(logprob, lse_low, coefficients)
     reference: Tensor | None = lse
@@ -109,6 +113,7 @@ def logits_gradient(
     clamp = _on_host(x) and _sample(x, reference, options)[0] < lowest_exponent(lse.dtype)
     write = _compile(_write_gradient) if options.compiled else _write_gradient
     scratch = _scratch(x, options)
+    weights_of = _weights_by_block(x, weights, options)
     if options.vocab_size < grad.shape[-1]:
         grad[..., options.vocab_size :].zero_()
     # Compiled, a comparison per element costs more than writing the targets afterwards.
@@ -127,6 +132,7 @@ def logits_gradient(
             options.head,
             None if scratch is None else scratch.like(x_block),
             clamp,
+            weights_of(block) if rows.u is not None else None,
             skip,
             out_block,
         )
@@ -153,7 +159,7 @@ def loss_and_gradient(
 
     That in a new tensor or over `input`. On the CPU memory is not what takes the time: two passes.
     """
-    stats, lse_low = row_statistics(
+    stats, lse_low, _ = row_statistics(
         input, target, ignore_index, options,
         entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
     )  # fmt: skip
@@ -178,7 +184,7 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
     rows = grad.shape[:-1]
     factor = upstream.to(compute_dtype(grad.dtype))
     factor = factor.expand(rows) if factor.dim() == 0 else factor.reshape(rows)
-    for block in blocks(grad.shape[:-1], grad.shape[-1], _CACHED_ELEMENTS):
+    for block in blocks(grad.shape[:-1], grad.shape[-1], CACHED_ELEMENTS):
         part = block.of(grad)
         by = factor if block.where is None else factor[block.where]
         part.copy_((part * by[..., None]).masked_fill_(part == 0, 0.0))  # ignored rows stay 0
@@ -201,7 +207,7 @@ def _from_zero(
     skipped: Tensor | None,
     options: Options,
     wanted: dict[str, bool],
-) -> tuple[TokenStats, Tensor]:
+) -> RowStatistics:
     """From sums of exp z itself: one pass, and no maximum to find or subtract.
 
     Rows in which that leaves the range of normal numbers (logits beyond 40, inf, NaN, a target so
@@ -211,14 +217,14 @@ def _from_zero(
     clamp = max(-lowest, highest) > -lowest_exponent(target_logit.dtype)
     part = _sum_rows(x, target, target_logit, options, wanted, clamp, by_maximum=False)
     e_target = target_logit.exp()
-    stats, lse_low = finish_from_zero(part, e_target)
+    rows = finish_from_zero(part, e_target)
     smallest, largest = torch.cat((part.s, e_target)).aminmax()
     if float(smallest) > _SMALLEST_SUM and float(largest) < _LARGEST_SUM:
-        return stats, lse_low
+        return rows
     fine = (part.s > _SMALLEST_SUM) & (part.s < _LARGEST_SUM)
     fine &= (e_target > _SMALLEST_SUM) & (e_target < _LARGEST_SUM)
-    _redo(fine, stats, lse_low, x, target, target_logit, skipped, options, wanted)
-    return stats, lse_low
+    _redo(fine, rows, x, target, target_logit, skipped, options, wanted)
+    return rows
 
 
 def _less_target(
@@ -228,7 +234,7 @@ def _less_target(
     skipped: Tensor | None,
     options: Options,
     wanted: dict[str, bool],
-) -> tuple[TokenStats, Tensor]:
+) -> RowStatistics:
     """From sums over all classes, less the target's term: the loop a compiler makes best.
 
     The difference is exact enough while the target is the less likely half; the other rows are
@@ -244,15 +250,14 @@ def _less_target(
     assert part.m is not None
     others = part.s - (target_logit - part.m).exp()
     fine = (others > 0.5 * part.s) & target_logit.isfinite()
-    stats, lse_low = finish(part._replace(s=others), target_logit, target, options.vocab_size)
-    _redo(fine, stats, lse_low, x, target, target_logit, skipped, options, wanted)
-    return stats, lse_low
+    rows = finish(part._replace(s=others), target_logit, target, options.vocab_size)
+    _redo(fine, rows, x, target, target_logit, skipped, options, wanted)
+    return rows
 
 
 def _redo(
     fine: Tensor,
-    stats: TokenStats,
-    lse_low: Tensor,
+    statistics: RowStatistics,
     x: Tensor,
     target: Tensor,
     target_logit: Tensor,
@@ -265,21 +270,32 @@ def _redo(
     if not again.any():
         return
     plain = options._replace(compiled=False)
-    for rows in again.nonzero()[:, 0].split(max(1, _CACHED_ELEMENTS // options.vocab_size)):
+    for rows in again.nonzero()[:, 0].split(max(1, CACHED_ELEMENTS // options.vocab_size)):
         some = x[torch.unravel_index(rows, x.shape[:-1])]
-        redone, low = _by_maximum(some, target[rows], target_logit[rows], plain, wanted)
-        for whole, changed in zip((*stats, lse_low), (*redone, low), strict=True):
+        redone = _by_maximum(some, target[rows], target_logit[rows], plain, wanted, UNIFORM)
+        pairs = zip(
+            (*statistics.stats, statistics.lse_low), (*redone.stats, redone.lse_low), strict=True
+        )
+        for whole, changed in pairs:
             if whole is not None and changed is not None:
                 whole[rows] = changed
 
 
 def _by_maximum(
-    x: Tensor, target: Tensor, target_logit: Tensor, options: Options, wanted: dict[str, bool]
-) -> tuple[TokenStats, Tensor]:
+    x: Tensor,
+    target: Tensor,
+    target_logit: Tensor,
+    options: Options,
+    wanted: dict[str, bool],
+    weights: ClassWeights,
+) -> RowStatistics:
     # A target of +inf makes its row NaN, as torch has it; log(1 + exp(-inf)) would make the loss 0.
     target_logit.masked_fill_(target_logit == float("inf"), float("nan"))
-    part = _sum_rows(x, target, target_logit, options, wanted, _on_host(x), by_maximum=True)
-    return finish(part, target_logit, target, options.vocab_size)
+    part = _sum_rows(
+        x, target, target_logit, options, wanted, _on_host(x), by_maximum=True, weights=weights
+    )
+    at_target = weights.at(target, part.s.dtype) if wanted["mean_logprob"] else None
+    return finish(part, target_logit, target, options.vocab_size, at_target)
 
 
 def _sum_rows(
@@ -290,10 +306,12 @@ def _sum_rows(
     wanted: dict[str, bool],
     clamp: bool,
     by_maximum: bool,
+    weights: ClassWeights = UNIFORM,
 ) -> Part:
     """The sums of every row over all classes but the target."""
     statistics = _compile(block_statistics) if options.compiled else block_statistics
     scratch = _scratch(x, options)
+    weights_of = _weights_by_block(x, weights, options)
     target, target_logit = target[:, None], target_logit[:, None]
 
     def of_block(block: Block, x_block: Tensor) -> Part:
@@ -307,6 +325,7 @@ def _sum_rows(
             None if scratch is None else scratch.like(x_block),
             clamp,
             by_maximum,
+            weights_of(block),
             **wanted,
         )
         return part if part.argmax is None else part._replace(argmax=part.argmax + block.start)
@@ -338,23 +357,52 @@ def _write_gradient(
     head: Head,
     buffer: Tensor | None,
     clamp: bool,
+    weights: Tensor | None,
     skipped: Tensor | None,
     out: Tensor,
 ) -> None:
     if buffer is not None and out.dtype == buffer.dtype and out.dim() == 2 and out.stride(1) == 1:
         buffer = out
     x = two_dimensional(x)
-    grad = block_gradient(x, column, inside, reference, rows, head, buffer, clamp)
+    grad = block_gradient(x, column, inside, reference, rows, head, buffer, clamp, weights)
     if skipped is not None:
         grad = grad.masked_fill_(skipped, 0.0)
     if grad is not out:
         out.copy_(grad.view(out.shape))
 
 
+def _flat(x: Tensor, *others: Tensor | None) -> Tensor:
+    """[rows, V] where its strides and those of the others allow it, else as it came."""
+    flattened = flat(x)
+    return flattened if all(t is None or flat(t).dim() == 2 for t in others) else x
+
+
+def _weights_by_block(
+    x: Tensor, weights: ClassWeights, options: Options
+) -> Callable[[Block], Tensor | None]:
+    """[R, columns] class weights of a block, in memory of their own; None: 1."""
+    if weights.are_one:
+        return lambda block: None
+    dtype = compute_dtype(x.dtype)
+    rows, one = x.shape[:-1], torch.ones((), dtype=dtype, device=x.device)
+    classes = (one if weights.weight is None else weights.weight).expand(*rows, options.vocab_size)
+    prob = None if weights.prob is None else weights.prob.view(*rows, -1)
+
+    def of_block(block: Block) -> Tensor:
+        w = two_dimensional(block.of(classes)).to(dtype, copy=True)
+        if prob is None:
+            return w
+        return w.mul_(
+            two_dimensional(block.of(prob)).to(dtype).mul(weights.scale).add_(weights.shift)
+        )
+
+    return of_block
+
+
 def _elements_per_block(x: Tensor, options: Options) -> int:
     if not _on_host(x):
-        return _DEVICE_ELEMENTS
-    return _COMPILED_ELEMENTS if options.compiled else _CACHED_ELEMENTS
+        return DEVICE_ELEMENTS
+    return _COMPILED_ELEMENTS if options.compiled else CACHED_ELEMENTS
 
 
 def _scratch(x: Tensor, options: Options) -> Scratch | None:

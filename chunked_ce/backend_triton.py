@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .kernels.loss_and_grad import loss_and_grad_kernel
 from .kernels.scale import scale_kernel
 from .kernels.token_grad import token_grad_kernel
 from .kernels.token_stats import token_stats_kernel
-from .stats import Coefficients, TokenStats
+from .stats import UNIFORM, ClassWeights, Coefficients, RowStatistics, TokenStats
 from .strided_rows import Rows, strided_rows
 
 
@@ -25,13 +26,14 @@ def row_statistics(
     ignore_index: int,
     vocab_size: int,
     head: Head,
+    weights: ClassWeights = UNIFORM,
     *,
     entropy: bool,
     mean_logprob: bool,
     rank: bool,
     argmax: bool,
-) -> tuple[TokenStats, Tensor]:
-    """The statistics of every row, flat, and what rounding took from lse."""
+) -> RowStatistics:
+    """The statistics of every row, flat."""
     target = target.reshape(-1).contiguous()
     dtype = compute_dtype(input.dtype)
 
@@ -48,6 +50,9 @@ def row_statistics(
         rank=new(n, dtype=torch.int64) if rank else None,
         argmax=new(n, dtype=torch.int64) if argmax else None,
     )
+    if not mean_logprob:
+        weights = UNIFORM
+    mass = None if weights.are_one else new(n)
     contiguous = input.stride(-1) == 1
     tile = launch.tile(
         gpu.architecture(input.device),
@@ -57,8 +62,8 @@ def row_statistics(
         plain=head.is_identity and not (entropy or mean_logprob or rank or argmax),
     )
     segments = launch.segments(vocab_size)
-    floats, integers = (5, 2) if entropy or mean_logprob or rank or argmax else (2, 0)
-    for flat, (x,) in strided_rows(input):
+    floats, integers = (6, 2) if entropy or mean_logprob or rank or argmax else (2, 0)
+    for flat, (x, *q) in _with_prob(weights, input):
         rows = x.shape[0] * x.shape[1]
         per_program = launch.segments_per_program(rows, segments, gpu.processors(input.device))
         shared: dict[str, Any] = dict(
@@ -79,6 +84,7 @@ def row_statistics(
             MEAN_LOGPROB=mean_logprob,
             RANK=rank,
             ARGMAX=argmax,
+            **_weight_arguments(weights, x, q),
             **_head_arguments(head),
         )
         # One not asked for is not touched.
@@ -87,6 +93,7 @@ def row_statistics(
         with gpu.on(input.device):
             token_stats_kernel[(rows, -(-segments // per_program))](
                 **shared,
+                **_weight_layout(weights, x, q),
                 segments_per_program=per_program,
                 CONTIGUOUS=contiguous,
                 SEGMENT=launch.SEGMENT,
@@ -99,12 +106,13 @@ def row_statistics(
                 lse_low_ptr=lse_low[flat],
                 entropy_ptr=entropy_out,
                 mean_logprob_ptr=mean_out,
+                mass_ptr=None if mass is None else mass[flat],
                 rank_ptr=rank_out,
                 argmax_ptr=argmax_out,
                 ROWS=launch.FINISH_ROWS,
                 num_warps=max(1, launch.FINISH_ROWS // 32),
             )
-    return stats, lse_low
+    return RowStatistics(stats, lse_low, mass)
 
 
 def logits_gradient(
@@ -117,6 +125,7 @@ def logits_gradient(
     ignore_index: int,
     vocab_size: int,
     head: Head,
+    weights: ClassWeights = UNIFORM,
     *,
     inplace: bool,
 ) -> Tensor:
@@ -129,10 +138,12 @@ def logits_gradient(
         input.shape[-1],
         input.element_size(),
         contiguous=contiguous,
-        plain=head.is_identity and coefficients.b is None,
+        plain=head.is_identity and coefficients.b is None and weights.are_one,
     )
     span = launch.SPAN_TILES * tile.columns
-    for flat, (x, out) in strided_rows(input, grad):
+    if coefficients.u is None:
+        weights = UNIFORM
+    for flat, (x, out, *q) in _with_prob(weights, input, grad):
         a, b, c, u = (lse[flat] if number is None else number[flat] for number in coefficients)
         with gpu.on(input.device):
             token_grad_kernel[(x.shape[0] * x.shape[1], -(-input.shape[-1] // span))](
@@ -151,6 +162,8 @@ def logits_gradient(
                 HAS_C=coefficients.c is not None,
                 HAS_U=coefficients.u is not None,
                 SPAN=span,
+                **_weight_arguments(weights, x, q),
+                **_weight_layout(weights, x, q),
                 **_head_arguments(head),
                 **tile.arguments(),
             )
@@ -259,6 +272,31 @@ def _addresses(x: Rows, grad: Rows, vocab_size: int) -> dict[str, Any]:
         GRAD_CONTIGUOUS=grad.stride[2] == 1,
         GRAD_ALIGNED=contiguous and grad.alignment() == x.alignment(),
     )
+
+
+def _with_prob(weights: ClassWeights, *tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
+    """`strided_rows`, with those of the probabilities last where there are any."""
+    return strided_rows(*tensors, *(() if weights.prob is None else (weights.prob,)))
+
+
+def _weight_arguments(weights: ClassWeights, x: Rows, q: list[Rows]) -> dict[str, Any]:
+    prob = q[0] if q else Rows(x.data, 0, x.shape, (0, 0, 0))
+    return dict(
+        w_ptr=None if weights.weight is None else weights.weight.contiguous(),
+        q_ptr=prob.data if q else None,
+        q_offset=prob.offset,
+        q_stride_outer=prob.stride[0],
+        q_stride_inner=prob.stride[1],
+        q_stride_v=prob.stride[2],
+        q_scale=weights.scale,
+        q_shift=weights.shift,
+    )
+
+
+def _weight_layout(weights: ClassWeights, x: Rows, q: list[Rows]) -> dict[str, Any]:
+    contiguous = bool(q) and q[0].stride[2] == 1
+    same = contiguous and x.stride[2] == 1 and x.data.dtype.itemsize == q[0].data.dtype.itemsize
+    return dict(Q_CONTIGUOUS=contiguous, Q_ALIGNED=same and q[0].alignment() == x.alignment())
 
 
 def _head_arguments(head: Head) -> dict[str, Any]:

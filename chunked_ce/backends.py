@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import backend_torch
 from .blocks import Head
-from .stats import Coefficients, TokenStats
+from .stats import UNIFORM, ClassWeights, Coefficients, RowStatistics
 
 
 def row_statistics(
@@ -16,17 +16,18 @@ def row_statistics(
     ignore_index: int,
     vocab_size: int,
     head: Head,
+    weights: ClassWeights = UNIFORM,
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
-) -> tuple[TokenStats, Tensor]:
-    """The statistics of every row, flat, and what rounding took from lse."""
+) -> RowStatistics:
+    """The statistics of every row, flat."""
     if backend == "triton":
         from . import backend_triton
 
         return backend_triton.row_statistics(
-            input, target, ignore_index, vocab_size, head, **wanted
+            input, target, ignore_index, vocab_size, head, weights, **wanted
         )
     options = _options(backend, vocab_size, head)
-    return backend_torch.row_statistics(input, target, ignore_index, options, **wanted)
+    return backend_torch.row_statistics(input, target, ignore_index, options, weights, **wanted)
 
 
 def logits_gradient(
@@ -40,6 +41,7 @@ def logits_gradient(
     ignore_index: int,
     vocab_size: int,
     head: Head,
+    weights: ClassWeights = UNIFORM,
     *,
     inplace: bool,
 ) -> Tensor:
@@ -48,9 +50,9 @@ def logits_gradient(
     if backend == "triton":
         from . import backend_triton
 
-        return backend_triton.logits_gradient(*given, vocab_size, head, inplace=inplace)
+        return backend_triton.logits_gradient(*given, vocab_size, head, weights, inplace=inplace)
     options = _options(backend, vocab_size, head)
-    return backend_torch.logits_gradient(*given, options, inplace=inplace)
+    return backend_torch.logits_gradient(*given, options, weights, inplace=inplace)
 
 
 def loss_and_gradient(

@@ -54,6 +54,7 @@ def block_statistics(
     buffer: Tensor | None,  # [R, C], overwritten
     clamp: bool,
     by_maximum: bool,
+    weights: Tensor | None,  # [R, C] of `mean_logprob`, overwritten; None: 1
     *,
     entropy: bool,
     mean_logprob: bool,
@@ -65,7 +66,7 @@ def block_statistics(
     Entropy, for its accuracy, and argmax want the maximum.
     """
     dtype = compute_dtype(x.dtype)
-    m = beaten_by = best = weighted = total = columns = None
+    m = beaten_by = best = weighted = total = mass = None
     if by_maximum or rank or mean_logprob or not head.is_identity or x.dtype != dtype:
         z = head.apply_(_working_copy(x, buffer))
     else:
@@ -85,15 +86,21 @@ def block_statistics(
         m = m[:, 0]
     if mean_logprob:
         z = _with_target(z, column, inside, 0.0, buffer)
-        total = _row_sum(z)
-        columns = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
+        if weights is None:
+            total = _row_sum(z)
+            mass = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
+        else:
+            own = None if buffer is None else weights
+            weights = _with_target(weights, column, inside, 0.0, own)
+            mass = _row_sum(weights)
+            total = _row_sum((weights * z).masked_fill_(weights == 0, 0.0))  # of -inf too
     if clamp:
         z = torch.clamp(z, lowest_exponent(dtype), -lowest_exponent(dtype), out=buffer)
     shifted = z.clamp(min=lowest_exponent(dtype)) if entropy else None
     e = _with_target(torch.exp(z, out=buffer), column, inside, 0.0, buffer)
     if shifted is not None:
         weighted = _row_sum(shifted.mul_(e))
-    return Part(m, _row_sum(e), weighted, total, columns, beaten_by, best)
+    return Part(m, _row_sum(e), weighted, total, mass, beaten_by, best)
 
 
 def block_sums(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -112,6 +119,7 @@ def block_gradient(
     head: Head,
     buffer: Tensor | None,
     clamp: bool,
+    weights: Tensor | None,  # [R, C], of `rows.u`; None: 1
 ) -> Tensor:
     slope = None if head.is_identity else head.derivative(x)  # `x` may be overwritten from here on
     dtype = compute_dtype(x.dtype)
@@ -129,7 +137,7 @@ def block_gradient(
         torch.threshold_(p, 2 * torch.finfo(p.dtype).tiny, 0.0)
     grad = p.mul_(factor)
     if rows.u is not None:
-        grad.add_(rows.u)
+        grad = grad.add_(rows.u) if weights is None else grad.addcmul_(rows.u, weights)
     if column is not None:
         grad = _with_target(grad, column, inside, rows.at_target, buffer)
     return grad if slope is None else grad.mul_(slope)

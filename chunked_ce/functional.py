@@ -11,11 +11,13 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks
 from .blocks import compute_dtype
 from .one_pass import one_pass_loss
+from .ops import Classes, as_stats
 from .reduction import reduction_of
-from .stats import TokenStats, token_loss
+from .stats import TokenStats, with_z_loss
+from .targets import AnyTarget, answer_of, target_of, with_token_weight
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # As Triton reads it, and when it does: a change after the import comes too late for both.
@@ -65,7 +67,7 @@ def token_stats(
         softcap: logits are capped to ±softcap (Gemma 2); None for none.
         logit_scale: factor on the logits before the cap.
         entropy, mean_logprob, rank, argmax: what to compute besides lse and logprob.
-        weight: class weights; not supported yet.
+        weight: class weights w [V] of `mean_logprob`, which then is (1/V) Σ w_j (z_j - lse).
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
             are gone afterwards, and autograd raises if another backward still needs them. Under
             torch.compile, which cannot tell, the gradient gets memory of its own.
@@ -81,30 +83,34 @@ def token_stats(
             interpreter, that row's statistics and gradient are NaN, with no access outside the row;
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the price of a
             synchronisation.
-        NotImplementedError: class weights.
     """
     checks.logits(input)
+    checks.class_dimension(input, -1)
     checks.target_indices(target)
     checks.one_target_per_row(input, target)
-    checks.class_weight(weight)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
-    return _token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
-        entropy, mean_logprob, rank, argmax, inplace_backward,
+    weight = checks.class_weight(weight, input, vocab_size)
+    wanted = (entropy, mean_logprob, rank, argmax)
+    outputs = torch.ops.chunked_ce.token_stats(
+        input, target, *Classes(weight if mean_logprob else None), ignore_index, vocab_size,
+        softcap, logit_scale, backend, *wanted, inplace_backward,
     )  # fmt: skip
+    return as_stats(outputs, wanted)
 
 
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: AnyTarget,
     weight: Tensor | None = None,
-    *,
+    size_average: None = None,
     ignore_index: int = -100,
+    reduce: None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
     dim: int = 1,
     z_loss_weight: float = 0.0,
     softcap: float | None = None,
@@ -112,11 +118,12 @@ def cross_entropy(
     vocab_size: int | None = None,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy between logits and class indices, streamed over the vocabulary.
+    """Cross-entropy between logits and targets, streamed over the vocabulary.
 
     As `torch.nn.functional.cross_entropy`. A token's loss is
     `-(1 - label_smoothing) logprob - label_smoothing mean_logprob + z_loss_weight lse²`, times its
@@ -124,30 +131,40 @@ def cross_entropy(
     section 5. Label smoothing: Szegedy et al., arXiv:1512.00567.
 
     Unlike torch's, the loss is float32 for half-precision logits, a confident token's loss of 1e-8
-    is 1e-8 and not 0, and an ignored row's gradient is exactly 0 whatever its logits hold.
+    is 1e-8 and not 0, an ignored row's gradient is exactly 0 whatever its logits hold, and a class
+    of probability or weight 0 adds nothing, even where its logit is -inf.
 
     Args:
-        input: logits [N, V], [V], or [..., V] with `dim=-1`; float16, bfloat16, float32 or float64,
-            any strides.
-        target: class indices, the shape of `input` without its class dimension; any integer dtype.
-        weight: class weights; not supported yet.
-        ignore_index: target value of rows that count for nothing.
+        input: logits [N, V], [V], [N, V, d1, ...], or [..., V] with `dim=-1`; float16, bfloat16,
+            float32 or float64, any strides.
+        target: class indices, the shape of `input` without its class dimension, any integer dtype;
+            or class probabilities, the shape of `input`, any floating dtype and sum; or, of a
+            teacher's K likeliest classes, a pair (indices [..., K], probabilities [..., K]), padded
+            with `ignore_index`: all other classes have probability 0 (see `spread_rest`), and a row
+            of padding alone is ignored.
+        weight: class weights [V]. They scale the cross-entropy, not the z-loss; with class indices
+            the mean is the weighted mean.
+        size_average, reduce: None; torch's deprecated names for `reduction`.
+        ignore_index: class index of rows that count for nothing.
         reduction: "mean" over the tokens that are not ignored, "sum" or "none".
         label_smoothing: from 0 to 1.
         dim: the class dimension, 1 as in torch; for [B, T, V] logits pass -1.
         z_loss_weight: factor of lse².
         softcap, logit_scale, vocab_size: see :func:`token_stats`.
-        token_weight: weight of each token's whole loss, the shape of `target`; "mean" is then the
+        token_weight: weight of each token's whole loss, [...] as class indices; "mean" is then the
             weighted mean.
         num_items: what "mean" divides by instead (gradient accumulation); an int or a 0-d tensor on
             any device.
+        spread_rest: what a teacher's top-k classes lack of probability 1 is spread evenly over the
+            other classes, not dropped.
         inplace_backward: see :func:`token_stats`.
         grad_in_forward: computes the gradient in forward, reading the logits once: 4 bytes moved
             per bf16 logit instead of 6. The gradient, N·V elements, is held until backward, which
             hands it over: a second backward raises. With `inplace_backward=True` it is written
             over `input` at once, the least memory and traffic: after the call `input` holds its
             gradient, and autograd raises if another backward needs its values. The gradient of
-            `token_weight` is not computed. Under torch.compile it changes nothing.
+            `token_weight` is not computed. Under torch.compile, with probabilities, or with class
+            weights beside label smoothing or z-loss, it changes nothing.
         backend: see :func:`token_stats`.
 
     Returns:
@@ -156,37 +173,44 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
-        NotImplementedError: class weights, a class dimension that is not last.
     """
+    checks.deprecated(size_average=size_average, reduce=reduce)
     checks.logits(input)
-    checks.target_indices(target)
-    checks.class_dimension(input, target, dim)
-    checks.one_target_per_row(input, target)
-    checks.class_weight(weight)
+    dim = checks.class_dimension(input, dim)
+    checks.target(input, target, dim)
+    input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
-    checks.token_weight(token_weight, input, target)
+    checks.spread_rest(spread_rest, target)
+    checks.token_weight(token_weight, input.shape[:-1], input)
     checks.grad_in_forward(grad_in_forward, token_weight, num_items)
     num_items = checks.num_items(num_items, reduction)
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
+    weight = checks.class_weight(weight, input, vocab_size)
+    checks.looks_like_logits(input)
+    goal = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
+    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight)
+    index = goal.index
     how = reduction_of(
-        reduction, target, ignore_index, token_weight, num_items, compute_dtype(input.dtype)
-    )
+        reduction, index, goal.ignore_index, token_weight, num_items, compute_dtype(input.dtype),
+        goal.counts,
+    )  # fmt: skip
     # A tracer plans reads and writes itself.
     one_pass = grad_in_forward and _wants_gradient(input) and not torch.compiler.is_compiling()
-    if one_pass and how.known_before_backward(input.dtype):
+    if one_pass and goal.is_plain and how.known_before_backward(input.dtype):
         return one_pass_loss(
-            input, target, how, label_smoothing, z_loss_weight,
-            ignore_index, vocab_size, softcap, logit_scale, backend, inplace_backward,
+            input, index, how, label_smoothing, z_loss_weight,
+            goal.ignore_index, vocab_size, softcap, logit_scale, backend, inplace_backward,
         )  # fmt: skip
-    stats = _token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
-        False, label_smoothing > 0, False, False, inplace_backward,
+    outputs = torch.ops.chunked_ce.token_stats(
+        input, index, *goal.classes, goal.ignore_index, vocab_size, softcap, logit_scale, backend,
+        False, goal.wants_mean_logprob, False, False, inplace_backward,
     )  # fmt: skip
-    return how.of(token_loss(stats, label_smoothing, z_loss_weight))
+    answer = answer_of(outputs)
+    return how.of(with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight))
 
 
 def _wants_gradient(input: Tensor) -> bool:
@@ -212,27 +236,6 @@ def _common(
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     backend = choose_backend(backend, input.device)
     return ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
-
-
-def _token_stats(
-    input: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    entropy: bool,
-    mean_logprob: bool,
-    rank: bool,
-    argmax: bool,
-    inplace_backward: bool,
-) -> TokenStats:
-    outputs = torch.ops.chunked_ce.token_stats(
-        input, target, ignore_index, vocab_size, softcap, logit_scale, backend,
-        entropy, mean_logprob, rank, argmax, inplace_backward,
-    )  # fmt: skip
-    return ops.as_stats(outputs, (entropy, mean_logprob, rank, argmax))
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from . import checks, linear_ops  # noqa: F401  (importing linear_ops registers the operators)
 from .blocks import compute_dtype
 from .functional import choose_backend
-from .ops import as_stats
+from .ops import Classes, as_stats
 from .reduction import Reduction, reduction_of
-from .stats import TokenStats, token_loss
+from .stats import TokenStats, with_z_loss
+from .targets import AnyTarget, ClassIndices, Target, answer_of, target_of, with_token_weight
 
 _CHUNK_BYTES = 256 << 20
 """Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
@@ -65,29 +67,31 @@ def linear_token_stats(
         TokenStats of shape [...].
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as :func:`chunked_ce.token_stats`,
-            before anything is computed.
+        TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
+            computed.
     """
     checks.hidden_states(input)
     checks.linear_weight(linear_weight, input, dims=False)
     checks.linear_bias(linear_bias, linear_weight)
     checks.target_indices(target)
     checks.linear_target(input, linear_weight, target)
-    checks.class_weight(weight)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
+    weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
     wanted = (entropy, mean_logprob, rank, argmax)
-    return _stats(input, linear_weight, linear_bias, target, shared, wanted)
+    classes = Classes(weight if mean_logprob else None)
+    outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
+    return as_stats(outputs, wanted)
 
 
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: AnyTarget,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
@@ -100,6 +104,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
     acc_dtype: torch.dtype = torch.float32,
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
@@ -117,7 +122,8 @@ def linear_cross_entropy(
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
         linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
-        target: class indices [...].
+        target: class indices [...], class probabilities [..., V], or the pair (indices [..., K],
+            probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
         linear_bias: [V] (or [V, d1, ...]) or None.
         ignore_index: None is -100, as in torch.
         others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
@@ -127,19 +133,18 @@ def linear_cross_entropy(
         input).
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as
-            :func:`chunked_ce.cross_entropy`, before anything is computed.
+        TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
+            computed.
     """
     checks.hidden_states(input)
     checks.linear_weight(linear_weight, input, dims=True)
     checks.linear_bias(linear_bias, linear_weight)
-    checks.target_indices(target)
     checks.linear_target(input, linear_weight, target)
-    checks.class_weight(weight)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
-    checks.token_weight(token_weight, input, target)
+    checks.spread_rest(spread_rest, target)
+    checks.token_weight(token_weight, input.shape[:-1] + linear_weight.shape[1:-1], input)
     num_items = checks.num_items(num_items, reduction)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
@@ -147,42 +152,53 @@ def linear_cross_entropy(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
+    ignore_index, classes, *_ = shared
+    weight = checks.class_weight(weight, linear_weight[..., 0].movedim(0, -1), classes)
+    goal = target_of(target, -1, weight, label_smoothing, ignore_index, classes, spread_rest)
+    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight)
+    index = goal.index
     how = reduction_of(
-        reduction, target, shared[0], token_weight, num_items, compute_dtype(input.dtype)
-    )
-    fused = reduction != "none" and how.known_before_backward(input.dtype)
+        reduction, index, goal.ignore_index, token_weight, num_items, compute_dtype(input.dtype),
+        goal.counts,
+    )  # fmt: skip
+    shared = (goal.ignore_index, *shared[1:])
+    fused = reduction != "none" and goal.is_plain and how.known_before_backward(input.dtype)
 
-    def of_head(head: Tensor, bias: Tensor | None, labels: Tensor, how: Reduction) -> Tensor:
+    def of_head(
+        head: Tensor, bias: Tensor | None, index: Tensor, how: Reduction, goal: Target
+    ) -> Tensor:
         """The loss of one [V, D] head: a sum, or that of each token."""
         if not fused:
-            smoothed = label_smoothing > 0
-            stats = _stats(input, head, bias, labels, shared, (False, smoothed, False, False))
-            return how.of(token_loss(stats, label_smoothing, z_loss_weight))
-        weight = None if how.weight is None else how.weight.reshape(-1)
+            wanted = (False, goal.wants_mean_logprob, False, False)
+            outputs = _outputs(input, head, bias, index, goal.classes, shared, wanted)
+            answer = answer_of(outputs)
+            return how.of(with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight))
+        of_tokens = None if how.weight is None else how.weight.reshape(-1)
         reuse = not torch.compiler.is_compiling()
         loss: Tensor  # autograd fills in which gradients are wanted
         loss, *_ = torch.ops.chunked_ce.linear_loss(
-            input.reshape(-1, input.shape[-1]), head, bias, labels.reshape(-1), weight, how.divisor,
-            label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
+            input.reshape(-1, input.shape[-1]), head, bias, index.reshape(-1), of_tokens,
+            how.divisor, label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
         )  # fmt: skip
         return loss
 
     if linear_weight.dim() == 2:
-        return of_head(linear_weight, linear_bias, target, how)
+        return of_head(linear_weight, linear_bias, index, how, goal)
     heads = linear_weight.flatten(1, -2).unbind(1)
 
     def of_each(t: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
 
+    assert isinstance(goal, ClassIndices)
     losses = [
-        of_head(head, bias, labels, how._replace(weight=weight))
+        of_head(head, bias, labels, how._replace(weight=weight), replace(goal, index=labels))
         for head, bias, labels, weight in zip(
-            heads, of_each(linear_bias), target.flatten(1).unbind(1), of_each(how.weight),
+            heads, of_each(linear_bias), index.flatten(1).unbind(1), of_each(how.weight),
             strict=True,
         )
     ]  # fmt: skip
     if reduction == "none":
-        return torch.stack(losses, 1).view(target.shape)
+        return torch.stack(losses, 1).view(index.shape)
     return torch.stack(losses).sum()
 
 
@@ -219,19 +235,26 @@ def _shared(
     )
 
 
-def _stats(
+def _outputs(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    classes: Classes,
     shared: Shared,
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
-) -> TokenStats:
-    outputs = torch.ops.chunked_ce.linear_stats(
-        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *shared, *wanted
+) -> list[Tensor]:
+    """An operator's outputs in target's shape."""
+    rows = classes._replace(
+        prob=None if classes.prob is None else classes.prob.reshape(-1, classes.prob.shape[-1]),
+        at=None if classes.at is None else classes.at.reshape(-1, classes.at.shape[-1]),
     )
-    stats = as_stats(outputs, wanted)
-    return TokenStats(*(None if s is None else s.view(target.shape) for s in stats))  # type: ignore[arg-type]
+    outputs = torch.ops.chunked_ce.linear_stats(
+        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows, *shared,
+        *wanted,
+    )  # fmt: skip
+    n = target.numel()
+    return [o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs]
 
 
 def _autocast(

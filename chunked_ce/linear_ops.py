@@ -18,17 +18,26 @@ from . import backends, checks
 from .blocks import Head, compute_dtype
 from .chunks import Gradients, chunk_indices, gradient_like, walk
 from .ops import (
+    CLASSES_SCHEMA,
+    FLAGS,
+    FLAGS_SCHEMA,
+    INTEGERS,
+    OUTPUTS_SCHEMA,
     SHARED_SCHEMA,
+    UPSTREAM_SCHEMA,
+    Classes,
+    at_classes,
     check_targets,
     library,
     new_outputs,
     no_double_backward,
-    upstream_coefficients,
+    outputs_of,
+    rows_gradient,
+    upstream_of,
 )
-from .stats import Coefficients, is_scored, token_loss
+from .stats import is_scored, token_loss
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-_FLAGS = ("entropy", "mean_logprob", "rank", "argmax")
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
 library.define(
     f"linear_loss({_HEAD}Tensor? token_weight, Tensor? divisor, float label_smoothing, "
@@ -36,14 +45,12 @@ library.define(
     "(Tensor loss, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 library.define(
-    f"linear_stats({_HEAD}{SHARED_SCHEMA}{_CHUNKS}, "
-    "bool entropy, bool mean_logprob, bool rank, bool argmax) -> "
-    "(Tensor lse, Tensor logprob, Tensor lse_low, "
-    "Tensor entropy, Tensor mean_logprob, Tensor rank, Tensor argmax)"
+    f"linear_stats({_HEAD}{CLASSES_SCHEMA}, {SHARED_SCHEMA}{_CHUNKS}, {FLAGS_SCHEMA}) -> "
+    + OUTPUTS_SCHEMA
 )
 library.define(
-    f"linear_stats_grad({_HEAD}Tensor lse, Tensor logprob, Tensor lse_low, "
-    f"Tensor? a, Tensor? b, Tensor? c, Tensor? u, {SHARED_SCHEMA}{_CHUNKS}, bool[] wanted) -> "
+    f"linear_stats_grad({_HEAD}{CLASSES_SCHEMA}, {UPSTREAM_SCHEMA}, {SHARED_SCHEMA}{_CHUNKS}, "
+    "bool[] wanted) -> "
     "(Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
 )
 
@@ -84,7 +91,7 @@ def _linear_loss(
             )  # fmt: skip
             gradients.add(index, x, grad)
         else:
-            stats, _ = backends.row_statistics(
+            stats, *_ = backends.row_statistics(
                 backend, logits, target[index], ignore_index, vocab_size, head,
                 entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
             )  # fmt: skip
@@ -99,32 +106,27 @@ def _linear_stats(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    rows_per_chunk: int,
-    drop_ignored: bool,
-    acc_dtype: torch.dtype,
-    *flags: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
+    classes, shared, flags = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
+    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _ = shared
     check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
-    wanted = dict(zip(_FLAGS, flags, strict=True))
-    outputs = new_outputs(input, target, **wanted)
+    wanted = dict(zip(FLAGS, flags, strict=True))
+    outputs = new_outputs(input, target, classes, *flags)
     for out in outputs:
         out.fill_(0 if out.is_floating_point() else -1)  # those ignored
-    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
     for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
-        stats, lse_low = backends.row_statistics(
-            backend, logits, target[index], ignore_index, vocab_size, head, **wanted
+        of_chunk, labels = classes.of_rows(index), target[index]
+        found = backends.row_statistics(
+            backend, logits, labels, ignore_index, vocab_size, head, of_chunk.weights, **wanted
         )
-        values = (stats.lse, stats.logprob, lse_low, *stats[2:])
-        for out, value in zip(outputs, values, strict=True):
-            if value is not None:
+        at = at_classes(logits, labels, of_chunk, ignore_index, head)
+        for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
+            if value.numel():
                 out[index] = value
     return outputs
 
@@ -134,35 +136,18 @@ def _linear_stats_grad(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    lse: Tensor,
-    logprob: Tensor,
-    lse_low: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None,
-    u: Tensor | None,
-    ignore_index: int,
-    vocab_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    rows_per_chunk: int,
-    drop_ignored: bool,
-    acc_dtype: torch.dtype,
-    wanted: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:21]
+    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, acc_dtype = shared
+    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
-    head = Head(softcap, logit_scale)
+    gradients = Gradients(input, weight, bias, vocab_size, arguments[21], acc_dtype, chunks)
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
-        numbers = Coefficients(
-            *(None if n is None else n[index].contiguous() for n in (a, b, c, u))
+        of_chunk: list[Any] = [None if n is None else n[index] for n in upstream]
+        grad = rows_gradient(
+            logits, target[index], classes.of_rows(index), *of_chunk, *shared[:5], inplace=True
         )
-        grad = backends.logits_gradient(
-            backend, logits, target[index], lse[index], logprob[index], lse_low[index], numbers,
-            ignore_index, vocab_size, head, inplace=True,
-        )  # fmt: skip
         gradients.add(index, x, grad)
     return gradients.finish()
 
@@ -179,7 +164,7 @@ def _fake_linear_loss(
 def _fake_linear_stats(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return new_outputs(input, target, **dict(zip(_FLAGS, rest[-4:], strict=True)))
+    return new_outputs(input, target, Classes(*rest[:5]), *rest[-4:])
 
 
 def _fake_linear_stats_grad(
@@ -232,28 +217,32 @@ def _rows(grad: Tensor) -> Tensor:
 class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        input, weight, bias, target, *options, entropy, mean_logprob, _, _ = arguments
-        ctx.options = options
+        input, weight, bias, target, *given = arguments
+        ctx.classes, ctx.options, ctx.wanted = Classes(*given[:5]), given[5:13], given[13:15]
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_stats(*arguments)
-        ctx.wanted = (entropy, mean_logprob)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[5:])
-        ctx.save_for_backward(input, weight, bias, target, *outputs[:4])
+        ctx.mark_non_differentiable(*outputs[INTEGERS:])
+        class_weight, prob, *_, at = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
+        ctx.save_for_backward(
+            input, weight, bias, target, class_weight, prob, at, *outputs[:4], outputs[5]
+        )
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
-        *given, lse, logprob, lse_low, entropy = ctx.saved_tensors
+        *given, class_weight, prob, at, lse, logprob, lse_low, entropy, mass = ctx.saved_tensors
+        classes = ctx.classes._replace(weight=class_weight, prob=prob, at=at)
         _, vocab_size, *_ = ctx.options
-        numbers = upstream_coefficients(grads, entropy, vocab_size, *ctx.wanted)
+        upstream = upstream_of(grads, entropy, mass, given[3], classes, vocab_size, *ctx.wanted)
         wanted = list(ctx.needs_input_grad[:3])
         found = torch.ops.chunked_ce.linear_stats_grad(
-            *given, lse, logprob, lse_low, *numbers, *ctx.options, wanted
+            *given, *classes, lse, logprob, lse_low, *upstream, *ctx.options, wanted
         )
-        return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 13
+        return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 18
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

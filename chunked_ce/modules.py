@@ -9,12 +9,117 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .binary import binary_cross_entropy_with_logits
+from .functional import cross_entropy
 from .linear import linear_cross_entropy
 
 _OPTIONS = (
-    "z_loss_weight", "softcap", "logit_scale", "vocab_size", "acc_dtype", "chunk_bytes",
-    "token_chunk_size", "drop_ignored", "backend",
+    "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "backend",
 )  # fmt: skip
+_LOGITS_OPTIONS = ("dim", "inplace_backward", "grad_in_forward")
+_LINEAR_OPTIONS = ("acc_dtype", "chunk_bytes", "token_chunk_size", "drop_ignored")
+
+
+def _said(module: nn.Module, defaults: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """The arguments that are not what they are by default."""
+    given = {name: getattr(module, name) for name in defaults}
+    differ = {name: value for name, value in given.items() if value != defaults[name]}
+    return [f"{name}={value!r}" for name, value in (differ | options).items()]
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`chunked_ce.cross_entropy` as `torch.nn.CrossEntropyLoss`, with its state_dict.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's, in its
+            order.
+        options: further arguments of :func:`chunked_ce.cross_entropy` by name, such as `dim` or
+            `z_loss_weight`.
+
+    Raises:
+        TypeError, ValueError: as the function, already when it is made.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: None = None,
+        ignore_index: int = -100,
+        reduce: None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        checks.deprecated(size_average=size_average, reduce=reduce)
+        checks.known_options(options, _OPTIONS + _LOGITS_OPTIONS)
+        checks.weight_of_classes(weight)
+        checks.reduction(reduction)
+        self.register_buffer("weight", weight)
+        self.ignore_index = checks.ignore_index(ignore_index)
+        self.reduction = reduction
+        self.label_smoothing = checks.label_smoothing(label_smoothing)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of logits; see :func:`chunked_ce.cross_entropy`."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,  # type: ignore[arg-type]
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        defaults = dict(ignore_index=-100, reduction="mean", label_smoothing=0.0)
+        return ", ".join(_said(self, defaults, self.options))
+
+
+class BCEWithLogitsLoss(nn.Module):
+    """:func:`chunked_ce.binary_cross_entropy_with_logits` as `torch.nn.BCEWithLogitsLoss`.
+
+    Args:
+        weight, size_average, reduce, reduction, pos_weight: as torch's, in its order.
+        ignore_index: what class indices are padded with, where the target is that.
+
+    Raises:
+        TypeError, ValueError: as the function, already when it is made.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: None = None,
+        reduce: None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        checks.deprecated(size_average=size_average, reduce=reduce)
+        checks.reduction(reduction)
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+        self.reduction = reduction
+        self.ignore_index = checks.ignore_index(ignore_index)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits, the labels dense or by index."""
+        return binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,  # type: ignore[arg-type]
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,  # type: ignore[arg-type]
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(_said(self, dict(reduction="mean", ignore_index=-100), {}))
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -49,8 +154,8 @@ class LinearCrossEntropyLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        checks.known_options(options, _OPTIONS)
-        checks.class_weight(weight)
+        checks.known_options(options, _OPTIONS + _LINEAR_OPTIONS)
+        checks.weight_of_classes(weight)
         checks.reduction(reduction)
         self.label_smoothing = checks.label_smoothing(label_smoothing)
         self.ignore_index = checks.ignore_index(-100 if ignore_index is None else ignore_index)
@@ -65,8 +170,8 @@ class LinearCrossEntropyLoss(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of hidden states [..., D] and class indices [...]."""
+    def forward(self, input: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of hidden states [..., D]; see :func:`chunked_ce.linear_cross_entropy`."""
         outputs = (self.num_classes, *self.out_features)
         bias = None if self.linear.bias is None else self.linear.bias.view(outputs)
         return linear_cross_entropy(
@@ -86,7 +191,5 @@ class LinearCrossEntropyLoss(nn.Module):
         said = [f"in_features={self.linear.in_features}", f"num_classes={self.num_classes}"]
         if self.out_features:
             said.append(f"out_features={self.out_features}")
-        said += [f"reduction={self.reduction!r}", f"ignore_index={self.ignore_index}"]
-        if self.label_smoothing:
-            said.append(f"label_smoothing={self.label_smoothing}")
-        return ", ".join(said + [f"{name}={value!r}" for name, value in self.options.items()])
+        defaults = dict(reduction="mean", ignore_index=-100, label_smoothing=0.0)
+        return ", ".join(said + _said(self, defaults, self.options))

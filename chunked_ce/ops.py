@@ -11,58 +11,93 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, checks
+from .at_classes import gradient_at, logits_at
 from .blocks import Head, compute_dtype
-from .stats import Coefficients, TokenStats, coefficients
+from .stats import (
+    ClassWeights,
+    Coefficients,
+    RowStatistics,
+    TokenStats,
+    coefficients,
+    is_scored,
+)
 
 library = torch.library.Library("chunked_ce", "DEF")
 
 SHARED_SCHEMA = (
     "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
 )
-_GRADIENT = (
-    "Tensor target, Tensor lse, Tensor logprob, Tensor lse_low, "
-    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, " + SHARED_SCHEMA
+CLASSES_SCHEMA = (
+    "Tensor? class_weight, Tensor? prob, float prob_scale, float prob_shift, Tensor? classes"
 )
+FLAGS = ("entropy", "mean_logprob", "rank", "argmax")
+FLAGS_SCHEMA = "bool entropy, bool mean_logprob, bool rank, bool argmax"
+OUTPUTS_SCHEMA = (
+    "(Tensor lse, Tensor logprob, Tensor lse_low, Tensor entropy, Tensor mean_logprob, "
+    "Tensor mass, Tensor at_classes, Tensor rank, Tensor argmax)"
+)
+UPSTREAM_SCHEMA = (
+    "Tensor lse, Tensor logprob, Tensor lse_low, "
+    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? at_classes"
+)
+_GRADIENT = f"Tensor target, {CLASSES_SCHEMA}, {UPSTREAM_SCHEMA}, {SHARED_SCHEMA}"
+INTEGERS = 7  # outputs from here on have no gradient
 
 library.define(
-    f"token_stats(Tensor input, Tensor target, {SHARED_SCHEMA}, "
-    "bool entropy, bool mean_logprob, bool rank, bool argmax, bool inplace_backward) -> "
-    "(Tensor lse, Tensor logprob, Tensor lse_low, "
-    "Tensor entropy, Tensor mean_logprob, Tensor rank, Tensor argmax)",
+    f"token_stats(Tensor input, Tensor target, {CLASSES_SCHEMA}, {SHARED_SCHEMA}, {FLAGS_SCHEMA}, "
+    f"bool inplace_backward) -> {OUTPUTS_SCHEMA}"
 )
 library.define(f"token_grad(Tensor input, {_GRADIENT}) -> Tensor")
 library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
 
 
-def _token_stats(
-    input: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    entropy: bool,
-    mean_logprob: bool,
-    rank: bool,
-    argmax: bool,
-    inplace_backward: bool,
-) -> tuple[Tensor, ...]:
+class Classes(NamedTuple):
+    """What an operator is told about classes: weights of `mean_logprob`, and which to read."""
+
+    weight: Tensor | None = None  # [V]
+    prob: Tensor | None = None  # [..., V]
+    prob_scale: float = 1.0
+    prob_shift: float = 0.0
+    at: Tensor | None = None  # [..., K]
+
+    @property
+    def weights(self) -> ClassWeights:
+        return ClassWeights(self.weight, self.prob, self.prob_scale, self.prob_shift)
+
+    def of_rows(self, index: slice | Tensor) -> Classes:
+        """Those of some of the rows [N]."""
+        prob, at = (None if t is None else t[index] for t in (self.prob, self.at))
+        return self._replace(prob=prob, at=at)
+
+
+def _token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    classes, shared, flags = Classes(*arguments[:5]), arguments[5:10], arguments[10:14]
+    ignore_index, vocab_size, softcap, logit_scale, backend = shared
     check_targets(target, vocab_size, ignore_index)
-    wanted = dict(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     if target.numel() == 0:
-        return new_outputs(input, target, **wanted)
-    stats, lse_low = backends.row_statistics(
-        backend, input.detach(), target, ignore_index, vocab_size, Head(softcap, logit_scale),
-        **wanted,
-    )  # fmt: skip
-    return _outputs(stats, lse_low, target.shape)
+        return new_outputs(input, target, classes, *flags)
+    head, wanted = Head(softcap, logit_scale), dict(zip(FLAGS, flags, strict=True))
+    input = input.detach()
+    rows = backends.row_statistics(
+        backend, input, target, ignore_index, vocab_size, head, classes.weights, **wanted
+    )
+    return outputs_of(rows, at_classes(input, target, classes, ignore_index, head), target.shape)
+
+
+def at_classes(
+    input: Tensor, target: Tensor, classes: Classes, ignore_index: int, head: Head
+) -> Tensor | None:
+    """[..., K], 0 in rows that are ignored."""
+    if classes.at is None:
+        return None
+    ignored = ~is_scored(target, ignore_index)
+    return logits_at(input, classes.at, head).masked_fill_(ignored[..., None], 0.0)
 
 
 def check_targets(
@@ -73,21 +108,23 @@ def check_targets(
         checks.targets_in_range(target, vocab_size, ignore_index)
 
 
-def _outputs(stats: TokenStats, lse_low: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
     """An operator's outputs are tensors always: empty ones stand for what was not asked for."""
+    lse, logprob, entropy, mean_logprob, rank, argmax = rows.stats
+    given = (lse, logprob, rows.lse_low, entropy, mean_logprob, rows.mass, at, rank, argmax)
     outputs: list[Tensor] = []
-    for i, out in enumerate((stats.lse, stats.logprob, lse_low, *stats[2:])):
+    for i, out in enumerate(given):
         if out is None:
-            outputs.append(stats.lse.new_empty(0, dtype=None if i < 5 else torch.int64))
+            outputs.append(lse.new_empty(0, dtype=None if i < INTEGERS else torch.int64))
         else:
-            outputs.append(out if len(shape) == 1 else out.view(shape))
+            outputs.append(out if len(shape) == 1 or out is at else out.view(shape))
     return tuple(outputs)
 
 
 def new_outputs(
     input: Tensor,
     target: Tensor,
-    *,
+    classes: Classes,
     entropy: bool,
     mean_logprob: bool,
     rank: bool,
@@ -100,70 +137,128 @@ def new_outputs(
 
     return (
         *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
+        new(floats, mean_logprob and not classes.weights.are_one),
+        input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
         *(new(integers, rank), new(integers, argmax)),
     )
 
 
 def as_stats(outputs: Sequence[Tensor], wanted: tuple[bool, ...]) -> TokenStats:
     """An operator's outputs as users get them; `wanted`: entropy, mean_logprob, rank, argmax."""
-    lse, logprob, _, *others = outputs
+    lse, logprob, _, entropy, mean_logprob, _, _, *integers = outputs
+    others = (entropy, mean_logprob, *integers)
     asked = (out if want else None for out, want in zip(others, wanted, strict=True))
     return TokenStats(lse, logprob, *asked)
 
 
-def upstream_coefficients(
+def upstream_of(
     grads: Sequence[Tensor | None],
     entropy: Tensor,
+    mass: Tensor,
+    target: Tensor,
+    classes: Classes,
     vocab_size: int,
     wants_entropy: bool,
     wants_mean_logprob: bool,
-) -> Coefficients:
-    """Of the upstream gradients of an operator's outputs.
+) -> tuple[Tensor | None, ...]:
+    """a, b, c, u [...] and the gradient of `at_classes`, from those of an operator's outputs.
 
     An output that was not asked for is empty, and a tracer may give it an empty gradient.
     """
-    lse, logprob, _, of_entropy, of_mean_logprob, *_ = grads
-    return coefficients(
+    lse, logprob, _, of_entropy, of_mean_logprob, _, of_classes, *_ = grads
+    weighted = wants_mean_logprob and not classes.weights.are_one
+    at_target = None
+    if weighted:
+        existing = target.long().clamp(0, vocab_size - 1)
+        at_target = classes.weights.at(existing.reshape(-1), mass.dtype)
+    numbers = coefficients(
         lse,
         logprob,
         of_entropy if wants_entropy else None,
         of_mean_logprob if wants_mean_logprob else None,
         entropy,
         vocab_size,
+        None if at_target is None else at_target.view(target.shape),
+        mass if weighted else None,
     )
+    return *numbers, None if classes.at is None else of_classes
 
 
-def _fake_token_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    entropy, mean_logprob, rank, argmax, _ = options[-5:]
-    return new_outputs(
-        input, target, entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax
-    )
+def _fake_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return new_outputs(input, target, Classes(*arguments[:5]), *arguments[10:14])
 
 
 def _gradient(inplace: bool, input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    (
-        lse,
-        logprob,
-        lse_low,
-        a,
-        b,
-        c,
-        u,
-        ignore_index,
-        vocab_size,
-        softcap,
-        logit_scale,
-        backend,
-    ) = arguments
     if target.numel() == 0:
         return torch.empty_like(input)
+    classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
+    return rows_gradient(input.detach(), target, classes, *upstream, *shared, inplace=inplace)
+
+
+def rows_gradient(
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    lse: Tensor,
+    logprob: Tensor,
+    lse_low: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    u: Tensor | None,
+    at_classes: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """dL/dinput, in a new tensor or over `input`."""
+    head = Head(softcap, logit_scale)
     numbers = Coefficients(
         *(None if n is None else n.reshape(-1).contiguous() for n in (a, b, c, u))
     )
-    return backends.logits_gradient(
-        backend, input.detach(), target, lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1),
-        numbers, ignore_index, vocab_size, Head(softcap, logit_scale), inplace=inplace,
+    stats = (lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1))
+    values = None
+    if classes.at is not None and at_classes is not None and classes.at.numel():
+        assert classes.prob is None
+        k = classes.at.shape[-1]
+        weights_at = None
+        if u is not None and classes.weight is not None:
+            weights_at = classes.weight.to(lse.dtype)[classes.at].view(-1, k)
+        values = gradient_at(
+            input.gather(-1, classes.at).view(-1, k), classes.at.reshape(-1, k),
+            at_classes.reshape(-1, k), target.long().reshape(-1), *stats, numbers, weights_at,
+            is_scored(target, ignore_index).reshape(-1), head,
+        )  # fmt: skip
+    grad = backends.logits_gradient(
+        backend, input, target, *stats, numbers, ignore_index, vocab_size, head, classes.weights,
+        inplace=inplace,
     )  # fmt: skip
+    if values is not None:
+        assert classes.at is not None
+        grad.scatter_(-1, classes.at, values.view(classes.at.shape).to(grad.dtype))
+    return grad
+
+
+def prob_gradient(
+    input: Tensor,
+    classes: Classes,
+    lse: Tensor,
+    mean_logprob_grad: Tensor,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """d mean_logprob / d prob = weight scale (z - lse) / V, for targets that are learned."""
+    assert classes.prob is not None
+    x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
+    z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None])
+    grad = z.mul_((mean_logprob_grad * (classes.prob_scale / vocab_size))[..., None])
+    grad = grad if classes.weight is None else grad.mul_(classes.weight)
+    return grad.to(classes.prob.dtype)
 
 
 def _token_grad(*arguments: Any) -> Tensor:
@@ -180,22 +275,31 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        input, target, *ctx.options, entropy, mean_logprob, _, _, ctx.inplace_backward = arguments
+        input, target, *given = arguments
+        ctx.classes, ctx.shared = Classes(*given[:5]), given[5:10]
+        ctx.wanted, ctx.inplace_backward = given[10:12], given[14]
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.token_stats(*arguments)
-        ctx.wanted = (entropy, mean_logprob)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[5:])
-        ctx.save_for_backward(input, target, *outputs[:4])
+        ctx.mark_non_differentiable(*outputs[INTEGERS:])
+        weight, prob, *_, at = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
+        ctx.save_for_backward(input, target, weight, prob, at, *outputs[:4], outputs[5])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, target, lse, logprob, lse_low, entropy = ctx.saved_tensors
-        _, vocab_size, *_ = ctx.options
-        numbers = upstream_coefficients(grads, entropy, vocab_size, *ctx.wanted)
-        arguments = (input, target, lse, logprob, lse_low, *numbers, *ctx.options)
-        no_gradient = (None,) * 11
+        input, target, weight, prob, at, *stats, entropy, mass = ctx.saved_tensors
+        classes = ctx.classes._replace(weight=weight, prob=prob, at=at)
+        _, vocab_size, *_ = ctx.shared
+        upstream = upstream_of(grads, entropy, mass, target, classes, vocab_size, *ctx.wanted)
+        arguments = (input, target, *classes, *stats, *upstream, *ctx.shared)
+        of_prob = None
+        if ctx.needs_input_grad[3] and grads[4] is not None:
+            of_prob = prob_gradient(input, classes, stats[0], grads[4], *ctx.shared[1:4])
+        no_gradient = (None, None, of_prob, *(None,) * 13)
+        if not ctx.needs_input_grad[0]:
+            return None, *no_gradient
         if ctx.inplace_backward:
             if torch.is_grad_enabled():  # create_graph: a gradient over the logits has no history
                 checks.double_backward()
@@ -207,11 +311,14 @@ class _TokenStats(torch.autograd.Function):
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
 
 
-def _differentiable_token_stats(input: Tensor, *arguments: Any) -> Any:
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _TokenStats.apply(input, *arguments)  # type: ignore[no-untyped-call]
+def _differentiable_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Any:
+    prob = arguments[1]
+    if torch.is_grad_enabled() and (
+        input.requires_grad or (prob is not None and prob.requires_grad)
+    ):
+        return _TokenStats.apply(input, target, *arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.chunked_ce.token_stats(input, *arguments)
+        return torch.ops.chunked_ce.token_stats(input, target, *arguments)
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:

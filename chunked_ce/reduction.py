@@ -40,8 +40,12 @@ def reduction_of(
     token_weight: Tensor | None,
     num_items: int | Tensor | None,
     dtype: torch.dtype,
+    counts: Tensor | None = None,
 ) -> Reduction:
-    """The reduction of losses [...] in `dtype`, on target's device, without waiting for it."""
+    """The reduction of losses [...] in `dtype`, on target's device, without waiting for it.
+
+    counts: [...] what each token counts for in a mean, besides its weight; None: 1.
+    """
     weight = divisor = None
     if token_weight is not None:
         weight = torch.where(is_scored(target, ignore_index), token_weight.to(dtype), 0.0)
@@ -51,5 +55,5 @@ def reduction_of(
         divisor = torch.full((), num_items, dtype=dtype, device=target.device)
     elif name == "mean":
         counted = is_scored(target, ignore_index) if weight is None else weight
-        divisor = counted.sum()
+        divisor = (counted if counts is None else counted * counts.to(dtype)).sum()
     return Reduction(name, weight, divisor)

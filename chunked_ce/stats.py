@@ -8,7 +8,9 @@ Two parts merge by moving both to the larger maximum (Milakov & Gimelshein, arXi
 target joins at the end: with d = m + log s - z_target the loss is log(1 + exp(d)), which keeps a
 confident token's 1e-8. All gradients then have one form, with four numbers a row:
 
-    dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u
+    dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u w_j [j != target]
+
+w_j is 1, or what :class:`ClassWeights` say; then total = sum w_j (z_j - m).
 """
 
 from __future__ import annotations
@@ -41,13 +43,48 @@ class TokenStats(NamedTuple):
 
 def token_loss(stats: TokenStats, label_smoothing: float, z_loss_weight: float) -> Tensor:
     """Each token's loss, before its weight. Label smoothing wants `mean_logprob`."""
-    loss = -stats.logprob
-    if label_smoothing > 0:
-        assert stats.mean_logprob is not None
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * stats.mean_logprob
-    if z_loss_weight > 0:
-        loss = loss + z_loss_weight * stats.lse.square()
-    return loss
+    loss = smoothed(-stats.logprob, stats.mean_logprob, label_smoothing)
+    return with_z_loss(loss, stats.lse, z_loss_weight)
+
+
+def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) -> Tensor:
+    """Label smoothing, Szegedy et al., arXiv:1512.00567."""
+    if label_smoothing == 0:
+        return loss
+    assert mean_logprob is not None
+    return (1.0 - label_smoothing) * loss - label_smoothing * mean_logprob
+
+
+def with_z_loss(loss: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
+    """PaLM, arXiv:2204.02311, section 5."""
+    return loss + z_loss_weight * lse.square() if z_loss_weight > 0 else loss
+
+
+class ClassWeights(NamedTuple):
+    """w_j of `mean_logprob` = (1/V) sum w_j (z_j - lse): weight_j (scale prob_j + shift)."""
+
+    weight: Tensor | None = None  # [V]; None: 1
+    prob: Tensor | None = None  # [..., V], as the logits; None: scale prob + shift is 1
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def are_one(self) -> bool:
+        return self.weight is None and self.prob is None
+
+    def at(self, target: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Those of a class per row [rows]; None: 1."""
+        w = None
+        if self.prob is not None:
+            w = self.prob.gather(-1, target.view(*self.prob.shape[:-1], 1)).view(-1).to(dtype)
+            w = w * self.scale + self.shift
+        if self.weight is not None:
+            of_class = self.weight[target].to(dtype)
+            w = of_class if w is None else w * of_class
+        return w
+
+
+UNIFORM = ClassWeights()
 
 
 class Part(NamedTuple):
@@ -57,7 +94,7 @@ class Part(NamedTuple):
     s: Tensor
     weighted: Tensor | None
     total: Tensor | None
-    columns: int | Tensor | None  # number of classes in `total`
+    mass: int | Tensor | None  # sum of the w_j in `total`
     beaten_by: Tensor | None
     argmax: Tensor | None
 
@@ -72,19 +109,19 @@ def merge(left: Part, right: Part) -> Part:
     m = torch.maximum(left.m, right.m)
     shift_left, scale_left = _move(left.m, m)
     shift_right, scale_right = _move(right.m, m)
-    weighted = total = columns = argmax = None
+    weighted = total = mass = argmax = None
     if left.weighted is not None and right.weighted is not None:
         weighted = scale_left * (left.weighted + left.s * shift_left)
         weighted = weighted + scale_right * (right.weighted + right.s * shift_right)
     if left.total is not None and right.total is not None:
-        assert left.columns is not None and right.columns is not None
-        columns = left.columns + right.columns
-        total = left.total + left.columns * shift_left + right.total + right.columns * shift_right
+        assert left.mass is not None and right.mass is not None
+        mass = left.mass + right.mass
+        total = left.total + left.mass * shift_left + right.total + right.mass * shift_right
     if left.argmax is not None and right.argmax is not None:
         right_wins = (right.m > left.m) | (right.m.isnan() & ~left.m.isnan())
         argmax = torch.where(right_wins, right.argmax, left.argmax)
     return Part(
-        m, left.s * scale_left + right.s * scale_right, weighted, total, columns, beaten_by, argmax
+        m, left.s * scale_left + right.s * scale_right, weighted, total, mass, beaten_by, argmax
     )
 
 
@@ -98,13 +135,24 @@ def _move(m: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
     return shift, shift.exp().masked_fill(empty, 0.0)
 
 
-def finish(
-    part: Part, target_logit: Tensor, target: Tensor, vocab_size: int
-) -> tuple[TokenStats, Tensor]:
-    """The statistics of whole rows, and what rounding took from lse.
+class RowStatistics(NamedTuple):
+    """What a backend finds out about rows; the gradient wants more of it than users do."""
 
-    That is 0.0005 when all logits are near 1e4. `part` covers every class but the target, whose
-    logit is finite, -inf or NaN.
+    stats: TokenStats
+    lse_low: Tensor  # what rounding took from lse: 0.0005 when all logits are near 1e4
+    mass: Tensor | None = None  # sum of w_j over classes but the target; None: w_j = 1
+
+
+def finish(
+    part: Part,
+    target_logit: Tensor,
+    target: Tensor,
+    vocab_size: int,
+    target_weight: Tensor | None = None,
+) -> RowStatistics:
+    """The statistics of whole rows.
+
+    `part` covers every class but the target, whose logit is finite, -inf or NaN.
     """
     assert part.m is not None
     gap = part.m - target_logit
@@ -129,17 +177,23 @@ def finish(
             loss == float("inf"), 0.0
         )
     if part.total is not None:
-        of_others = part.total - (vocab_size - 1) * above_m if vocab_size > 1 else 0.0
-        mean_logprob = (of_others - loss) / vocab_size
+        assert part.mass is not None
+        of_others = part.total - part.mass * above_m if vocab_size > 1 else 0.0
+        of_target = loss
+        if target_weight is not None:
+            of_target = (target_weight * loss).masked_fill(target_weight == 0, 0.0)
+        mean_logprob = (of_others - of_target) / vocab_size
     if part.beaten_by is not None:
         rank = part.beaten_by.where(~target_logit.isnan(), vocab_size - 1)
     if part.argmax is not None:
         ahead = (target_logit > part.m) | ((target_logit == part.m) & (target < part.argmax))
         argmax = torch.where(ahead, target, part.argmax)
-    return TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low
+    mass = None if target_weight is None else part.mass
+    assert not isinstance(mass, int)
+    return RowStatistics(TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low, mass)
 
 
-def finish_from_zero(part: Part, e_target: Tensor) -> tuple[TokenStats, Tensor]:
+def finish_from_zero(part: Part, e_target: Tensor) -> RowStatistics:
     """`finish` where the sums refer to 0, not to a maximum: s = sum exp z over the other classes.
 
     Holds where neither s nor exp(z_target) leaves the range of normal numbers.
@@ -148,7 +202,7 @@ def finish_from_zero(part: Part, e_target: Tensor) -> tuple[TokenStats, Tensor]:
     total = part.s + e_target
     lse = total.log()
     lse_low = lse.neg().exp_().mul_(total).sub_(1.0)  # exp(true lse - lse) - 1
-    return TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low
+    return RowStatistics(TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low)
 
 
 class Coefficients(NamedTuple):
@@ -167,17 +221,20 @@ def coefficients(
     mean_logprob_grad: Tensor | None,
     entropy: Tensor,
     vocab_size: int,
+    target_weight: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Coefficients:
     """What each upstream gradient [rows] adds to a, b, c, u."""
-    a = lse_grad
-    b = u = None
+    a, b, c, u = lse_grad, None, logprob_grad, None
     if entropy_grad is not None:
         b = -entropy_grad
         a = _plus(a, -entropy_grad * entropy)
     if mean_logprob_grad is not None:
+        # The target's share goes into c, which does not cancel where p is near 1.
         u = mean_logprob_grad / vocab_size
-        a = _plus(a, -mean_logprob_grad)
-    return Coefficients(a, b, logprob_grad, u)
+        a = _plus(a, -u * (vocab_size - 1 if mass is None else mass))
+        c = _plus(c, u if target_weight is None else u * target_weight)
+    return Coefficients(a, b, c, u)
 
 
 def _plus(x: Tensor | None, y: Tensor) -> Tensor:
@@ -227,8 +284,6 @@ def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -
         if b is not None:
             at_target = _plus(at_target, (b * p_target * logprob).masked_fill(p_target == 0, 0.0))
             b = b * correction
-    if u is not None:
-        at_target = _plus(at_target, u)
     if scale is None or at_target is None:
-        scale = at_target = torch.zeros_like(logprob) if at_target is None else at_target
+        scale = at_target = torch.zeros_like(logprob)
     return RowGradient(scale * correction, b, u, at_target)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .streaming import LN_2, merge, nothing, row_loss, row_start
+from .streaming import LN_2, class_weights, merge, nothing, row_loss, row_start
 from .token_stats import MAX_INT, better, load_target
 
 
@@ -18,11 +18,17 @@ from .token_stats import MAX_INT, better, load_target
         "stride_outer",
         "stride_inner",
         "stride_v",
+        "q_offset",
+        "q_stride_outer",
+        "q_stride_inner",
+        "q_stride_v",
     ]
 )
 def finish_kernel(
     x_ptr,
     target_ptr,
+    w_ptr,
+    q_ptr,
     floats_ptr,
     integers_ptr,
     lse_ptr,
@@ -30,8 +36,9 @@ def finish_kernel(
     lse_low_ptr,
     entropy_ptr,
     mean_logprob_ptr,
+    mass_ptr,
     rank_ptr,
-    argmax_ptr,  # all [rows]; the last four are written only when asked for
+    argmax_ptr,  # all [rows]; the last five are written only when asked for
     rows,
     segments,
     vocab_size,
@@ -41,6 +48,12 @@ def finish_kernel(
     stride_outer,
     stride_inner,
     stride_v,
+    q_offset,
+    q_stride_outer,
+    q_stride_inner,
+    q_stride_v,
+    q_scale: "fp64",
+    q_shift: "fp64",
     softcap: "fp64",
     logit_scale: "fp64",
     HAS_SOFTCAP: tl.constexpr,
@@ -67,6 +80,7 @@ def finish_kernel(
     field = tl.cast(rows, tl.int64) * segments
     m, s, weighted = nothing([ROWS], DTYPE)
     total = tl.zeros([ROWS], DTYPE)
+    mass = tl.zeros([ROWS], DTYPE)
     beaten_by = tl.zeros([ROWS], tl.int32)
     key = tl.full([ROWS], float("-inf"), DTYPE)
     best = tl.full([ROWS], MAX_INT, tl.int32)
@@ -79,6 +93,8 @@ def finish_kernel(
             part_weighted += tl.load(floats_ptr + 2 * field + part, mask=here, other=0.0)
         if MEAN_LOGPROB:
             total += tl.load(floats_ptr + 3 * field + part, mask=here, other=0.0)
+            if (w_ptr is not None) or (q_ptr is not None):
+                mass += tl.load(floats_ptr + 5 * field + part, mask=here, other=0.0)
         if RANK:
             beaten_by += tl.load(integers_ptr + part, mask=here, other=0)
         if ARGMAX:
@@ -97,11 +113,22 @@ def finish_kernel(
         others = tl.exp2(-above) * (s * above - weighted) * LN_2
         target_part = tl.where(loss == float("inf"), 0.0, tl.exp(-loss) * loss)
         tl.store(entropy_ptr + row, tl.where(scored, target_part + others, 0.0), mask=here)
+    in_range = (target >= 0) & (target < vocab_size)
     if MEAN_LOGPROB:
         from_origin = tl.where(z_target == float("-inf"), -lse, -loss)
-        mean = total / vocab_size + from_origin
+        if (w_ptr is None) and (q_ptr is None):
+            mean = total / vocab_size + from_origin
+        else:
+            if q_ptr is not None:
+                q_ptr += row_start(row, q_offset, inner_rows, q_stride_outer, q_stride_inner)
+            of_target = class_weights(
+                w_ptr, q_ptr, target, here & scored & in_range, q_stride_v,
+                tl.full([], q_scale, DTYPE), tl.full([], q_shift, DTYPE), False, DTYPE,
+            )  # fmt: skip
+            tl.store(mass_ptr + row, mass, mask=here)
+            mass += of_target
+            mean = (total + tl.where(mass == 0.0, 0.0, mass * from_origin)) / vocab_size
         tl.store(mean_logprob_ptr + row, tl.where(scored, mean, 0.0), mask=here)
-    in_range = (target >= 0) & (target < vocab_size)
     if RANK:
         rank = tl.where(z_target == z_target, beaten_by, vocab_size - 1)
         tl.store(rank_ptr + row, tl.where(in_range & scored, rank, -1).to(tl.int64), mask=here)

@@ -3,7 +3,8 @@
 With label smoothing s, z-loss weight y, and w = token_weight / divisor read on the device:
 
     loss = -(1 - s) logprob - s mean_logprob + y lse²
-    dL/dz_j = p_j (w s + 2 w y lse) + w (1 - s) (p_j - [j = target]) - w s / V
+    dL/dz_j = p_j w (2 y lse + s (V - 1) / V) + c ([j = target] - p_j) - (w s / V) [j != target]
+    c = -w (1 - s + s / V)
 
 A row comes from memory once, 4 bytes a 16-bit logit for loss and gradient: on chip it stays in
 registers; streamed, so few rows are under way that the second read finds it in the L2 cache.
@@ -48,9 +49,8 @@ def token_coefficients(weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weig
         w *= tl.load(weight_ptr + row)
     if HAS_DIVISOR:
         w /= tl.load(divisor_ptr)
-    return w * (smoothing + 2.0 * z_loss_weight * lse), w * (smoothing - 1.0), (
-        -w * smoothing / vocab_size
-    )  # fmt: skip
+    u = -w * smoothing / vocab_size
+    return w * 2.0 * z_loss_weight * lse - u * (vocab_size - 1), w * (smoothing - 1.0) + u, u
 
 
 @triton.jit(
@@ -130,10 +130,10 @@ def loss_and_grad_kernel(
         group = target_group(target_column, head, body, WIDTH)
         x_body = x_ptr + body_start(x_start, head, x_stride_v, WIDTH, CONTIGUOUS)
         grad_body = grad_ptr + body_start(grad_start, head, grad_stride_v, WIDTH, GRAD_ALIGNED)
-        m, s, weighted, total, _, _, _ = sum_apart(
+        m, s, weighted, total, _, _, _, _ = sum_apart(
             x_ptr + x_start, head, body, columns, group, x_stride_v, origin, z_target,
-            target_column, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE,
-            False, SMOOTHING, False, False, WIDTH,
+            target_column, softcap, logit_scale, None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
+            False, SMOOTHING, False, False, True, WIDTH,
         )  # fmt: skip
         readable = tl.minimum(columns - head, body)
         if ON_CHIP:
@@ -151,10 +151,10 @@ def loss_and_grad_kernel(
             e = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(body_m, z.shape)))
             body_s, body_weighted = tl.sum(e), weighted
         else:
-            body_m, body_s, body_weighted, body_total, _, _, _ = sum_body(
+            body_m, body_s, body_weighted, body_total, _, _, _, _ = sum_body(
                 x_body, readable, head, group, x_stride_v, origin, z_target, target_column,
-                softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE, False, SMOOTHING, False, False,
-                PADDED, CONTIGUOUS, GROUPS, WIDTH,
+                softcap, logit_scale, None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
+                False, SMOOTHING, False, False, PADDED, CONTIGUOUS, True, GROUPS, WIDTH,
             )  # fmt: skip
             total += body_total
         m, s, weighted = merge(m, s, weighted, body_m, body_s, body_weighted)
@@ -167,13 +167,14 @@ def loss_and_grad_kernel(
             weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weight, vocab_size,
             HAS_WEIGHT, HAS_DIVISOR,
         )  # fmt: skip
-        scaled, scale, slope, at_target = row_numbers(lse, lse_low, -loss, a, 0.0, c, u)
+        scaled, scale, slope, at_target = row_numbers(lse, lse_low, -loss, a, 0.0, c)
         scaled, scale = tl.where(scored, scaled, 0.0), tl.where(scored, scale, 0.0)
         # In place, none writes what another has yet to sum: the sums of all are in `scaled`.
         write_apart(
             x_ptr + x_start, grad_ptr + grad_start, head, body, columns_in_memory, columns, group,
             target_column, at_target, lse, scaled, scale, slope, u, softcap, logit_scale,
-            x_stride_v, grad_stride_v, HAS_SOFTCAP, HAS_SCALE, False, SMOOTHING, WIDTH,
+            x_stride_v, grad_stride_v, None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
+            False, SMOOTHING, True, WIDTH,
         )  # fmt: skip
         if ON_CHIP:
             grad = gradient(
@@ -186,6 +187,7 @@ def loss_and_grad_kernel(
         else:
             write_span(
                 x_body, grad_body, head, 0, body, scored, columns, group, lse, scaled, scale,
-                slope, u, softcap, logit_scale, x_stride_v, grad_stride_v, HAS_SOFTCAP, HAS_SCALE,
-                False, SMOOTHING, PADDED, CONTIGUOUS, GRAD_CONTIGUOUS, GROUPS, WIDTH,
+                slope, u, softcap, logit_scale, x_stride_v, grad_stride_v,
+                None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
+                False, SMOOTHING, PADDED, CONTIGUOUS, GRAD_CONTIGUOUS, True, GROUPS, WIDTH,
             )  # fmt: skip

@@ -126,6 +126,37 @@ def head_derivative(x, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_SCAL
 
 
 @triton.jit
+def weight_rows(
+    w_ptr, q_ptr, row, head, offset, inner_rows, stride_outer, stride_inner, stride_v,
+    WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """(class weights of a row's body, probabilities of the row, of its body); None where None."""
+    w_body, q_row, q_body = w_ptr, q_ptr, q_ptr
+    if w_ptr is not None:
+        w_body = w_ptr + head
+    if q_ptr is not None:
+        start = row_start(row, offset, inner_rows, stride_outer, stride_inner)
+        q_row = q_ptr + start
+        q_body = q_ptr + body_start(start, head, stride_v, WIDTH, ALIGNED)
+    return w_body, q_row, q_body
+
+
+@triton.jit
+def class_weights(
+    w_ptr, q_ptr, columns, valid, q_stride_v, q_scale, q_shift,
+    Q_CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """w (q_scale q + q_shift) of columns; a factor whose pointer is None is 1. 0 if not valid."""
+    weights = tl.where(valid, 1.0, 0.0).to(DTYPE)
+    if q_ptr is not None:
+        q = tl.load(q_ptr + at(columns, q_stride_v, Q_CONTIGUOUS), mask=valid, other=0.0).to(DTYPE)
+        weights *= tl.fma(q, tl.full(q.shape, q_scale, DTYPE), tl.full(q.shape, q_shift, DTYPE))
+    if w_ptr is not None:
+        weights *= tl.load(w_ptr + columns, mask=valid, other=0.0).to(DTYPE)
+    return weights
+
+
+@triton.jit
 def log2_e_of(x):
     """log2 e in x's dtype and shape, for tl.fma."""
     return tl.full(x.shape, LOG2_E, x.dtype)

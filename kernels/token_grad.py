@@ -1,9 +1,9 @@
 """The gradient of any function of a row's statistics, from four numbers per row.
 
-    dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u        p_j = exp(z_j - lse)
+    dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u w_j [j != target]
 
-c is kept apart from a: at the target, c (1 - p) = -c expm1(logprob) keeps its digits when p is
-near 1.
+with p_j = exp(z_j - lse). c is kept apart from a: at the target, c (1 - p) = -c expm1(logprob)
+keeps its digits when p is near 1. w_j: `class_weights`.
 """
 
 import triton
@@ -13,6 +13,7 @@ from .streaming import (
     apart,
     at,
     body_start,
+    class_weights,
     group_starts,
     head_derivative,
     head_transform,
@@ -23,11 +24,12 @@ from .streaming import (
     row_window,
     step,
     target_group,
+    weight_rows,
 )
 
 
 @triton.jit
-def row_numbers(lse, lse_low, logprob, a, b, c, u):
+def row_numbers(lse, lse_low, logprob, a, b, c):
     """(lse in base 2, the factors of p and of p (z - lse), the gradient at the target)."""
     e = log2_e_of(lse)
     scaled = lse * e
@@ -35,7 +37,7 @@ def row_numbers(lse, lse_low, logprob, a, b, c, u):
     factor = tl.exp2(-low)  # p = factor exp2(z log2 e - scaled)
     p_target = tl.exp(logprob)
     at_target = tl.where(p_target == 0.0, 0.0, p_target * (a + b * logprob))
-    at_target += c * minus_expm1(logprob) + u
+    at_target += c * minus_expm1(logprob)
     return scaled, (a - c) * factor, b * factor, at_target
 
 
@@ -44,7 +46,7 @@ def gradient(
     x, lse, scaled, scale, slope, uniform, softcap, logit_scale,
     HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx at classes other than the target."""
+    """dL/dx at classes other than the target. `uniform`: u w, or u where w is 1."""
     z = head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
     p = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(scaled, z.shape)))
     grad = p * scale
@@ -60,10 +62,11 @@ def gradient(
 @triton.jit
 def write_body(
     x_ptr, grad_ptr, length, read, group, lse, scaled, scale, slope, uniform,
-    softcap, logit_scale, x_stride_v, grad_stride_v,
+    softcap, logit_scale, x_stride_v, grad_stride_v, w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
     HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
     PADDED: tl.constexpr, FOLDED: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    GRAD_CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    GRAD_CONTIGUOUS: tl.constexpr, Q_CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`length` positions of a row's body, all but the target's group.
 
@@ -80,8 +83,14 @@ def write_body(
             z = x.to(tl.float32)
             grad = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(scaled, z.shape)))
         else:
+            u = uniform
+            if HAS_U and ((w_ptr is not None) or (q_ptr is not None)):
+                u *= class_weights(
+                    w_ptr, q_ptr, i + tile, readable, q_stride_v, q_scale, q_shift,
+                    Q_CONTIGUOUS, lse.dtype,
+                )  # fmt: skip
             grad = gradient(
-                x.to(lse.dtype), lse, scaled, scale, slope, uniform, softcap, logit_scale,
+                x.to(lse.dtype), lse, scaled, scale, slope, u, softcap, logit_scale,
                 HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U,
             )  # fmt: skip
         if PADDED:
@@ -113,13 +122,18 @@ def write_zeros(
 def write_apart(
     x_ptr, grad_ptr, head, body, columns_in_memory, columns, group, target_column, at_target,
     lse, scaled, scale, slope, uniform, softcap, logit_scale, x_stride_v, grad_stride_v,
+    w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
     HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
-    WIDTH: tl.constexpr,
+    Q_CONTIGUOUS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Head, tail and the target's group of a row."""
     edge, valid = apart(head, body, columns_in_memory, group, WIDTH)
     readable = valid & (edge < columns)
     x = tl.load(x_ptr + edge.to(tl.int64) * x_stride_v, mask=readable, other=0.0).to(lse.dtype)
+    if HAS_U and ((w_ptr is not None) or (q_ptr is not None)):
+        uniform *= class_weights(
+            w_ptr, q_ptr, edge, readable, q_stride_v, q_scale, q_shift, Q_CONTIGUOUS, lse.dtype
+        )
     grad = gradient(
         x, lse, scaled, scale, slope, uniform, softcap, logit_scale,
         HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U,
@@ -135,13 +149,18 @@ def write_apart(
 def write_span(
     x_ptr, grad_ptr, head, first, length, scored, columns, group, lse, scaled, scale, slope,
     uniform, softcap, logit_scale, x_stride_v, grad_stride_v,
+    w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
     HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
     PADDED: tl.constexpr, CONTIGUOUS: tl.constexpr, GRAD_CONTIGUOUS: tl.constexpr,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    Q_CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`length` positions of a row's body from `first` on, by the loop that suits the row."""
     x_ptr += at(first, x_stride_v, CONTIGUOUS)
     grad_ptr += at(first, grad_stride_v, GRAD_CONTIGUOUS)
+    if w_ptr is not None:
+        w_ptr += first
+    if q_ptr is not None:
+        q_ptr += at(first, q_stride_v, Q_CONTIGUOUS)
     write_zeros(
         grad_ptr, tl.where(scored, 0, length), grad_stride_v, GRAD_CONTIGUOUS, GROUPS, WIDTH
     )
@@ -155,13 +174,15 @@ def write_span(
         write_body(
             x_ptr, grad_ptr, folded, columns - head - first, group - first,
             lse, scaled - tl.log2(scale), scale, slope, uniform, softcap, logit_scale,
-            x_stride_v, grad_stride_v, HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, PADDED, True,
-            CONTIGUOUS, GRAD_CONTIGUOUS, GROUPS, WIDTH,
+            x_stride_v, grad_stride_v, w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
+            HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, PADDED, True,
+            CONTIGUOUS, GRAD_CONTIGUOUS, Q_CONTIGUOUS, GROUPS, WIDTH,
         )  # fmt: skip
     write_body(
         x_ptr, grad_ptr, length, columns - head - first, group - first, lse, scaled,
-        scale, slope, uniform, softcap, logit_scale, x_stride_v, grad_stride_v, HAS_SOFTCAP,
-        HAS_SCALE, HAS_B, HAS_U, PADDED, False, CONTIGUOUS, GRAD_CONTIGUOUS, GROUPS, WIDTH,
+        scale, slope, uniform, softcap, logit_scale, x_stride_v, grad_stride_v,
+        w_ptr, q_ptr, q_stride_v, q_scale, q_shift, HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, PADDED,
+        False, CONTIGUOUS, GRAD_CONTIGUOUS, Q_CONTIGUOUS, GROUPS, WIDTH,
     )  # fmt: skip
 
 
@@ -177,6 +198,9 @@ def write_span(
         "grad_offset",
         "grad_stride_outer",
         "grad_stride_inner",
+        "q_offset",
+        "q_stride_outer",
+        "q_stride_inner",
     ]
 )
 def token_grad_kernel(
@@ -190,6 +214,8 @@ def token_grad_kernel(
     b_ptr,
     c_ptr,
     u_ptr,  # all [rows]; a, b, c, u are read only where HAS_* says so
+    w_ptr,  # [V] or None
+    q_ptr,  # [rows, V] or None
     columns_in_memory,  # V; the gradient of columns at or past vocab_size is 0
     vocab_size,
     ignore_index,
@@ -202,6 +228,12 @@ def token_grad_kernel(
     grad_stride_outer,
     grad_stride_inner,
     grad_stride_v,
+    q_offset,
+    q_stride_outer,
+    q_stride_inner,
+    q_stride_v,
+    q_scale: "fp64",
+    q_shift: "fp64",
     softcap: "fp64",
     logit_scale: "fp64",
     HAS_SOFTCAP: tl.constexpr,
@@ -214,6 +246,8 @@ def token_grad_kernel(
     CONTIGUOUS: tl.constexpr,
     GRAD_CONTIGUOUS: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,  # its rows start at the same place in 16 bytes as the logits'
+    Q_CONTIGUOUS: tl.constexpr,
+    Q_ALIGNED: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -226,6 +260,8 @@ def token_grad_kernel(
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     softcap = tl.full([], softcap, DTYPE)
     logit_scale = tl.full([], logit_scale, DTYPE)
+    q_scale = tl.full([], q_scale, DTYPE)
+    q_shift = tl.full([], q_shift, DTYPE)
     columns = tl.where(scored, vocab_size, 0)  # an ignored row is not read
     head, body = row_window(x_start, columns_in_memory, WIDTH, CONTIGUOUS)
     target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
@@ -245,19 +281,25 @@ def token_grad_kernel(
     if HAS_U:
         u += tl.load(u_ptr + row)
     lse_low, logprob = tl.load(lse_low_ptr + row), tl.load(logprob_ptr + row)
-    scaled, scale, slope, at_target = row_numbers(lse, lse_low, logprob, a, b, c, u)
+    scaled, scale, slope, at_target = row_numbers(lse, lse_low, logprob, a, b, c)
 
     first = tl.program_id(1) * SPAN
     x_body = x_ptr + body_start(x_start, head, x_stride_v, WIDTH, CONTIGUOUS)
     grad_body = grad_ptr + body_start(grad_start, head, grad_stride_v, WIDTH, GRAD_ALIGNED)
+    w_body, q_row, q_body = weight_rows(
+        w_ptr, q_ptr, row, head, q_offset, inner_rows, q_stride_outer, q_stride_inner, q_stride_v,
+        WIDTH, Q_ALIGNED,
+    )  # fmt: skip
     write_span(
         x_body, grad_body, head, first, tl.minimum(body - first, SPAN), scored, columns, group,
         lse, scaled, scale, slope, u, softcap, logit_scale, x_stride_v, grad_stride_v,
-        HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, PADDED, CONTIGUOUS, GRAD_CONTIGUOUS, GROUPS, WIDTH,
+        w_body, q_body, q_stride_v, q_scale, q_shift, HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U,
+        PADDED, CONTIGUOUS, GRAD_CONTIGUOUS, Q_CONTIGUOUS, GROUPS, WIDTH,
     )  # fmt: skip
     if tl.program_id(1) == 0:
         write_apart(
             x_ptr + x_start, grad_ptr + grad_start, head, body, columns_in_memory, columns, group,
             target_column, at_target, lse, scaled, scale, slope, u, softcap, logit_scale,
-            x_stride_v, grad_stride_v, HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, WIDTH,
+            x_stride_v, grad_stride_v, w_ptr, q_row, q_stride_v, q_scale, q_shift,
+            HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, Q_CONTIGUOUS, WIDTH,
         )  # fmt: skip

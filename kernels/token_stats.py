@@ -15,6 +15,7 @@ from .streaming import (
     apart,
     at,
     body_start,
+    class_weights,
     group_starts,
     head_transform,
     lanes,
@@ -25,11 +26,13 @@ from .streaming import (
     row_window,
     step,
     target_group,
+    weight_rows,
 )
 
 MAX_INT = tl.constexpr(2147483647)
-# Of a part, floats: m, s, and on request sum exp2(z - m) (z - m), sum (z - origin), largest key;
-# integers: how many beat the target, the class of the largest key. The target is in none of m, s.
+# Of a part, floats: m, s, and on request sum exp2(z - m) (z - m), sum w (z - origin), largest key,
+# sum w; integers: how many beat the target, the class of the largest key. The target is in none of
+# them but sum w (z - origin).
 
 
 @triton.jit
@@ -56,6 +59,23 @@ def add_exponentials(z, m, s, weighted, ENTROPY: tl.constexpr):
         weighted = (weighted + s * (m - m_new)) * rescale
         weighted += tl.sum(tl.where(z == float("-inf"), 0.0, e * shifted), 1)
     return m_new, s * rescale + tl.sum(e, 1), weighted
+
+
+@triton.jit
+def add_weighted(
+    z, columns, valid, origin, total, mass, w_ptr, q_ptr, q_stride_v, q_scale, q_shift, target,
+    Q_CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """Adds w (z - origin) to each group's total, and w but the target's to its mass [G]."""
+    if (w_ptr is None) and (q_ptr is None):
+        total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
+    else:
+        w = class_weights(
+            w_ptr, q_ptr, columns, valid, q_stride_v, q_scale, q_shift, Q_CONTIGUOUS, z.dtype
+        )
+        total += tl.sum(tl.where(w == 0.0, 0.0, w * (z - origin)), 1)
+        mass += tl.sum(tl.where(columns == target, 0.0, w), 1)
+    return total, mass
 
 
 @triton.jit
@@ -99,16 +119,19 @@ def better(key, best, other_key, other_best):
 @triton.jit
 def sum_body(
     x_ptr, length, first_column, group, stride_v, origin, z_target, target, softcap, logit_scale,
+    w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
     HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr,
     MEAN_LOGPROB: tl.constexpr, RANK: tl.constexpr, ARGMAX: tl.constexpr, PADDED: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, Q_CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The sums of `length` positions of a row's body, all but the target's group.
 
-    PADDED: `length` need not be a multiple of WIDTH.
+    w_ptr and q_ptr: of the first position, or None. PADDED: `length` need not be a multiple of
+    WIDTH.
     """
     m, s, weighted = nothing([GROUPS], origin.dtype)
     total = tl.zeros([GROUPS], origin.dtype)
+    mass = tl.zeros([GROUPS], origin.dtype)
     beaten_by = tl.zeros([GROUPS], tl.int32)
     key = tl.full([GROUPS], float("-inf"), origin.dtype)
     best = tl.full([GROUPS], MAX_INT, tl.int32)
@@ -127,7 +150,10 @@ def sum_body(
             z = head_transform(z, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
             z = tl.where(valid, z, float("-inf"))
         if MEAN_LOGPROB:
-            total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
+            total, mass = add_weighted(
+                z, i + tile, valid, origin, total, mass, w_ptr, q_ptr, q_stride_v, q_scale,
+                q_shift, -1, Q_CONTIGUOUS,
+            )  # fmt: skip
         beaten_by, key, best = add_ranks(
             z, first_column + i + tile, valid, z_target, target, beaten_by, key, best,
             RANK, ARGMAX,
@@ -135,23 +161,29 @@ def sum_body(
         m, s, weighted = add_exponentials(z, m, s, weighted, ENTROPY)
     m, s, weighted = add_groups(m, s, weighted)
     key, best = best_of(key, best)
-    return m, s, weighted, tl.sum(total, 0), tl.sum(beaten_by, 0), key, best
+    return m, s, weighted, tl.sum(total, 0), tl.sum(mass, 0), tl.sum(beaten_by, 0), key, best
 
 
 @triton.jit
 def sum_apart(
     x_ptr, head, body, columns, group, stride_v, origin, z_target, target, softcap, logit_scale,
+    w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
     HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ENTROPY: tl.constexpr,
-    MEAN_LOGPROB: tl.constexpr, RANK: tl.constexpr, ARGMAX: tl.constexpr, WIDTH: tl.constexpr,
+    MEAN_LOGPROB: tl.constexpr, RANK: tl.constexpr, ARGMAX: tl.constexpr,
+    Q_CONTIGUOUS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a row's head, tail and the target's group."""
+    """The sums of a row's head, tail and the target's group. w_ptr and q_ptr: of column 0."""
     edge, valid = apart(head, body, columns, group, WIDTH)
     valid &= edge < columns
     x = tl.load(x_ptr + edge.to(tl.int64) * stride_v, mask=valid, other=0.0).to(origin.dtype)
     z = head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
     total = tl.zeros([4], origin.dtype)
+    mass = tl.zeros([4], origin.dtype)
     if MEAN_LOGPROB:
-        total += tl.sum(tl.where(valid, z - origin, 0.0), 1)
+        total, mass = add_weighted(
+            z, edge, valid, origin, total, mass, w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
+            target, Q_CONTIGUOUS,
+        )  # fmt: skip
     valid &= edge != target
     z = tl.where(valid, z, float("-inf"))
     beaten_by, key, best = add_ranks(
@@ -162,7 +194,7 @@ def sum_apart(
     m, s, weighted = add_exponentials(z, m, s, weighted, ENTROPY)
     m, s, weighted = add_groups(m, s, weighted)
     key, best = best_of(key, best)
-    return m, s, weighted, tl.sum(total, 0), tl.sum(beaten_by, 0), key, best
+    return m, s, weighted, tl.sum(total, 0), tl.sum(mass, 0), tl.sum(beaten_by, 0), key, best
 
 
 @triton.jit(
@@ -176,12 +208,17 @@ def sum_apart(
         "inner_rows",
         "stride_outer",
         "stride_inner",
+        "q_offset",
+        "q_stride_outer",
+        "q_stride_inner",
     ]
 )
 def token_stats_kernel(
     x_ptr,  # [rows, V] logits, rows addressed by (offset, stride_outer, stride_inner)
     target_ptr,  # [rows] integers
-    floats_ptr,  # [2 or 5, rows, segments]: a part's floats, as above
+    w_ptr,  # [V] or None: class weights of mean_logprob, times
+    q_ptr,  # [rows, V] or None: q_scale q + q_shift
+    floats_ptr,  # [2 or 6, rows, segments]: a part's floats, as above
     integers_ptr,  # [2, rows, segments], touched only for RANK and ARGMAX
     rows,
     segments,
@@ -193,6 +230,12 @@ def token_stats_kernel(
     stride_outer,
     stride_inner,
     stride_v,
+    q_offset,
+    q_stride_outer,
+    q_stride_inner,
+    q_stride_v,
+    q_scale: "fp64",
+    q_shift: "fp64",
     softcap: "fp64",
     logit_scale: "fp64",
     HAS_SOFTCAP: tl.constexpr,
@@ -202,6 +245,8 @@ def token_stats_kernel(
     RANK: tl.constexpr,
     ARGMAX: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    Q_CONTIGUOUS: tl.constexpr,
+    Q_ALIGNED: tl.constexpr,  # its rows start at the same place in a group as the logits'
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -212,6 +257,8 @@ def token_stats_kernel(
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     softcap = tl.full([], softcap, DTYPE)
     logit_scale = tl.full([], logit_scale, DTYPE)
+    q_scale = tl.full([], q_scale, DTYPE)
+    q_shift = tl.full([], q_shift, DTYPE)
     start = row_start(row, offset, inner_rows, stride_outer, stride_inner)
     z_target = load_target(
         x_ptr + start, target, stride_v, vocab_size, scored,
@@ -224,28 +271,40 @@ def token_stats_kernel(
     target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
     group = target_group(target_column, head, body, WIDTH)
     body_ptr = x_ptr + body_start(start, head, stride_v, WIDTH, CONTIGUOUS)
+    w_body, q_row, q_body = weight_rows(
+        w_ptr, q_ptr, row, head, q_offset, inner_rows, q_stride_outer, q_stride_inner, q_stride_v,
+        WIDTH, Q_ALIGNED,
+    )  # fmt: skip
     first_segment = tl.program_id(1) * segments_per_program
     last_segment = tl.minimum(first_segment + segments_per_program, segments)
     for segment in range(first_segment, last_segment):
         begin = segment * SEGMENT
-        m, s, weighted, total, beaten_by, key, best = sum_body(
+        w_here, q_here = w_body, q_body
+        if w_ptr is not None:
+            w_here += begin
+        if q_ptr is not None:
+            q_here += at(begin, q_stride_v, Q_CONTIGUOUS)
+        m, s, weighted, total, mass, beaten_by, key, best = sum_body(
             body_ptr + at(begin, stride_v, CONTIGUOUS), tl.minimum(body - begin, SEGMENT),
             head + begin, group - begin, stride_v, origin, z_target, target_column,
-            softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE, ENTROPY, MEAN_LOGPROB, RANK, ARGMAX,
-            False, CONTIGUOUS, GROUPS, WIDTH,
+            softcap, logit_scale, w_here, q_here, q_stride_v, q_scale, q_shift, HAS_SOFTCAP,
+            HAS_SCALE, ENTROPY, MEAN_LOGPROB, RANK, ARGMAX, False, CONTIGUOUS, Q_CONTIGUOUS,
+            GROUPS, WIDTH,
         )  # fmt: skip
         if segment == 0:
-            edge_m, edge_s, edge_weighted, edge_total, edge_beaten_by, edge_key, edge_best = (
+            apart_m, apart_s, apart_weighted, apart_total, apart_mass, beats, top, top_class = (
                 sum_apart(
                     x_ptr + start, head, body, columns, group, stride_v, origin, z_target,
-                    target_column, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE,
-                    ENTROPY, MEAN_LOGPROB, RANK, ARGMAX, WIDTH,
+                    target_column, softcap, logit_scale, w_ptr, q_row, q_stride_v, q_scale,
+                    q_shift, HAS_SOFTCAP, HAS_SCALE, ENTROPY, MEAN_LOGPROB, RANK, ARGMAX,
+                    Q_CONTIGUOUS, WIDTH,
                 )
             )  # fmt: skip
-            m, s, weighted = merge(m, s, weighted, edge_m, edge_s, edge_weighted)
-            total += edge_total
-            beaten_by += edge_beaten_by
-            key, best = better(key, best, edge_key, edge_best)
+            m, s, weighted = merge(m, s, weighted, apart_m, apart_s, apart_weighted)
+            total += apart_total
+            mass += apart_mass
+            beaten_by += beats
+            key, best = better(key, best, top, top_class)
         part = row.to(tl.int64) * segments + segment
         here = floats_ptr + part
         field = tl.cast(rows, tl.int64) * segments
@@ -260,3 +319,5 @@ def token_stats_kernel(
         if ARGMAX:
             tl.store(here + 4 * field, key)
             tl.store(integers_ptr + field + part, best)
+        if MEAN_LOGPROB and ((w_ptr is not None) or (q_ptr is not None)):
+            tl.store(here + 5 * field, mass)

@@ -10,9 +10,9 @@ import sys
 import torch
 
 from bench.compiled import build, launches
-from chunked_ce import backend_triton, gpu
+from chunked_ce import backend_triton, binary_triton, gpu
 from chunked_ce.blocks import Head
-from chunked_ce.stats import Coefficients
+from chunked_ce.stats import ClassWeights, Coefficients
 
 PLAIN, CAPPED = Head(None, 1.0), Head(30.0, 0.5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,6 +55,46 @@ def variants(dtypes):
         )
 
 
+def weighted_variants(dtypes):
+    """Class weights and probabilities, the latter of the logits' dtype and of another."""
+    for dtype, view in itertools.product(dtypes, VIEWS):
+        x = VIEWS[view](dtype)
+        rows, vocab = x.shape
+        target = torch.empty(rows, dtype=torch.int64)
+        vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        wanted = dict.fromkeys(NAMES, False) | dict(mean_logprob=True)
+        for prob in (x, torch.empty(rows, vocab)):
+            weights = ClassWeights(torch.empty(vocab), prob, 0.9, 0.1)
+            label = f"weighted {dtype} {view} {prob.dtype}"
+            yield (
+                f"stats {label}",
+                lambda x=x, t=target, v=vocab, w=weights, n=wanted: backend_triton.row_statistics(
+                    x, t, -100, v, PLAIN, w, **n
+                ),
+            )
+            numbers = Coefficients(vector, None, vector, vector)
+            yield (
+                f"grad {label}",
+                lambda x=x, t=target, v=vocab, w=weights, n=numbers, r=vector: (
+                    backend_triton.logits_gradient(
+                        x, t, r, r, r, n, -100, v, PLAIN, w, inplace=False
+                    )
+                ),
+            )
+
+
+def binary_variants(dtypes):
+    for dtype, view, everything in itertools.product(dtypes, VIEWS, (False, True)):
+        x = VIEWS[view](dtype)
+        labels = x if everything else None
+        per_class = torch.empty(x.shape[-1]).expand(x.shape) if everything else None
+        left_out = None if everything else torch.empty(x.shape[0], 5, dtype=torch.int32)
+        label = f"binary {dtype} {view} {'everything' if everything else 'by index'}"
+        given = (x, labels, per_class, per_class)
+        yield f"sum {label}", lambda g=given, k=left_out: binary_triton.total(*g, k)
+        yield f"grad {label}", lambda g=given, x=x: binary_triton.gradient(*g, x)
+
+
 def one_pass_variants(dtypes, target):
     for dtype, form, everything in itertools.product(dtypes, ONE_PASS, (False, True)):
         vocab, on_clusters = ONE_PASS[form]
@@ -80,7 +120,13 @@ def main(target: str, *names: str) -> None:
     gpu.l2_bytes = lambda device: 50 << 20
     dtypes = [getattr(torch, name) for name in names] or DTYPES
     results = []
-    for label, call in (*variants(dtypes), *one_pass_variants(dtypes, target)):
+    calls = itertools.chain(
+        variants(dtypes),
+        weighted_variants(dtypes),
+        binary_variants(dtypes),
+        one_pass_variants(dtypes, target),
+    )
+    for label, call in calls:
         for launch in launches(call):
             built = build(launch, target)
             size = len(built.assembly)

@@ -284,16 +284,43 @@ def test_no_copy_of_the_logits(backend, dtype, monkeypatch):
     options = dict(dim=-1, backend=backend, label_smoothing=0.1, z_loss_weight=0.1, softcap=9.0)
     for call in (
         lambda: ops._token_stats(
-            x[:, :-1], target[:, 1:], -100, vocab, 9.0, 1.0, backend, True, True, True, True, False
+            x[:, :-1],
+            target[:, 1:],
+            *ops.Classes(),
+            -100,
+            vocab,
+            9.0,
+            1.0,
+            backend,
+            True,
+            True,
+            True,
+            True,
+            False,
         ),
         lambda: cross_entropy(x[:, :-1], target[:, 1:], **options),
     ):
         assert big_tensors(call, big) == 0
     stats = ops._token_stats(
-        x, target, -100, vocab, None, 1.0, backend, True, False, False, False, False
+        x, target, *ops.Classes(), -100, vocab, None, 1.0, backend, True, False, False, False, False
     )
     g = torch.ones_like(stats[0])
-    arguments = (x, target, *stats[:3], g, None, g, None, -100, vocab, None, 1.0, backend)
+    arguments = (
+        x,
+        target,
+        *ops.Classes(),
+        *stats[:3],
+        g,
+        None,
+        g,
+        None,
+        None,
+        -100,
+        vocab,
+        None,
+        1.0,
+        backend,
+    )
     assert big_tensors(lambda: ops._token_grad(*arguments), big) == 1
     inplace = (x.clone(), *arguments[1:])
     assert big_tensors(lambda: ops._token_grad_(*inplace), big) == 0
@@ -342,7 +369,9 @@ def test_opcheck(backend, options):
     x, target = batch(4, 30)
     target = target.clamp(max=24)
     wanted = [options.get(k, False) for k in ("entropy", "mean_logprob", "rank", "argmax")]
-    arguments = (x.requires_grad_(), target, -100, 25, 5.0, 0.5, backend, *wanted, False)
+    weight, at = (torch.rand(25), torch.randint(0, 25, (4, 3))) if options else (None, None)
+    classes = ops.Classes(weight, None, 1.0, 0.0, at)
+    arguments = (x.requires_grad_(), target, *classes, -100, 25, 5.0, 0.5, backend, *wanted, False)
     torch.library.opcheck(torch.ops.chunked_ce.token_stats.default, arguments)
     x = x.detach()
     stats = torch.ops.chunked_ce.token_stats(*arguments)
@@ -350,11 +379,10 @@ def test_opcheck(backend, options):
     arguments = (
         x,
         target,
+        *classes,
         *(s.detach() for s in stats[:3]),
-        g,
-        g,
-        g,
-        g,
+        *[g] * 4,
+        None if at is None else torch.randn(4, 3),
         -100,
         25,
         5.0,

@@ -5,6 +5,9 @@ The only place that words an error; a file for each kind of argument.
 
 from .backend import *
 from .backward import *
+from .labels import *
 from .linear import *
 from .loss import *
+from .mistakes import *
 from .perplexity import *
+from .targets import *

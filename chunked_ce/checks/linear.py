@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .targets import are_probabilities, target_indices
+from .targets import target as any_target
 from .values import brief, dense, flag, floating, integer, same_device, shape
 
 
@@ -64,7 +66,22 @@ def linear_bias(bias: object, weight: Tensor) -> None:
     same_device("linear_bias", bias, weight)
 
 
-def linear_target(input: Tensor, weight: Tensor, target: Tensor) -> None:
+def linear_target(input: Tensor, weight: Tensor, target: Any) -> None:
+    if isinstance(target, (tuple, list)) or are_probabilities(target):
+        if weight.dim() > 2:
+            raise ValueError(
+                f"linear_weight of shape {shape(weight)} has more than two dimensions and wants "
+                "class indices as target: for probabilities call it once for each head"
+            )
+        logits = input.new_empty(()).expand(*input.shape[:-1], weight.shape[0])
+        any_target(logits, target, logits.dim() - 1)
+        if isinstance(target, Tensor) and target.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "target requires a gradient, which linear_cross_entropy does not give: "
+                "pass target.detach(), or the logits to cross_entropy"
+            )
+        return
+    target_indices(target)
     expected = input.shape[:-1] + weight.shape[1:-1]
     if target.shape != expected:
         raise ValueError(

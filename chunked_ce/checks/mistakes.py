@@ -1,0 +1,136 @@
+"""What can be computed but is probably not meant: a warning, once; and what a loss says."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..stats import is_scored
+from .values import integer, shape
+
+_said: set[str] = set()
+_ROWS = 8  # to look at
+
+
+def _say_once(which: str, message: str) -> None:
+    _said.add(which)
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _some_rows(which: str, values: Tensor) -> Tensor | None:
+    """A few rows of `values` [..., V], where looking at them makes nothing wait; else None."""
+    free = values.device.type == "cpu" or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
+    if which in _said or not free or torch.compiler.is_compiling():
+        return None
+    # A tensor of another type may have no values to look at.
+    if type(values) not in (Tensor, torch.nn.Parameter) or values.is_meta or not values.numel():
+        return None
+    while values.dim() > 2:
+        values = values[0]
+    return values.detach()[:_ROWS] if values.dim() == 2 else values.detach()[None]
+
+
+def looks_like_logits(input: Tensor) -> None:
+    """Warns where rows of `input` [..., V] are probabilities: not negative, their sum 1."""
+    rows = _some_rows("probabilities", input)
+    if rows is None or rows.shape[1] < 2 or float(rows[0, 0]) < 0 or float(rows[0, -1]) < 0:
+        return
+    rows = rows.float()
+    near = 1e-2 if input.dtype.itemsize < 4 else 1e-3
+    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < near).all()):
+        _say_once(
+            "probabilities",
+            f"input of shape {shape(input)} looks like probabilities (no row has a negative "
+            "number, and all sum to 1), but logits are expected: pass what the last layer gives, "
+            "without softmax",
+        )
+
+
+def sums_to_one(prob: Tensor) -> None:
+    """Warns where rows of class probabilities [..., V] have sums far from 1."""
+    rows = _some_rows("sums", prob)
+    if rows is None:
+        return
+    sums = rows.float().sum(1)
+    if bool(((sums - 1).abs() > 0.5).any()):
+        _say_once(
+            "sums",
+            f"target of shape {shape(prob)} has rows that sum to {float(sums.max()):.3g}, but "
+            "class probabilities sum to 1: for several labels a row use "
+            "binary_cross_entropy_with_logits; where the classes are in another dimension, pass "
+            "dim",
+        )
+
+
+def explain_loss(
+    loss: float | Tensor,
+    vocab_size: int,
+    target: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> str:
+    """What a mean cross-entropy says, in a sentence or two; for a first look at a training run.
+
+    Args:
+        loss: mean cross-entropy in nats per token.
+        vocab_size: V; a model that knows nothing has a loss of ln V.
+        target: class indices of the batch; a label that most of them share is named, since padding
+            that is not `ignore_index` makes a loss look small.
+        ignore_index: target value of tokens that are not scored.
+
+    Raises:
+        TypeError, ValueError: `vocab_size` is no int, or below 2.
+    """
+    value, classes = float(loss), integer("vocab_size", vocab_size, "an int")
+    if classes < 2:
+        raise ValueError(f"vocab_size is {classes}, expected at least 2")
+    said = [_explanation(value, math.log(classes), classes)]
+    if target is not None:
+        said += _common_label(target, ignore_index)
+    return " ".join(said)
+
+
+def _explanation(loss: float, start: float, classes: int) -> str:
+    expected = f"ln {classes} = {start:.2f}"
+    if math.isnan(loss):
+        return (
+            "The loss is NaN: no target is scored (all are ignore_index), or a logit is inf or "
+            "NaN. See (target != ignore_index).sum() and logits.isfinite().all()."
+        )
+    if loss == math.inf:
+        return "The loss is inf: the logit of a target is -inf, as of a class that is masked out."
+    if loss < 0:
+        return f"A loss of {loss:.3g} is below 0, which no cross-entropy of class indices is."
+    as_many = f"as if it chose among {math.exp(min(loss, 700.0)):.3g} classes alike"
+    if loss > 1.3 * start:
+        return (
+            f"A loss of {loss:.3g} is above {expected}, worse than a guess: logits too large at "
+            "the start, or targets that are not what the logits predict (shifted twice?)."
+        )
+    if loss > 0.9 * start:
+        return f"A loss of {loss:.3g} is near {expected}: the model knows nothing yet."
+    if loss < 0.1 * start:
+        return (
+            f"A loss of {loss:.3g} is far below {expected}, {as_many}: early in training that "
+            "means labels the model can see (not shifted), or padding counted as labels."
+        )
+    return f"A loss of {loss:.3g}, where {expected} is no knowledge: {as_many}."
+
+
+def _common_label(target: Tensor, ignore_index: int) -> list[str]:
+    scored = target[is_scored(target, ignore_index)]
+    if scored.numel() < 2:
+        return []
+    labels, counts = scored.unique(return_counts=True)
+    most = int(counts.argmax())
+    share = int(counts[most]) / scored.numel()
+    if share < 0.3:
+        return []
+    return [
+        f"Label {int(labels[most])} is {share:.0%} of the targets: if it is the padding, make it "
+        f"ignore_index={ignore_index} there."
+    ]

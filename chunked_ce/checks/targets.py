@@ -1,0 +1,228 @@
+"""Targets of cross-entropy: class indices, class probabilities, a teacher's top-k classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..stats import is_scored
+from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, is_int, names, same_device, shape
+
+
+def deprecated(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None:
+            raise TypeError(
+                f"{name} is {value!r}, but torch has deprecated it and it is not taken here: "
+                "use reduction='mean', 'sum' or 'none', by name"
+            )
+
+
+def class_dimension(input: Tensor, dim: object) -> int:
+    """Where the classes of `input` are, from 0 on; a single row [V] has them in dimension 0."""
+    if not is_int(dim):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    n = input.dim()
+    if n == 1:
+        if dim not in (0, 1, -1):
+            raise ValueError(
+                f"dim is {dim}, but an input of shape {shape(input)} has its classes in dimension 0"
+            )
+        dim = 0
+    if not -n <= dim < n:
+        raise ValueError(
+            f"dim is {dim}, but input of shape {shape(input)} has dimensions {-n} to {n - 1}"
+        )
+    if input.shape[dim] == 0:
+        raise ValueError(
+            f"input of shape {shape(input)} has no classes: dimension {dim % n} must be at least 1"
+        )
+    return dim % n
+
+
+def target(input: Tensor, target: Any, dim: int) -> None:
+    """`target` is one that `input` with its classes in `dim` can have; its values are not read."""
+    if isinstance(target, (tuple, list)):
+        _top_k(input, target, dim)
+    elif are_probabilities(target):
+        _probabilities(input, target, dim)
+    else:
+        target_indices(target)
+        _indices(input, target, dim)
+
+
+def are_probabilities(target: object) -> bool:
+    return isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex())
+
+
+def target_indices(target: object) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor of class indices, got {type(target).__name__}")
+    dense("target", target)
+    if target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected class indices of an integer dtype: "
+            "use target.long() if it holds indices"
+        )
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected one of {names(TARGET_DTYPES)}: "
+            "use target.long()"
+        )
+
+
+def one_target_per_row(input: Tensor, target: Tensor) -> None:
+    """`input` [..., V] and `target` [...], class dimension last."""
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {shape(target)}, but input of shape {shape(input)} has one row "
+            f"per target of shape {shape(input[..., 0])}: give one class index per row of logits"
+        )
+    same_device("target", target, input)
+
+
+def _without(input: Tensor, dim: int) -> torch.Size:
+    return input.shape[:dim] + input.shape[dim + 1 :]
+
+
+def _indices(input: Tensor, target: Tensor, dim: int) -> None:
+    expected = _without(input, dim)
+    if target.shape == expected:
+        same_device("target", target, input)
+        return
+    _classes_last(input, target.shape, input.shape[:-1], target, dim)
+    if target.shape == input.shape:
+        raise ValueError(
+            f"target of dtype {target.dtype} has input's shape {shape(input)}, expected class "
+            f"indices of shape {list(expected)}: of one-hot rows pass target.argmax({dim}), "
+            "of class probabilities target.float(); "
+            "for several labels a row see binary_cross_entropy_with_logits"
+        )
+    raise ValueError(
+        f"target has shape {shape(target)}, but input of shape {shape(input)} with its classes in "
+        f"dimension {dim} has one class index for each of {list(expected)}"
+    )
+
+
+def _classes_last(
+    input: Tensor, came: torch.Size, as_last: torch.Size, target: Tensor, dim: int
+) -> None:
+    """What fits only with the classes in the last dimension."""
+    if came == as_last and dim != input.dim() - 1:
+        raise ValueError(
+            f"input of shape {shape(input)} and target of shape {shape(target)} have the classes "
+            f"in the last dimension, but dim={dim} (torch's default is 1): pass dim=-1"
+        )
+
+
+def _probabilities(input: Tensor, target: Tensor, dim: int) -> None:
+    dense("target", target)
+    if target.shape != input.shape:
+        if target.shape in (_without(input, dim), input.shape[:-1]):
+            raise TypeError(
+                f"target has dtype {target.dtype} and shape {shape(target)}, like class indices: "
+                "use target.long() (class probabilities have input's shape, "
+                f"{shape(input)})"
+            )
+        raise ValueError(
+            f"target has dtype {target.dtype}, like class probabilities, and shape "
+            f"{shape(target)}, but these have input's shape, {shape(input)}"
+        )
+    if target.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected one of {names(LOGIT_DTYPES)} for class "
+            "probabilities"
+        )
+    same_device("target", target, input)
+
+
+def _top_k(input: Tensor, target: Any, dim: int) -> None:
+    if len(target) != 2 or not all(isinstance(t, Tensor) for t in target):
+        raise TypeError(
+            f"target is a {type(target).__name__} of {len(target)}, expected a pair of Tensors: "
+            "class indices [..., K] and their probabilities [..., K]"
+        )
+    indices, prob = target
+    target_indices(indices)
+    dense("target probabilities", prob)
+    if prob.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"target probabilities have dtype {prob.dtype}, expected one of {names(LOGIT_DTYPES)}: "
+            "pass (indices, probabilities)"
+        )
+    if prob.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "target probabilities require a gradient, which a top-k target does not give: "
+            "pass probabilities.detach()"
+        )
+    rows = _without(input, dim)
+    for name, t in (("indices", indices), ("probabilities", prob)):
+        if t.shape[:-1] != rows or t.dim() == 0 or t.shape[-1] == 0:
+            raise ValueError(
+                f"target {name} have shape {shape(t)}, expected K at least 1 for each row of input "
+                f"of shape {shape(input)}: {[*rows, 'K']}"
+            )
+        same_device(f"target {name}", t, input)
+    if indices.shape != prob.shape:
+        raise ValueError(
+            f"target indices have shape {shape(indices)}, but their probabilities {shape(prob)}: "
+            "give one for each"
+        )
+
+
+def spread_rest(value: object, target: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"spread_rest must be True or False, got {type(value).__name__}")
+    if value and not isinstance(target, (tuple, list)):
+        raise ValueError(
+            "spread_rest=True says what happens to the classes that a pair (indices, "
+            "probabilities) does not name, but target is no such pair: leave it False"
+        )
+
+
+def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """`IndexError` that names the first offending row."""
+    rows = target.reshape(-1).long()
+    bad = ((rows < 0) | (rows >= vocab_size)) & is_scored(rows, ignore_index)
+    if not bad.any():
+        return
+    row = int(bad.long().argmax())
+    raise IndexError(
+        f"target {int(rows[row])} in row {row} is out of range: "
+        f"expected a class from 0 to {vocab_size - 1} or ignore_index={ignore_index} "
+        "(use ignore_index for padding)"
+    )
+
+
+def weight_of_classes(weight: object) -> None:
+    """Class weights, for whatever number of classes."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor of class weights, got {type(weight).__name__}")
+    dense("weight", weight)
+    if weight.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"weight has dtype {weight.dtype}, expected one of {names(LOGIT_DTYPES)}: "
+            "use weight.float()"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires a gradient, which class weights do not get: pass weight.detach()"
+        )
+
+
+def class_weight(weight: Tensor | None, input: Tensor, vocab_size: int) -> Tensor | None:
+    """[vocab_size] class weights; those of padding columns are dropped."""
+    weight_of_classes(weight)
+    if weight is None:
+        return None
+    if weight.dim() != 1 or weight.shape[0] not in (vocab_size, input.shape[-1]):
+        raise ValueError(
+            f"weight has shape {shape(weight)}, expected one weight per class, [{vocab_size}] "
+            "(for one weight per token, see token_weight)"
+        )
+    same_device("weight", weight, input)
+    return weight[:vocab_size]

@@ -1,0 +1,482 @@
+"""Drop-in for torch's losses: every target, weight and shape that theirs take, values and gradients."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ULP, gradient
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import chunked_ce
+from chunked_ce import (
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_ops,
+    ops,
+)
+
+SHAPES = {  # input, dim
+    "[N, C]": ((5, 37), 1),
+    "[N, C, d1, d2]": ((2, 11, 3, 5), 1),
+    "[C]": ((41,), 1),
+    "[B, T, V]": ((2, 3, 100), -1),
+}
+
+
+def torchs(x, target, dim, **options):
+    """F.cross_entropy in fp64, whose classes are in dimension 1."""
+    if x.dim() > 1:
+        x = x.movedim(dim, 1)
+        target = target.movedim(dim, 1) if target.is_floating_point() else target
+    weight = options.pop("weight", None)
+    weight = None if weight is None else weight.double()
+    target = target.double() if target.is_floating_point() else target
+    return F.cross_entropy(x.double(), target, weight, **options)
+
+
+def kinds(shape, dim, device, generator=None):
+    """Of every kind of target: (ours, torch's)."""
+    classes_last = torch.empty(shape).movedim(dim if len(shape) > 1 else 0, -1).shape
+    rows, vocab = classes_last[:-1], classes_last[-1]
+    index = torch.randint(0, vocab, rows)
+    if index.dim():
+        index.view(-1)[0] = -100
+    prob = torch.rand(shape)
+    top = torch.rand(classes_last).argsort(-1)[..., :4]
+    top_prob = torch.rand(*rows, 4) / 4
+    top_prob[..., -1] = 0.0
+    exact = top_prob.double()
+    spread = ((1 - exact.sum(-1)) / (vocab - 4))[..., None].expand(classes_last)
+    back = dim if len(shape) > 1 else 0
+    return {
+        "indices": (index, index, {}),
+        "probabilities": (prob, prob, {}),
+        "top k": ((top, top_prob), torch.zeros(classes_last).scatter(-1, top, top_prob).movedim(-1, back), {}),
+        "top k, rest spread": ((top, top_prob), spread.scatter(-1, top, exact).movedim(-1, back), dict(spread_rest=True)),
+    }  # fmt: skip
+
+
+class Sizes(TorchDispatchMode):
+    """Elements of every tensor made that is no view of `given`."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.seen = given.untyped_storage().data_ptr(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != self.given:
+                self.seen.append(t.numel())
+        return out
+
+
+def to(device, target):
+    return tuple(t.to(device) for t in target) if isinstance(target, tuple) else target.to(device)
+
+
+def compare(ours, exact, dtype, rtol=None):
+    rtol = rtol or (1e-11 if dtype == torch.float64 else 2e-6)
+    torch.testing.assert_close(ours.double().cpu(), exact.cpu(), rtol=rtol, atol=rtol)
+
+
+def compare_gradient(ours, exact, dtype):
+    assert ours.dtype == dtype
+    largest = float(exact.abs().max())
+    torch.testing.assert_close(
+        ours.double().cpu(), exact.double().cpu(), rtol=ULP[dtype], atol=largest * (1e-13 if dtype == torch.float64 else 3e-7)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "top k", "top k, rest spread"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.filterwarnings("ignore:target of shape")
+def test_every_target(backend, device, shape, kind):
+    shape, dim = SHAPES[shape]
+    x = torch.randn(shape, device=device) * 3
+    vocab = shape[dim if len(shape) > 1 else 0]
+    ours, theirs, more = kinds(shape, dim, device)[kind]
+    ours, theirs = to(device, ours), to(device, theirs)
+    weight = torch.rand(vocab, device=device)
+    weight[1] = 0
+    few = backend == "triton"
+    for reduction, smoothing, w in itertools.product(
+        ("mean", "none") if few else ("mean", "sum", "none"), (0.0, 0.1), (None, weight)
+    ):
+        options = dict(reduction=reduction, label_smoothing=smoothing, weight=w)
+
+        def loss(x, options=options):
+            return cross_entropy(x, ours, dim=dim, backend=backend, **options, **more)
+
+        def truth(x, options=options):
+            return torchs(x, theirs, dim, **options)
+
+        compare(loss(x), truth(x), x.dtype)
+
+        def up(value):
+            return (value * torch.linspace(-1, 2, value.numel()).view(value.shape).to(value)).sum()
+
+        compare_gradient(gradient(loss, x, upstream=up), gradient(truth, x.double(), upstream=up), x.dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "top k, rest spread"])
+@pytest.mark.filterwarnings("ignore:target of shape")
+def test_dtypes(backend, device, dtype, kind):
+    shape = (4, 90)
+    x = (torch.randn(shape, device=device) * 3).to(dtype)
+    ours, theirs, more = kinds(shape, 1, device)[kind]
+    ours, theirs = to(device, ours), to(device, theirs)
+    options = dict(weight=torch.rand(90, device=device), label_smoothing=0.1)
+
+    def loss(x):
+        return cross_entropy(x, ours, backend=backend, **options, **more)
+
+    compare(loss(x), torchs(x, theirs, 1, **options), dtype)
+    exact = gradient(lambda x: 3.7 * torchs(x, theirs, 1, **options), x.double())
+    compare_gradient(gradient(lambda x: 3.7 * loss(x), x), exact, dtype)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_with_the_options_of_language_models(backend, device, softcap):
+    """Class weights scale the cross-entropy, token weights the whole loss, z-loss included."""
+    x, target = torch.randn(6, 50, device=device) * 3, torch.randint(0, 45, (6,), device=device)
+    target[2] = -100
+    weight, of_tokens = torch.rand(45, device=device), torch.rand(6, device=device)
+    prob = torch.randn(6, 50, device=device).softmax(-1)
+    for label, labels in (("indices", target), ("probabilities", prob)):
+
+        def loss(x, labels=labels):
+            return cross_entropy(
+                x, labels, weight, label_smoothing=0.1, z_loss_weight=0.1, softcap=softcap,
+                logit_scale=0.7, vocab_size=45, token_weight=of_tokens, backend=backend,
+            )  # fmt: skip
+
+        def truth(x, labels=labels):
+            z = x.double()[:, :45] * 0.7
+            z = z if softcap is None else softcap * torch.tanh(z / softcap)
+            if labels.is_floating_point():
+                labels = labels.double()[:, :45]
+            ce = F.cross_entropy(z, labels, weight.double(), label_smoothing=0.1, reduction="none")
+            scored = torch.ones(6) if labels.is_floating_point() else (labels != -100).cpu()
+            scored = scored.to(device).double()
+            counts = scored if labels.is_floating_point() else scored * weight[labels.clamp(min=0)]
+            total = (of_tokens * scored * (ce + 0.1 * z.logsumexp(-1).square())).sum()
+            return total / (of_tokens * counts).sum()
+
+        compare(loss(x), truth(x), x.dtype), label
+        compare_gradient(gradient(loss, x), gradient(truth, x.double()), x.dtype)
+
+
+def test_class_weights_are_token_weights_in_one_pass(backend, device):
+    """grad_in_forward takes class weights where they scale a token's whole loss."""
+    x, target = torch.randn(6, 50, device=device), torch.randint(0, 50, (6,), device=device)
+    weight = torch.rand(50, device=device)
+
+    def loss(x, **options):
+        return cross_entropy(x, target, weight, backend=backend, **options)
+
+    compare(loss(x.clone().requires_grad_(), grad_in_forward=True).detach(), torchs(x, target, 1, weight=weight), x.dtype)  # fmt: skip
+    compare_gradient(
+        gradient(lambda x: loss(x, grad_in_forward=True), x), gradient(loss, x).double(), x.dtype
+    )
+
+
+def test_masked_classes_of_probability_0_add_nothing(backend, device):
+    """0 * -inf: torch gives NaN; here a class that has no probability, or no weight, costs nothing."""
+    x = torch.randn(3, 40, device=device)
+    x[:, 7] = -torch.inf
+    prob = torch.rand(3, 40, device=device)
+    prob[:, 7] = 0
+    prob /= prob.sum(-1, keepdim=True)
+    keep = [j for j in range(40) if j != 7]
+
+    def loss(x):
+        return cross_entropy(x, prob, backend=backend)
+
+    compare(loss(x), torchs(x[:, keep], prob[:, keep], 1), x.dtype)
+    grad = gradient(loss, x)
+    assert (grad[:, 7] == 0).all() and grad.isfinite().all()
+    weight = torch.ones(40, device=device)
+    weight[7] = 0
+    target = torch.tensor([1, 2, 3], device=device)
+    smooth = cross_entropy(x, target, weight, label_smoothing=0.1, reduction="sum", backend=backend)
+    logp = x.double().log_softmax(-1)
+    exact = -0.9 * logp.gather(1, target[:, None]).sum() - 0.1 / 40 * logp[:, keep].sum()
+    compare(smooth, exact, x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "top k"])
+def test_confident_rows_keep_their_digits(backend, device, kind):
+    """A one-hot target whose class has logit 20 above the others: 1e-8, as with an index."""
+    x = torch.zeros(2, 30, device=device)
+    x[:, 4] = 21.0
+    index = torch.tensor([4, 4], device=device)
+    hot = F.one_hot(index, 30).float()
+    target = hot if kind == "probabilities" else (index[:, None], torch.ones(2, 1, device=device))
+    exact = F.cross_entropy(x.double(), index)
+    torch.testing.assert_close(
+        cross_entropy(x, target, backend=backend).double(), exact, rtol=2e-6, atol=0
+    )
+    ours = gradient(lambda x: cross_entropy(x, target, backend=backend), x)
+    truth = gradient(lambda x: F.cross_entropy(x, index), x.double())
+    torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=0)
+
+
+def test_gradient_of_probabilities(backend, device):
+    x = torch.randn(4, 30, device=device, dtype=torch.float64)
+    prob = torch.rand(4, 30, device=device, dtype=torch.float64)
+    weight = torch.rand(30, device=device, dtype=torch.float64)
+    grads = []
+    for f in (lambda q: cross_entropy(x, q, weight, label_smoothing=0.1, backend=backend),
+              lambda q: F.cross_entropy(x, q, weight, label_smoothing=0.1)):  # fmt: skip
+        grads.append(gradient(lambda q, f=f: 3.7 * f(q), prob))
+    torch.testing.assert_close(*grads)
+
+
+def test_a_teachers_padding_and_repetitions(backend, device):
+    """Padded entries are none, a row of padding is ignored, a class named twice adds up."""
+    x = torch.randn(3, 20, device=device)
+    indices = torch.tensor([[3, 5, -100], [-100, -100, -100], [7, 7, 2]], device=device)
+    prob = torch.tensor([[0.5, 0.2, 9.0], [1.0, 1.0, 1.0], [0.25, 0.25, 0.1]], device=device)
+    for spread in (False, True):
+        dense = torch.zeros(2, 20, dtype=torch.float64, device=device)
+        if spread:
+            dense[0], dense[1] = 0.3 / 18, 0.4 / 18
+        dense[0, [3, 5]] = torch.tensor([0.5, 0.2], dtype=torch.float64, device=device)
+        dense[1, [7, 2]] = torch.tensor([0.5, 0.1], dtype=torch.float64, device=device)
+
+        def loss(x, spread=spread):
+            return cross_entropy(x, (indices, prob), spread_rest=spread, backend=backend)
+
+        kept = torch.tensor([0, 2], device=device)
+        exact = gradient(lambda x, d=dense: F.cross_entropy(x[kept], d), x.double())
+        compare(loss(x), F.cross_entropy(x[kept].double(), dense), x.dtype)
+        ours = gradient(loss, x)
+        compare_gradient(ours, exact, x.dtype)
+        assert (ours[1] == 0).all()
+
+
+def test_k_dimensional_logits_are_not_copied(backend, device):
+    """[N, C, d1, d2] is read where it lies, and its gradient written in the same order."""
+    x = torch.randn(2, 30, 5, 4, device=device, requires_grad=True)
+    target = torch.randint(0, 30, (2, 5, 4), device=device)
+
+    with Sizes(x) as outside:
+        loss = cross_entropy(x, target, backend=backend)
+    loss.backward()
+    assert max(outside.seen) < x.numel()  # the operator gets a view
+    with Sizes(x) as inside:
+        ops._token_stats(
+            x.detach().movedim(1, -1), target, *ops.Classes(), -100, 30, None, 1.0, backend,
+            *[False] * 5,
+        )  # fmt: skip
+    assert max(inside.seen) < x.numel()
+    assert x.grad.stride() == x.stride()
+
+
+def test_inplace_backward_of_k_dimensional_logits(backend, device):
+    weights = torch.randn(2, 30, 5, device=device, requires_grad=True)
+    target = torch.randint(0, 30, (2, 5), device=device)
+    grads = []
+    for inplace in (False, True):
+        (g,) = torch.autograd.grad(
+            cross_entropy(weights * 2, target, inplace_backward=inplace, backend=backend), weights
+        )
+        grads.append(g)
+    torch.testing.assert_close(*grads)
+
+
+# --- torch's documentation ------------------------------------------------------------------------
+
+
+def both(function, ours, theirs, *tensors):
+    """function(loss, *tensors) with ours and theirs: values and gradients."""
+    results = []
+    for loss in (ours, theirs):
+        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        out = function(loss, *leaves)
+        out.backward()
+        results.append([out.detach(), *(t.grad for t in leaves if t.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_examples_of_torch_nn_cross_entropy_loss(device):
+    input = torch.randn(3, 5, requires_grad=True, device=device)
+    both(lambda loss, x, t: loss(x, t), CrossEntropyLoss(), nn.CrossEntropyLoss(),
+         input, torch.empty(3, dtype=torch.long, device=device).random_(5))  # fmt: skip
+    both(lambda loss, x, t: loss(x, t), CrossEntropyLoss(), nn.CrossEntropyLoss(),
+         input, torch.randn(3, 5, device=device).softmax(dim=1))  # fmt: skip
+
+
+def test_examples_of_torch_nn_functional_cross_entropy(device):
+    input = torch.randn(3, 5, requires_grad=True, device=device)
+    both(lambda loss, x, t: loss(x, t), cross_entropy, F.cross_entropy,
+         input, torch.randint(5, (3,), dtype=torch.int64, device=device))  # fmt: skip
+    both(lambda loss, x, t: loss(x, t), cross_entropy, F.cross_entropy,
+         input, torch.randn(3, 5, device=device).softmax(dim=1))  # fmt: skip
+
+
+def test_examples_of_torch_nn_bce_with_logits_loss(device):
+    # "A prediction (logit)", 64 classes, batch size 10, the weights of positives all 1
+    target = torch.ones([10, 64], dtype=torch.float32, device=device)
+    output = torch.full([10, 64], 1.5, device=device).requires_grad_()
+    pos_weight = torch.ones([64], device=device)
+    ours = BCEWithLogitsLoss(pos_weight=pos_weight)
+    both(lambda loss, x, t: loss(x, t), ours, nn.BCEWithLogitsLoss(pos_weight=pos_weight), output, target)  # fmt: skip
+    torch.testing.assert_close(ours(output, target).item(), 0.20141, rtol=0, atol=1e-5)
+    input = torch.randn(3, requires_grad=True, device=device)
+    target = torch.empty(3, device=device).random_(2)
+    both(lambda loss, x, t: loss(x, t), BCEWithLogitsLoss(), nn.BCEWithLogitsLoss(), input, target)
+
+
+def test_example_of_torch_nn_functional_bce_with_logits(device):
+    input = torch.randn(3, requires_grad=True, device=device)
+    target = torch.empty(3, device=device).random_(2)
+    both(lambda loss, x, t: loss(x, t), binary_cross_entropy_with_logits,
+         F.binary_cross_entropy_with_logits, input, target)  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
+def test_examples_of_torch_nn_functional_linear_cross_entropy(device):
+    input = torch.randn(3, 4, requires_grad=True, device=device)
+    weight = torch.randn(5, 4, requires_grad=True, device=device)
+    bias = torch.randn(5, requires_grad=True, device=device)
+    target = torch.randint(5, (3,), device=device)
+    both(lambda loss, x, w, b: loss(x, w, target, linear_bias=b), linear_cross_entropy,
+         F.linear_cross_entropy, input, weight, bias)  # fmt: skip
+    prob = torch.randn(3, 5, device=device).softmax(dim=1)
+    both(lambda loss, x, w, b: loss(x, w, prob, linear_bias=b), linear_cross_entropy,
+         F.linear_cross_entropy, input, weight, bias)  # fmt: skip
+
+
+def test_positional_arguments_stand_in_torchs_order(device):
+    x, t = torch.randn(4, 6, device=device), torch.tensor([0, 1, 2, 5], device=device)
+    weight = torch.rand(6, device=device)
+    arguments = (x, t, weight, None, 2, None, "sum", 0.1)
+    torch.testing.assert_close(cross_entropy(*arguments), F.cross_entropy(*arguments))
+    y = torch.rand(4, 6, device=device)
+    arguments = (x, y, weight, None, None, "sum", weight)
+    torch.testing.assert_close(
+        binary_cross_entropy_with_logits(*arguments), F.binary_cross_entropy_with_logits(*arguments)
+    )
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "arguments"),
+    [
+        (CrossEntropyLoss, nn.CrossEntropyLoss, dict(weight=torch.rand(5), ignore_index=1, reduction="sum", label_smoothing=0.2)),
+        (BCEWithLogitsLoss, nn.BCEWithLogitsLoss, dict(weight=torch.rand(5), pos_weight=torch.rand(5), reduction="none")),
+        (CrossEntropyLoss, nn.CrossEntropyLoss, {}),
+        (BCEWithLogitsLoss, nn.BCEWithLogitsLoss, {}),
+    ],
+)  # fmt: skip
+def test_modules_are_torchs(ours, theirs, arguments):
+    mine, torchs_module = ours(**arguments), theirs(**arguments)
+    assert mine.state_dict().keys() == torchs_module.state_dict().keys()
+    torchs_module.load_state_dict(mine.state_dict())
+    x = torch.randn(3, 5)
+    t = torch.tensor([0, 2, 4]) if ours is CrossEntropyLoss else torch.rand(3, 5)
+    expected = torchs_module(x, t)
+    file = io.BytesIO()
+    torch.save(mine.state_dict(), file)
+    file.seek(0)
+    again = ours(**arguments)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    for module in (mine, copy.deepcopy(mine), pickle.loads(pickle.dumps(mine)), again):
+        torch.testing.assert_close(module(x, t), expected)
+    moved = mine.to(torch.float64)
+    assert all(buffer.dtype == torch.float64 for buffer in moved.buffers())
+    for name, value in arguments.items():
+        assert name in repr(mine) or isinstance(value, torch.Tensor)
+
+
+def test_module_options(device):
+    x, t = torch.randn(2, 3, 5, device=device), torch.randint(0, 5, (2, 3), device=device)
+    module = CrossEntropyLoss(dim=-1, z_loss_weight=0.1)
+    assert repr(module) == "CrossEntropyLoss(dim=-1, z_loss_weight=0.1)"
+    assert torch.equal(module(x, t), cross_entropy(x, t, dim=-1, z_loss_weight=0.1))
+    with pytest.raises(TypeError, match="softcapp is no option of this loss"):
+        CrossEntropyLoss(softcapp=3.0)
+    with pytest.raises(TypeError, match="size_average is False, but torch has deprecated it"):
+        CrossEntropyLoss(size_average=False)
+
+
+# --- linear_cross_entropy -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "top k", "top k, rest spread"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.filterwarnings("ignore:target of shape")
+def test_linear_takes_every_target(backend, device, kind, smoothing):
+    rows, hidden, vocab = (2, 4), 8, 45
+    x, w = torch.randn(*rows, hidden, device=device), torch.randn(vocab, hidden, device=device)
+    weight = torch.rand(vocab, device=device)
+    ours, theirs, more = kinds((*rows, vocab), -1, device)[kind]
+    ours, theirs = to(device, ours), to(device, theirs)
+    for reduction, of_classes in itertools.product(("mean", "none"), (None, weight)):
+        options = dict(weight=of_classes, reduction=reduction, label_smoothing=smoothing)
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        loss = linear_cross_entropy(
+            *leaves, ours, token_chunk_size=3, backend=backend, **options, **more
+        )
+        exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+        exact = torchs(F.linear(*exact_leaves), theirs, -1, **options)
+        compare(loss, exact, x.dtype)
+        up = torch.randn(exact.shape, dtype=torch.float64, device=device)
+        grads = torch.autograd.grad(loss, leaves, up.to(loss.dtype))
+        for a, b in zip(grads, torch.autograd.grad(exact, exact_leaves, up), strict=True):
+            compare_gradient(a, b, x.dtype)
+
+
+def test_a_teachers_top_k_is_never_dense(device):
+    """No tensor of N x V elements but the gradient; in the linear form none at all."""
+    n, d, vocab, k = 64, 8, 5000, 10
+    x = torch.randn(n, vocab, device=device)
+    indices, prob = torch.randint(0, vocab, (n, k), device=device), torch.rand(n, k, device=device)
+    classes = ops.Classes(at=indices)
+    with Sizes(x) as of_logits:
+        ops._token_stats(x, indices[:, 0], *classes, -100, vocab, None, 1.0, "torch", *[False] * 5)
+    assert max(of_logits.seen) < n * vocab // 4
+    hidden, head = torch.randn(n, d, device=device), torch.randn(vocab, d, device=device)
+    with Sizes(head) as of_hidden:
+        linear_ops._linear_stats(
+            hidden, head, None, indices[:, 0], *classes, -100, vocab, None, 1.0, "torch", 8, False,
+            torch.float32, *[False] * 4,
+        )  # fmt: skip
+    assert max(of_hidden.seen) <= 8 * (vocab + 128)
+    assert chunked_ce.cross_entropy(x, (indices, prob)).isfinite()
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "top k, rest spread"])
+def test_compile_fullgraph(kind):
+    torch._dynamo.reset()
+    shape = (4, 30)
+    target, _, more = kinds(shape, 1, "cpu")[kind]
+    weight = torch.rand(30)
+
+    def step(x):
+        return cross_entropy(x, target, weight, label_smoothing=0.1, **more)
+
+    results = []
+    x = torch.randn(shape)
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        loss = run(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
