@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import assert_gradient, batch, gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunked_ce import cross_entropy, token_stats
+from chunked_ce import cross_entropy, ops, token_stats
 
 UPSTREAM = {
     "1": lambda loss: loss.sum(),
@@ -262,7 +262,6 @@ class Largest(TorchDispatchMode):
 
 
 def big_tensors(function, at_least):
-    from chunked_ce import ops
 
     with Largest() as outside:
         function()
@@ -276,7 +275,6 @@ def test_no_copy_of_the_logits(backend, dtype, monkeypatch):
 
     The operators' own allocations count too: they are called as Python functions here.
     """
-    from chunked_ce import ops
 
     rows, vocab = ((40, 10), 900) if backend == "torch" else ((4, 10), 90)
     x, target = batch(rows, vocab, dtype)

@@ -247,6 +247,7 @@ def test_a_teachers_padding_and_repetitions(backend, device):
     x = torch.randn(3, 20, device=device)
     indices = torch.tensor([[3, 5, -100], [-100, -100, -100], [7, 7, 2]], device=device)
     prob = torch.tensor([[0.5, 0.2, 9.0], [1.0, 1.0, 1.0], [0.25, 0.25, 0.1]], device=device)
+    kept = torch.tensor([0, 2], device=device)
     for spread in (False, True):
         dense = torch.zeros(2, 20, dtype=torch.float64, device=device)
         if spread:
@@ -257,7 +258,6 @@ def test_a_teachers_padding_and_repetitions(backend, device):
         def loss(x, spread=spread):
             return cross_entropy(x, (indices, prob), spread_rest=spread, backend=backend)
 
-        kept = torch.tensor([0, 2], device=device)
         exact = gradient(lambda x, d=dense: F.cross_entropy(x[kept], d), x.double())
         compare(loss(x), F.cross_entropy(x[kept].double(), dense), x.dtype)
         ours = gradient(loss, x)

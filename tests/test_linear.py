@@ -17,6 +17,7 @@ from chunked_ce import (
     linear_token_stats,
     row_blocks,
 )
+from chunked_ce.ops import Classes
 
 N, D, V = 9, 16, 101
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -420,7 +421,9 @@ def test_operators_are_well_formed():
             ops.linear_loss,
             (*tensors, target, None, None, 0.1, 0.0, *shared, [False] * 3, False),
         )
-        torch.library.opcheck(ops.linear_stats, (*tensors, target, *shared, *[True] * 4))
+        torch.library.opcheck(
+            ops.linear_stats, (*tensors, target, *Classes(), *shared, *[True] * 4)
+        )
 
 
 @pytest.mark.framework

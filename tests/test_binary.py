@@ -1,0 +1,220 @@
+"""binary_cross_entropy_with_logits: labels dense and by index, values and gradients, memory."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ULP, gradient
+
+from chunked_ce import BCEWithLogitsLoss, binary_cross_entropy_with_logits
+
+
+def truth(x, y, weight=None, pos_weight=None, reduction="mean"):
+    weight, pos_weight = (None if t is None else t.double() for t in (weight, pos_weight))
+    return F.binary_cross_entropy_with_logits(
+        x.double(), y.double(), weight, reduction=reduction, pos_weight=pos_weight
+    )
+
+
+def by_index(y, extra=2):
+    """Labels 0 and 1 as class indices, padded, with one repeated."""
+    k = max(1, int(y.sum(-1).max())) + extra
+    order = y.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    index = torch.where(y.gather(-1, order) > 0, order, -100)
+    index[..., -1] = index[..., 0]
+    return index
+
+
+def compare(loss, exact, x):
+    """Values and gradients, with an upstream gradient other than 1."""
+    dtype = x.dtype
+    value = loss(x)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    rtol = 1e-11 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(value.double(), exact(x), rtol=rtol, atol=rtol)
+
+    def up(out):
+        return (out * torch.linspace(-1, 2, out.numel()).view(out.shape).to(out)).sum()
+
+    ours, right = gradient(loss, x, upstream=up), gradient(exact, x.double(), upstream=up)
+    assert ours.dtype == dtype
+    noise = float(right.abs().max()) * (1e-14 if dtype == torch.float64 else 2e-7)
+    torch.testing.assert_close(ours.double(), right, rtol=ULP[dtype], atol=noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 101), (2, 2, 37), (9,), (4, 1)], ids=str)
+@pytest.mark.parametrize("labels", ["soft", "hard", "indices"])
+def test_labels(backend, device, dtype, shape, labels):
+    x = (torch.randn(shape, dtype=torch.float64, device=device) * 4).to(dtype)
+    y = torch.rand(shape) if labels == "soft" else (torch.rand(shape) < 0.1).float()
+    target = by_index(y) if labels == "indices" else y
+    y, target = y.to(device), target.to(device)
+    for reduction, weight, pos_weight in itertools.product(
+        ("mean", "sum", "none"),
+        (None, torch.rand(shape, device=device)),
+        (None, torch.rand(shape[-1], device=device)),
+    ):
+        if backend == "triton" and (reduction == "sum" or (weight is None) != (pos_weight is None)):
+            continue  # the kernels see no difference
+
+        def loss(x, r=reduction, w=weight, v=pos_weight):
+            return binary_cross_entropy_with_logits(
+                x, target, w, reduction=r, pos_weight=v, backend=backend
+            )
+
+        compare(loss, lambda x, r=reduction, w=weight, v=pos_weight: truth(x, y, w, v, r), x)
+
+
+@pytest.mark.parametrize("view", ["offset", "strided", "transposed", "expanded weight"])
+def test_views(backend, device, view):
+    x = torch.randn(4, 3, 60, device=device)
+    y = (torch.rand(4, 3, 60, device=device) < 0.2).float()
+    weight = None
+    if view == "offset":
+        x, y = x[..., 3:50], y[..., 5:52]
+    elif view == "strided":
+        x, y = x[..., ::2], y[..., 1::2]
+    elif view == "transposed":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        y = y.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    else:
+        weight = torch.rand(3, 1, device=device)
+    for target in (y, by_index(y)):
+        compare(
+            lambda x, t=target: binary_cross_entropy_with_logits(x, t, weight, backend=backend),
+            lambda x: truth(x, y, weight),
+            x,
+        )
+
+
+def test_confident_answers_keep_their_digits(backend, device):
+    """softplus(-20) = 2e-9 is not 0, nor is its gradient; torch's are, for z = -20 and label 0."""
+    z = torch.tensor([[-20.0, 20.0, -20.0, 20.0]], device=device)
+    y = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=device)
+    for target in (y, torch.tensor([[1, 2]], device=device)):
+
+        def loss(z, target=target):
+            return binary_cross_entropy_with_logits(z, target, reduction="none", backend=backend)
+
+        exact = F.softplus((1 - 2 * y.double()) * z.double())
+        torch.testing.assert_close(loss(z).double(), exact, rtol=1e-6, atol=0)
+        ours = gradient(loss, z, upstream=torch.ones(1, 4))
+        sign = 1 - 2 * y.double()
+        torch.testing.assert_close(ours.double(), sign * (sign * z).sigmoid(), rtol=1e-6, atol=0)
+
+
+def test_infinite_logits(backend, device):
+    """A class that is masked out and no label costs nothing; a label that is impossible, inf."""
+    inf = float("inf")
+    z = torch.tensor([-inf, inf, -inf, inf, float("nan")], device=device)
+    for y in (
+        torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0], device=device),
+        torch.tensor([0.0, 1.0, 1.0, 0.0, 0.5], device=device),  # no longer all 0 or 1
+    ):
+        loss = binary_cross_entropy_with_logits(z, y, reduction="none", backend=backend)
+        assert loss[:4].tolist() == [0, 0, inf, inf] and loss[4].isnan()
+
+
+def test_rows_without_labels_and_without_anything(backend, device):
+    x = torch.randn(3, 20, device=device)
+    none = torch.full((3, 2), -100, device=device)
+    compare(
+        lambda x: binary_cross_entropy_with_logits(x, none, backend=backend),
+        lambda x: truth(x, torch.zeros(3, 20, device=device)),
+        x,
+    )
+    pad = torch.tensor([[4, 255], [255, 255], [0, 1]], dtype=torch.uint8, device=device)
+    hot = torch.zeros(3, 20, device=device)
+    hot[[0, 2, 2], [4, 0, 1]] = 1
+    ours = binary_cross_entropy_with_logits(x, pad, ignore_index=255, backend=backend)
+    torch.testing.assert_close(ours.double(), truth(x, hot))
+    empty = torch.randn(0, 20, device=device, requires_grad=True)
+    loss = binary_cross_entropy_with_logits(
+        empty, torch.rand(0, 20, device=device), backend=backend
+    )
+    loss.backward()
+    assert loss.isnan() and empty.grad.shape == (0, 20)
+
+
+def test_rows_do_not_depend_on_one_another(backend, device):
+    x, y = torch.randn(5, 80, device=device), (torch.rand(5, 80, device=device) < 0.1).float()
+    whole = binary_cross_entropy_with_logits(x, by_index(y), reduction="none", backend=backend)
+    for i in range(5):
+        one = binary_cross_entropy_with_logits(
+            x[i], by_index(y[i]), reduction="none", backend=backend
+        )
+        assert torch.equal(one, whole[i])
+
+
+@pytest.mark.parametrize("target", ["dense", "indices"])
+def test_second_backward_and_double_backward(backend, device, target):
+    x = torch.randn(3, 30, device=device, requires_grad=True)
+    y = (torch.rand(3, 30, device=device) < 0.2).float()
+    loss = binary_cross_entropy_with_logits(x, y if target == "dense" else by_index(y), backend=backend)  # fmt: skip
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+@pytest.mark.framework
+def test_operators_are_well_formed():
+    x, y = torch.randn(3, 30), torch.rand(3, 30)
+    index, weight = torch.tensor([[3, -100], [4, 5], [29, 29]]), torch.rand(30)
+    ops = torch.ops.chunked_ce
+    for target, by_element in itertools.product((y, index), (False, True)):
+        given = (x.clone().requires_grad_(), target, weight, weight, -100, by_element, "torch")
+        torch.library.opcheck(ops.binary_loss.default, given)
+        given = (x, target, weight, weight, torch.randn(3, 30), -100, "torch")
+        torch.library.opcheck(ops.binary_grad.default, given)
+
+
+@pytest.mark.framework
+def test_compile_fullgraph():
+    torch._dynamo.reset()
+    x, module = torch.randn(3, 30), BCEWithLogitsLoss(pos_weight=torch.rand(30))
+    for target in (torch.rand(3, 30), torch.tensor([[3, -100], [4, 5], [29, 29]])):
+        ours = gradient(torch.compile(module, backend="aot_eager", fullgraph=True), x, target)
+        torch.testing.assert_close(ours, gradient(module, x, target))
+
+
+MEMORY = """
+import resource, sys, torch
+from chunked_ce import binary_cross_entropy_with_logits
+n, v, k = (int(a) for a in sys.argv[1:4])
+x = torch.zeros(n, v).requires_grad_()
+target = torch.randint(0, v, (n, k)) if sys.argv[4] == "indices" else torch.zeros(n, v)
+binary_cross_entropy_with_logits(x[:1], target[:1]).backward()
+x.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+binary_cross_entropy_with_logits(x, target).backward()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(peak * 1024 / (x.numel() * x.element_size()))
+"""
+
+
+def extra_memory(n, v, k, labels):
+    """Of forward and backward, in units of the logits, in a process of its own."""
+    command = [sys.executable, "-c", MEMORY, *map(str, (n, v, k)), labels]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_extra_memory_is_the_gradient():
+    used = extra_memory(256, 100_000, 20, "indices")
+    print(f"\nextra memory of forward + backward, 256 x 100000 by index: {used:.3f} x the logits")
+    assert used <= 1.2  # of 102 MB; the blocks count for more than at full size
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize("labels", ["dense", "indices"])
+def test_extra_memory_with_600_000_labels(labels):
+    used = extra_memory(256, 600_000, 100, labels)
+    print(f"\nextra memory, 256 x 600000, {labels} labels: {used:.3f} x the logits")
+    assert used <= 1.05
