@@ -3,7 +3,8 @@
 from .functional import cross_entropy, token_stats
 from .linear import linear_cross_entropy, linear_token_stats
 from .modules import LinearCrossEntropyLoss
-from .perplexity import Perplexity, PerplexityReport, perplexity
+from .perplexity import Perplexity, perplexity
+from .report import PerplexityReport
 from .stats import TokenStats
 
 __version__ = "0.1.0"
