@@ -110,6 +110,53 @@ class PerplexityReport:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class EvaluationReport(PerplexityReport):
+    """What was scored and how.
+
+    `per_document` and `per_position`, where asked for: reports of each document in turn, and of the
+    targets with 1, 2, ... `context_length` tokens of context in their window. `per_window`: reports
+    of each window, in the order of the text.
+    """
+
+    context_length: int = 0
+    stride: int = 0
+    full_last_window: bool = False
+    bos: int | None = None  # ids put around each document
+    eos: int | None = None
+    documents: int = 0
+    windows: int = 0
+    logits_stored: bool = False  # the head was not recognised: the model's own logits were used
+    partial: bool = False  # interrupted: some windows are not in it
+    per_document: tuple[PerplexityReport, ...] | None = None
+    per_position: tuple[PerplexityReport, ...] | None = None
+    per_window: tuple[PerplexityReport, ...] | None = None
+
+    @property
+    def mean_document_perplexity(self) -> float | None:
+        """The mean of the documents' perplexities, which is not the corpus perplexity."""
+        scored = [report.perplexity for report in self.per_document or () if report.tokens]
+        return sum(scored) / len(scored) if scored else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PerplexityReport's; a list of them for each document, position or window asked for."""
+        parts = {
+            name: None if reports is None else [report.to_dict() for report in reports]
+            for name in ("per_document", "per_position", "per_window")
+            for reports in (getattr(self, name),)
+        }
+        mean = {"mean_document_perplexity": self.mean_document_perplexity}
+        return super().to_dict() | mean | parts
+
+
+class EvaluationInterrupted(KeyboardInterrupt):
+    """Ctrl-C; `report` is of the windows scored until then, and is marked partial."""
+
+    def __init__(self, report: EvaluationReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
 def _exp(x: float) -> float:
     try:
         return math.exp(x)
