@@ -88,8 +88,8 @@ class PerplexityReport:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON, which knows neither inf nor NaN: they are "inf", "-inf" and "nan"."""
-        return json.dumps(_spelled(self.to_dict()), indent=2, allow_nan=False)
+        """`to_dict` as JSON, where inf and NaN are "inf", "-inf" and "nan"."""
+        return json.dumps(for_json(self.to_dict()), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         error = self.mean_nll_stderr
@@ -168,9 +168,10 @@ def _ratio(sum: float, count: int) -> float:
     return sum / count if count else math.nan
 
 
-def _spelled(value: Any) -> Any:
+def for_json(value: Any) -> Any:
+    """`value` with its floats that JSON does not know spelled: "inf", "-inf" and "nan"."""
     if isinstance(value, dict):
-        return {key: _spelled(item) for key, item in value.items()}
+        return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_spelled(item) for item in value]
+        return [for_json(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
