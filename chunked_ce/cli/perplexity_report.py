@@ -13,6 +13,7 @@ from ..report import EvaluationReport, PerplexityReport
 NORMAL_95 = 1.96
 BINS_PER_OCTAVE = 4
 DRAWN_POINTS = 1000
+SETTLED = 0.05  # of the tokens; the running perplexity of fewer is let out of the picture
 
 
 def table(report: EvaluationReport, name: str) -> str:
@@ -79,7 +80,7 @@ def draw(report: EvaluationReport, name: str, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     partial = " (partial: interrupted)" if report.partial else ""
-    title = f"{Path(name).name}: perplexity {report.perplexity:.4g} per token, "
+    title = f"{'/'.join(Path(name).parts[-2:])}: perplexity {report.perplexity:.4g} per token, "
     title += f"context {report.context_length}, stride {report.stride}{partial}"
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
@@ -118,14 +119,24 @@ def _draw_running(axes: Any, report: EvaluationReport) -> None:
     axes.fill_between(
         x, low, high, color="tab:orange", alpha=0.2, linewidth=0, label="± 1.96 standard errors"
     )
+    settled = [i for i, tokens in enumerate(x) if tokens >= SETTLED * x[-1]]
+    bottom, top = min(low[i] for i in settled), max(high[i] for i in settled)
+    if math.isfinite(top) and top > bottom:  # the band of the first windows would flatten the rest
+        margin = 0.05 * (top - bottom)
+        axes.set_ylim(bottom - margin, top + margin)
     axes.set(xlabel="tokens scored, in the order of the text", ylabel="perplexity per token")
 
 
 def binned(positions: Iterable[PerplexityReport]) -> list[tuple[float, PerplexityReport]]:
-    """(geometric middle of the positions, their report), 4 bins for each doubling of position."""
+    """(geometric middle of the positions, their report), 4 bins for each doubling of position.
+
+    The last bin takes in what is left, if that is less than half a bin.
+    """
+    positions = list(positions)
     bins: dict[int, tuple[int, int, PerplexityReport]] = {}
+    last_key = round(BINS_PER_OCTAVE * math.log2(len(positions))) - 1
     for position, report in enumerate(positions, 1):
-        key = int(BINS_PER_OCTAVE * math.log2(position))
+        key = min(int(BINS_PER_OCTAVE * math.log2(position)), max(0, last_key))
         first, _, before = bins.get(key, (position, position, None))
         bins[key] = (first, position, report if before is None else _both(before, report))
     return [(math.sqrt(first * last), report) for first, last, report in bins.values()]
