@@ -112,7 +112,7 @@ def evaluate_perplexity(
         checks.importable("tqdm", "progress=True", "cli")
     where = device_of(model) if device is None else checks.device(device)
     with evaluating(model):
-        examined = examine(model, ids[0][:context_length], where)
+        examined = examine(model, max(ids, key=len)[:context_length], where)
         checks.ids_known("document", ids, model, examined.vocab_size)
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
