@@ -323,7 +323,7 @@ def train(
 
 
 def some_of(documents: list[str], tokens: int) -> list[str]:
-    """Evenly spaced over them, so that they come to some VALIDATION_TOKENS at most."""
+    """Evenly spaced over them, of about VALIDATION_TOKENS in all where there are more."""
     return documents[:: math.ceil(tokens / VALIDATION_TOKENS)]
 
 

@@ -99,13 +99,15 @@ def test_a_real_ctrl_c(folder, tmp_path):
     assert "PARTIAL" in out and "Traceback" not in err
 
 
-def test_positions_are_binned_without_losing_any():
-    positions = [PerplexityReport(float(i), 2, nll_square_sum=float(i)) for i in range(1, 129)]
+@pytest.mark.parametrize(("tokens", "first"), [(40, [1, 2, 3, 4]), (2, [15**0.5])])
+def test_positions_are_binned_without_losing_any(tokens, first):
+    positions = [PerplexityReport(float(i), tokens, nll_square_sum=1.0) for i in range(1, 129)]
     bins = binned(positions)
-    assert sum(r.tokens for _, r in bins) == 256
+    assert sum(r.tokens for _, r in bins) == 128 * tokens
     assert sum(r.nll_sum for _, r in bins) == sum(range(1, 129))
-    assert [x for x, _ in bins][:4] == [1, 2, 3, 4] and bins[-1][1].tokens > 20
-    assert binned(positions[:1]) == [(1.0, positions[0])]
+    assert [x for x, _ in bins][: len(first)] == pytest.approx(first)
+    assert all(r.tokens >= 30 for _, r in bins) and 100 < bins[-1][0] < 128
+    assert binned(positions[:1]) == [(1.0, positions[0])] and binned([]) == []
 
 
 @pytest.mark.parametrize(

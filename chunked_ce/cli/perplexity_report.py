@@ -12,6 +12,7 @@ from ..report import EvaluationReport, PerplexityReport
 
 NORMAL_95 = 1.96
 BINS_PER_OCTAVE = 4
+BIN_TOKENS = 30
 DRAWN_POINTS = 1000
 SETTLED = 0.05  # of the tokens; the running perplexity of fewer is let out of the picture
 
@@ -128,18 +129,29 @@ def _draw_running(axes: Any, report: EvaluationReport) -> None:
 
 
 def binned(positions: Iterable[PerplexityReport]) -> list[tuple[float, PerplexityReport]]:
-    """(geometric middle of the positions, their report), 4 bins for each doubling of position.
+    """(geometric middle of the positions, their report): 4 bins for each doubling of position.
 
-    The last bin takes in what is left, if that is less than half a bin.
+    A bin of fewer than 30 tokens, whose error says little, is joined to the next; so is to the one
+    before what is left at the end, if that is less than half a bin.
     """
-    positions = list(positions)
-    bins: dict[int, tuple[int, int, PerplexityReport]] = {}
-    last_key = round(BINS_PER_OCTAVE * math.log2(len(positions))) - 1
-    for position, report in enumerate(positions, 1):
-        key = min(int(BINS_PER_OCTAVE * math.log2(position)), max(0, last_key))
-        first, _, before = bins.get(key, (position, position, None))
-        bins[key] = (first, position, report if before is None else _both(before, report))
-    return [(math.sqrt(first * last), report) for first, last, report in bins.values()]
+    bins: list[tuple[int, int, PerplexityReport]] = []
+    first, last, open_bin = 1, 0, None
+    for last, report in enumerate(positions, 1):
+        open_bin = report if open_bin is None else _both(open_bin, report)
+        if open_bin.tokens >= BIN_TOKENS and _bin(last) < _bin(last + 1):
+            bins.append((first, last, open_bin))
+            first, open_bin = last + 1, None
+    if open_bin is not None:
+        wide = bool(bins) and 2 * (last - first + 1) >= bins[-1][1] - bins[-1][0] + 1
+        if bins and not (wide and open_bin.tokens >= BIN_TOKENS):
+            first, _, before = bins.pop()
+            open_bin = _both(before, open_bin)
+        bins.append((first, last, open_bin))
+    return [(math.sqrt(first * last), report) for first, last, report in bins]
+
+
+def _bin(position: int) -> int:
+    return int(BINS_PER_OCTAVE * math.log2(position))
 
 
 def _both(a: PerplexityReport, b: PerplexityReport) -> PerplexityReport:
