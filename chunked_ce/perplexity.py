@@ -5,83 +5,17 @@ Never a mean of batch losses or of perplexities.
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .functional import cross_entropy
+from .collectives import all_gather
+from .functional import token_stats
+from .report import PerplexityReport
 from .stats import is_scored
-
-
-@dataclass(frozen=True)
-class PerplexityReport:
-    """What was scored, and the measures that follow from it.
-
-    Units: nats for `nll_sum` and `mean_nll`, bits for the `bits_per_*`. Bits per byte, unlike
-    perplexity, can be compared across tokenizers; `bytes` are the UTF-8 bytes of the scored text,
-    None where not given.
-    """
-
-    nll_sum: float
-    tokens: int
-    bytes: int | None = None
-    words: int | None = None
-
-    @property
-    def mean_nll(self) -> float:
-        """Nats per token; NaN when nothing was scored."""
-        return self.nll_sum / self.tokens if self.tokens else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        """exp(mean_nll), per token; inf where that overflows (mean_nll still says how far)."""
-        return _exp(self.mean_nll)
-
-    @property
-    def bits_per_token(self) -> float:
-        return self.mean_nll / math.log(2)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        return self.nll_sum / math.log(2) / self.bytes if self.bytes else None
-
-    @property
-    def word_perplexity(self) -> float | None:
-        """exp(nll_sum / words)."""
-        return _exp(self.nll_sum / self.words) if self.words else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The counts and every measure, ready for JSON but for inf and NaN."""
-        return asdict(self) | {
-            "mean_nll": self.mean_nll,
-            "perplexity": self.perplexity,
-            "bits_per_token": self.bits_per_token,
-            "bits_per_byte": self.bits_per_byte,
-            "word_perplexity": self.word_perplexity,
-        }
-
-    def __str__(self) -> str:
-        parts = [
-            f"perplexity {self.perplexity:.4g} per token over {self.tokens} tokens",
-            f"mean NLL {self.mean_nll:.4f} nats",
-            f"{self.bits_per_token:.4f} bits per token",
-        ]
-        if self.bits_per_byte is not None:
-            parts.append(f"{self.bits_per_byte:.4f} bits per byte over {self.bytes} bytes")
-        if self.word_perplexity is not None:
-            parts.append(f"perplexity {self.word_perplexity:.4g} per word over {self.words} words")
-        return ", ".join(parts)
-
-
-def _exp(x: float) -> float:
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf
 
 
 @torch.no_grad()
@@ -104,14 +38,40 @@ def perplexity(input: Tensor, target: Tensor, *, ignore_index: int = -100, dim: 
     Raises:
         TypeError, ValueError, IndexError: as :func:`cross_entropy`.
     """
-    nll_sum, tokens = _score(input, target, ignore_index, dim)
-    return (nll_sum / tokens).exp()
+    return _perplexity(_sums(input, target, ignore_index, dim, rank=False))
 
 
-def _score(input: Tensor, target: Tensor, ignore_index: int, dim: int) -> tuple[Tensor, Tensor]:
-    """(sum of NLL in float64, number of scored tokens), on the device."""
-    nll = cross_entropy(input, target, ignore_index=ignore_index, dim=dim, reduction="none")
-    return nll.sum(dtype=torch.float64), is_scored(target, ignore_index).sum()
+State = dict[str, Any]  # sums and counts by name; None, or absent: not known
+
+
+def _sums(input: Tensor, target: Tensor, ignore_index: int, dim: int, rank: bool) -> State:
+    """Of a batch, on the device: float64 sums and int64 counts."""
+    checks.logits(input)
+    checks.target_indices(target)
+    checks.class_dimension(input, target, dim)
+    checks.flags(rank=rank)
+    logits = input if input.dim() == 1 else input.movedim(dim, -1)
+    stats = token_stats(logits, target, ignore_index=ignore_index, rank=rank)
+    nll = -stats.logprob.double()
+    sums: State = {
+        "nll_sum": nll.sum(),
+        "nll_square_sum": nll.square().sum(),
+        "tokens": is_scored(target, ignore_index).sum(),
+    }
+    if stats.rank is not None:
+        sums["top1"] = (stats.rank == 0).sum()
+        sums["reciprocal_rank_sum"] = reciprocal_rank(stats.rank).sum()
+    return sums
+
+
+def _perplexity(sums: State) -> Tensor:
+    value: Tensor = (sums["nll_sum"] / sums["tokens"]).exp()
+    return value
+
+
+def reciprocal_rank(rank: Tensor) -> Tensor:
+    """1 / (1 + rank) in float64; 0 for the -1 of a token that is not scored."""
+    return torch.where(rank < 0, 0.0, 1.0 / (rank + 1).clamp(min=1).double())
 
 
 class Perplexity:
@@ -121,9 +81,25 @@ class Perplexity:
     and `report` read the result. The result does not depend on how the tokens were split into
     batches, but for rounding in the last bits of a float64.
 
+    Stands where `torchmetrics.text.Perplexity` stood: `update(preds, target)`, `compute()`,
+    `reset()`, and a call, which updates and returns the batch's own perplexity. `compute` is of
+    what this process scored; `sync` adds the other ranks'.
+
     Args:
         ignore_index: target value of tokens that are not scored.
     """
+
+    nll_sum: Tensor
+    nll_square_sum: Tensor | None
+    reciprocal_rank_sum: Tensor | None
+    tokens: Tensor
+    top1: Tensor | None
+    bytes: int | None
+    words: int | None
+
+    _SUMS = ("nll_sum", "nll_square_sum", "reciprocal_rank_sum")
+    _COUNTS = ("tokens", "top1", "bytes", "words")
+    _ON_HOST = ("bytes", "words")
 
     def __init__(self, *, ignore_index: int = -100) -> None:
         self.ignore_index = checks.ignore_index(ignore_index)
@@ -131,10 +107,10 @@ class Perplexity:
 
     def reset(self) -> None:
         """Forgets everything scored so far."""
-        self.nll_sum = torch.zeros((), dtype=torch.float64)
-        self.tokens = torch.zeros((), dtype=torch.int64)
-        self.bytes: int | None = 0
-        self.words: int | None = 0
+        for name in self._SUMS:
+            setattr(self, name, torch.zeros((), dtype=torch.float64))
+        for name in self._COUNTS:
+            setattr(self, name, 0 if name in self._ON_HOST else torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(
@@ -145,24 +121,42 @@ class Perplexity:
         dim: int = -1,
         n_bytes: int | None = None,
         words: int | None = None,
+        rank: bool = False,
     ) -> None:
         """Scores a batch.
+
+        Once one update leaves out bytes, words or ranks, the measures made of them are None:
+        numerator and denominator must cover the same text.
 
         Args:
             input: logits [..., V].
             target: class indices [...], already shifted; `ignore_index` where nothing is scored.
             dim: the class dimension.
-            n_bytes, words: UTF-8 bytes and words of the scored text. Once one update leaves them
-                out, the measures per byte or per word are None: numerator and denominator must
-                cover the same text.
+            n_bytes, words: UTF-8 bytes and words of the scored text.
+            rank: gather ranks too, for top-1 accuracy and mean reciprocal rank.
 
         Raises:
             TypeError, ValueError, IndexError: as :func:`cross_entropy`.
         """
+        self(input, target, dim=dim, n_bytes=n_bytes, words=words, rank=rank)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        dim: int = -1,
+        n_bytes: int | None = None,
+        words: int | None = None,
+        rank: bool = False,
+    ) -> Tensor:
+        """`update`; returns the perplexity of this batch alone, a 0-d float64 tensor."""
         n_bytes = checks.text_count("n_bytes", n_bytes)
         words = checks.text_count("words", words)
-        nll_sum, tokens = _score(input, target, self.ignore_index, dim)
-        self.update_nll(nll_sum, tokens, n_bytes, words)
+        sums = _sums(input, target, self.ignore_index, dim, rank)
+        self._add(sums | {"bytes": n_bytes, "words": words})
+        return _perplexity(sums)
 
     @torch.no_grad()
     def update_nll(
@@ -171,20 +165,23 @@ class Perplexity:
         tokens: int | Tensor,
         n_bytes: int | None = None,
         words: int | None = None,
+        *,
+        nll_square_sum: float | Tensor | None = None,
     ) -> None:
         """Adds what was scored elsewhere.
 
-        The sum of NLL in nats (not a mean) and the number of tokens in it.
+        The sum of NLL in nats (not a mean) and the number of tokens in it; for the standard error
+        the sum of each token's NLL squared.
         """
-        n_bytes = checks.text_count("n_bytes", n_bytes)
-        words = checks.text_count("words", words)
-        nll_sum, tokens = checks.nll_and_tokens(nll_sum, tokens)
-        self.nll_sum = _add(self.nll_sum, nll_sum)
-        self.tokens = _add(self.tokens, tokens)
-        self.bytes, self.words = (
-            _add_counts(self.bytes, n_bytes),
-            _add_counts(self.words, words),
-        )
+        sums: State = {
+            "bytes": checks.text_count("n_bytes", n_bytes),
+            "words": checks.text_count("words", words),
+            "nll_sum": checks.nats("nll_sum", nll_sum),
+            "tokens": checks.token_count(tokens),
+        }
+        if nll_square_sum is not None:
+            sums["nll_square_sum"] = checks.nats("nll_square_sum", nll_square_sum)
+        self._add(sums)
 
     def compute(self) -> Tensor:
         """Perplexity per token, a 0-d float64 tensor; NaN when nothing was scored."""
@@ -193,33 +190,98 @@ class Perplexity:
     def report(self) -> PerplexityReport:
         """Everything measured so far. Reads the device, so the host waits for it."""
         tokens = int(self.tokens)
+        if not tokens:
+            return PerplexityReport(float(self.nll_sum), 0)
+        squares, top1, reciprocal = self.nll_square_sum, self.top1, self.reciprocal_rank_sum
         return PerplexityReport(
             float(self.nll_sum),
             tokens,
-            self.bytes if tokens else None,
-            self.words if tokens else None,
+            self.bytes,
+            self.words,
+            None if squares is None else float(squares),
+            None if top1 is None else int(top1),
+            None if reciprocal is None else float(reciprocal),
         )
+
+    def merge(self, other: Perplexity) -> None:
+        """Adds what `other` scored; also `+`, which changes neither."""
+        self._add(checks.meter(other).state_dict())
 
     def __add__(self, other: Perplexity) -> Perplexity:
         """What was scored by either; `ignore_index` of the left one."""
         if not isinstance(other, Perplexity):
             return NotImplemented
         both = Perplexity(ignore_index=self.ignore_index)
-        both.nll_sum = _add(self.nll_sum, other.nll_sum)
-        both.tokens = _add(self.tokens, other.tokens)
-        both.bytes = _add_counts(self.bytes, other.bytes)
-        both.words = _add_counts(self.words, other.words)
+        both.merge(self)
+        both.merge(other)
         return both
+
+    def state_dict(self) -> State:
+        """The sums and counts: 0-d tensors, ints, and None for what is not known."""
+        return {name: getattr(self, name) for name in self._SUMS + self._COUNTS}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from where `state_dict` was taken.
+
+        Raises:
+            TypeError, ValueError: `state_dict` is no mapping, or its keys are others.
+        """
+        checks.meter_state(state_dict, self._SUMS + self._COUNTS)
+        self.reset()
+        self._add(state_dict)
+
+    @torch.no_grad()
+    def sync(self, group: Any = None) -> Perplexity:
+        """What the ranks of a group have scored together, as a new meter.
+
+        One collective, an all_gather of a few numbers, that every rank must call; sums are then
+        added in the order of the ranks, so that all ranks get the same bits. This meter stays as it
+        is: calling it twice counts nothing twice. Without an initialised process group, a copy.
+
+        Args:
+            group: a torch.distributed process group; None for the default one.
+        """
+        together = Perplexity(ignore_index=self.ignore_index)
+        for packed in all_gather(self._packed(), group):
+            together._add(self._unpacked(packed))
+        return together
+
+    def _packed(self) -> Tensor:
+        """int64 [known or not..., values...]: a float64 travels as the 64 bits that it is."""
+        values = self.state_dict().values()
+        known = [int(value is not None) for value in values]
+        bits = [
+            value.view(torch.int64) if isinstance(value, Tensor) else torch.tensor(value or 0)
+            for value in values
+        ]
+        where = self.nll_sum.device
+        return torch.stack([t.to(where) for t in (*map(torch.tensor, known), *bits)])
+
+    def _unpacked(self, packed: Tensor) -> State:
+        names = self._SUMS + self._COUNTS
+        known, bits = packed.split(len(names))
+        state: State = {}
+        for name, is_known, value in zip(names, known.tolist(), bits, strict=True):
+            if is_known and name in self._ON_HOST:
+                state[name] = int(value)
+            elif is_known:
+                state[name] = value.view(torch.float64) if name in self._SUMS else value
+        return state
+
+    def _add(self, state: Mapping[str, Any]) -> None:
+        """All at once: an interruption finds either the old sums or the new ones."""
+        names = self._SUMS + self._COUNTS
+        vars(self).update({name: _add(getattr(self, name), state.get(name)) for name in names})
 
     def __repr__(self) -> str:
         return f"Perplexity({self.report()})"
 
 
-def _add(sum: Tensor, value: Tensor) -> Tensor:
-    """On the device of `value`, once there is one that is not the CPU."""
+def _add(sum: Any, value: Any) -> Any:
+    """None where either is not known; a tensor on the device of the one that is not on the CPU."""
+    if sum is None or value is None:
+        return None
+    if not isinstance(sum, Tensor):
+        return sum + value
     device = sum.device if value.device.type == "cpu" else value.device
     return sum.to(device, non_blocking=True) + value.to(device, sum.dtype, non_blocking=True)
-
-
-def _add_counts(sum: int | None, value: int | None) -> int | None:
-    return None if sum is None or value is None else sum + value

@@ -11,11 +11,13 @@ Writes to runs/<name>/:
     loss.png      the loss against the step
     report.json   arguments, versions, losses, validation, comparison with torch's cross-entropy
     model/        model and tokenizer for transformers' from_pretrained
+    held_out/     the text of the validation; `chunked-ce perplexity runs/<name>/model --bos yes
+                  --eos yes --text runs/<name>/held_out/*` scores it again
 
 A document is <|endoftext|> text <|endoftext|>, cut into windows of --context tokens. A target is
 the next token of the same document, -100 where the last window is padded: every token of the text,
 and its end, is scored once. Bits per byte divide the bits of the scored tokens by the UTF-8 bytes
-of the same tokens; the end of a text is scored and has no bytes.
+of the text; its end is scored and has no bytes. Of much held-out text some documents are scored.
 
 Ctrl-C saves what there is and exits with 130. Bad input is one line on stderr and exits with 2.
 """
@@ -29,6 +31,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import sysconfig
 import time
@@ -46,7 +49,7 @@ import transformers
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 from transformers import (
     GPT2Config,
@@ -62,7 +65,7 @@ IGNORE = -100
 # `encodings` holds tables of code points, which are not text either.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 HELD_OUT_EVERY = 20
-VALIDATION_TOKENS = 32768  # at most: a few seconds on two CPU cores
+VALIDATION_TOKENS = 32768  # a few seconds on two CPU cores
 AVERAGED_STEPS = 10
 REPEATS = 5
 
@@ -219,14 +222,6 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def bytes_per_token(tokenizer: Tokenizer) -> Tensor:
-    """[V]. Byte-level BPE spells a token with one character per byte; an end of text has none."""
-    lengths = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.int64)
-    for token, index in tokenizer.get_vocab().items():
-        lengths[index] = 0 if token == END else len(token)
-    return lengths
-
-
 def cut_into_windows(documents: list[str], tokenizer: Tokenizer, context: int) -> TensorDataset:
     """(inputs, targets), both [W, context]. Causal attention does not see padding on the right."""
     end = tokenizer.token_to_id(END)
@@ -268,13 +263,6 @@ def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadMod
 
 def precision(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def forward(model: GPT2LMHeadModel, inputs: Tensor, dtype: str) -> Tensor:
-    """Logits [B, T, V]."""
-    with precision(inputs.device, dtype):
-        logits: Tensor = model(input_ids=inputs, use_cache=False).logits
-    return logits
 
 
 def loss_of(
@@ -334,22 +322,25 @@ def train(
             progress.set_postfix_str(status)
 
 
-@torch.no_grad()
+def some_of(documents: list[str], tokens: int) -> list[str]:
+    """Evenly spaced over them, of about VALIDATION_TOKENS in all where there are more."""
+    return documents[:: math.ceil(tokens / VALIDATION_TOKENS)]
+
+
 def validate(
-    model: GPT2LMHeadModel, windows: TensorDataset, token_bytes: Tensor, args: argparse.Namespace
+    model: GPT2LMHeadModel,
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte of the held-out text, or of windows evenly spaced over it."""
-    every = math.ceil(len(windows) * args.context / VALIDATION_TOKENS)
-    scored = Subset(windows, range(0, len(windows), every))
-    meter = chunked_ce.Perplexity(ignore_index=IGNORE)
-    model.eval()
-    for inputs, targets in tqdm(DataLoader(scored, args.batch_size), "validate", leave=False):
-        n_bytes = int(token_bytes[targets[targets != IGNORE]].sum())
-        logits = forward(model, inputs.to(args.device), args.dtype)
-        meter.update(logits, targets.to(args.device), n_bytes=n_bytes)
-    report = meter.report()
+    """Perplexity and bits per byte; the windows are those of training."""
+    with precision(torch.device(args.device), args.dtype):
+        report = chunked_ce.evaluate_perplexity(
+            model, text=documents, tokenizer=tokenizer, bos=True, eos=True,
+            context_length=args.context, batch_size=args.batch_size, rank=True, progress=True,
+        )  # fmt: skip
     print(f"validation: {report}")
-    return report.to_dict() | {"windows_scored": len(scored), "windows_held_out": len(windows)}
+    return report.to_dict()
 
 
 # Comparison with torch's loss
@@ -499,12 +490,26 @@ def draw(path: Path, results: Results, vocab_size: int) -> None:
     figure.savefig(path, dpi=150)
 
 
-def save_model(folder: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer, context: int) -> None:
+def for_transformers(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=context,
+        split_special_tokens=True,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
+    )
+
+
+def save_model(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
-    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
-    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **ends)
-    saved.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_texts(folder: Path, documents: list[str]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # those of a run before may be more
+    folder.mkdir()
+    for i, text in enumerate(documents):
+        (folder / f"{i:03}.txt").write_bytes(text.encode())
 
 
 def run(args: argparse.Namespace) -> Results:
@@ -515,7 +520,9 @@ def run(args: argparse.Namespace) -> Results:
     tokenizer = train_tokenizer(documents, args.vocab_size)
     windows = cut_into_windows(documents, tokenizer, args.context)
     check_context(windows, args.context)
-    unseen = cut_into_windows(held_out, tokenizer, args.context)
+    unseen = scored_tokens(cut_into_windows(held_out, tokenizer, args.context))
+    scored = some_of(held_out, unseen)
+    saved_tokenizer = for_transformers(tokenizer, args.context)
     folder = args.out / args.name
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(args, tokenizer)
@@ -525,13 +532,13 @@ def run(args: argparse.Namespace) -> Results:
         "training_documents": len(documents),
         "training_tokens": scored_tokens(windows),
         "held_out_documents": len(held_out),
-        "held_out_tokens": scored_tokens(unseen),
+        "held_out_tokens": unseen,
     }
     print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in sizes.items()))
     results = Results()
     try:
         train(model, windows, args, results.steps)
-        results.validation = validate(model, unseen, bytes_per_token(tokenizer), args)
+        results.validation = validate(model, scored, saved_tokenizer, args)
         batch = [tensor.to(device) for tensor in windows[: args.batch_size]]
         results.comparison = compare(model, batch, args.dtype)
         print(table(results.comparison))
@@ -540,7 +547,8 @@ def run(args: argparse.Namespace) -> Results:
     with (folder / "metrics.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Step._fields, *results.steps])
     draw(folder / "loss.png", results, tokenizer.get_vocab_size())
-    save_model(folder / "model", model, tokenizer, args.context)
+    save_model(folder / "model", model, saved_tokenizer)
+    save_texts(folder / "held_out", scored)
     report = summary(args, results) | sizes | {"seconds": time.perf_counter() - start}
     (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
     print(f"saved in {folder}")

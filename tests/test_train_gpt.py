@@ -112,8 +112,6 @@ def test_every_token_of_a_document_is_scored_once_and_no_padding(train_gpt: Modu
     assert (inputs[:, 1:][scored[:, 1:]] == targets[:, :-1][scored[:, 1:]]).all()
     assert tokenizer.decode(targets[scored].tolist()) == "".join(documents)
     assert (targets == end).sum() == len(documents)
-    n_bytes = train_gpt.bytes_per_token(tokenizer)[targets[scored]].sum()
-    assert n_bytes == len("".join(documents).encode())
 
 
 def test_validation_scores_the_bytes_of_the_held_out_text(
@@ -122,7 +120,7 @@ def test_validation_scores_the_bytes_of_the_held_out_text(
     assert train_gpt.main(arguments(texts, tmp_path)) == 0
     report = json.loads((tmp_path / "small" / "report.json").read_text())
     validation = report["validation"]
-    assert validation["windows_scored"] == validation["windows_held_out"]
+    assert validation["documents"] == 1 and not validation["partial"]
     assert validation["tokens"] == report["held_out_tokens"]
     assert validation["bytes"] == Path(texts[2]).stat().st_size
     bits = validation["nll_sum"] / math.log(2)
@@ -133,22 +131,43 @@ def test_validation_scores_the_bytes_of_the_held_out_text(
 
 
 def test_validation_agrees_with_torch(train_gpt: ModuleType) -> None:
-    class Model(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            logits = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))[input_ids]
-            return type("Output", (), {"logits": logits})
-
-    documents = ["two words, and some more of them " * 9, "short"]
+    documents = ["two words, and more <|endoftext|> of them " * 9, "short"]
     tokenizer = train_gpt.train_tokenizer(documents, 300)
-    windows = train_gpt.cut_into_windows(documents, tokenizer, 16)
     args = train_gpt.parse_arguments(SMALL.split() + ["--context", "16"])
-    model, token_bytes = Model(), train_gpt.bytes_per_token(tokenizer)
-    result = train_gpt.validate(model, windows, token_bytes, args)
-    inputs, targets = windows.tensors
-    logits = model(inputs, False).logits.double().flatten(0, 1)
+    model = train_gpt.build_model(args, tokenizer)
+    saved = train_gpt.for_transformers(tokenizer, 16)
+    result = train_gpt.validate(model, documents, saved, args)
+    inputs, targets = train_gpt.cut_into_windows(documents, tokenizer, 16).tensors
+    logits = model(inputs, use_cache=False).logits.double().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
     assert result["nll_sum"] == pytest.approx(expected.item(), rel=1e-6)
     assert result["bytes"] == len("".join(documents))
+
+
+def test_the_command_scores_the_held_out_text_alike(
+    train_gpt: ModuleType, texts: list[str], tmp_path: Path
+) -> None:
+    from chunked_ce.cli import main
+
+    assert train_gpt.main(arguments(texts, tmp_path)) == 0
+    folder, out = tmp_path / "small", tmp_path / "again.json"
+    held_out = sorted(map(str, (folder / "held_out").iterdir()))
+    argv = ["perplexity", str(folder / "model"), "--bos", "yes", "--eos", "yes", "--device", "cpu"]
+    assert main([*argv, "--json", str(out), "--text", *held_out]) == 0
+    again = json.loads(out.read_text())
+    validation = json.loads((folder / "report.json").read_text())["validation"]
+    for measure in ("tokens", "bytes", "words", "top1"):
+        assert again[measure] == validation[measure]
+    assert again["bits_per_byte"] == pytest.approx(validation["bits_per_byte"], rel=1e-6)
+
+
+def test_of_much_held_out_text_some_documents_are_scored(
+    train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_gpt, "VALIDATION_TOKENS", 100)
+    documents = list("abcdefgh")
+    assert train_gpt.some_of(documents, 100) == documents
+    assert train_gpt.some_of(documents, 250) == ["a", "d", "g"]
 
 
 def test_of_one_document_the_end_is_held_out(train_gpt: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -20,29 +21,54 @@ def text_count(name: str, value: Any) -> int | None:
     return count
 
 
-def nll_and_tokens(nll_sum: Any, tokens: Any) -> tuple[Tensor, Tensor]:
-    """As 0-d tensors, where they are."""
-    for name, value in (("nll_sum", nll_sum), ("tokens", tokens)):
-        if isinstance(value, Tensor) and value.dim() != 0:
-            raise ValueError(
-                f"{name} has shape {shape(value)}, expected a number or a 0-dimensional tensor: "
-                "sum it first"
-            )
-    if not isinstance(nll_sum, Tensor):
-        if not isinstance(nll_sum, Real) or isinstance(nll_sum, bool):
+def nats(name: str, value: Any) -> Tensor:
+    """A sum of losses, as a 0-d tensor where it is."""
+    _zero_dimensional(name, value)
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(
-                f"nll_sum must be a number or a 0-dimensional tensor, got {type(nll_sum).__name__}"
+                f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}"
             )
-        nll_sum = torch.tensor(nll_sum, dtype=torch.float64)
-    elif nll_sum.is_complex() or nll_sum.dtype == torch.bool:
-        raise TypeError(f"nll_sum has dtype {nll_sum.dtype}, expected a sum of losses in nats")
-    if not isinstance(tokens, Tensor):
-        tokens = integer("tokens", tokens, "an int or a 0-dimensional integer tensor")
-        if tokens < 0:
-            raise ValueError(f"tokens is {tokens}, expected at least 0")
-        tokens = torch.tensor(tokens, dtype=torch.int64)
-    elif tokens.dtype not in TARGET_DTYPES:
-        raise TypeError(
-            f"tokens has dtype {tokens.dtype}, expected an integer dtype: it is a count"
+        return torch.tensor(value, dtype=torch.float64)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected a sum of losses in nats")
+    return value
+
+
+def token_count(tokens: Any) -> Tensor:
+    """As a 0-d tensor, where it is."""
+    _zero_dimensional("tokens", tokens)
+    if isinstance(tokens, Tensor):
+        if tokens.dtype not in TARGET_DTYPES:
+            raise TypeError(
+                f"tokens has dtype {tokens.dtype}, expected an integer dtype: it is a count"
+            )
+        return tokens
+    tokens = integer("tokens", tokens, "an int or a 0-dimensional integer tensor")
+    if tokens < 0:
+        raise ValueError(f"tokens is {tokens}, expected at least 0")
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def meter(other: Any) -> Any:
+    if not hasattr(other, "state_dict") or not hasattr(other, "nll_sum"):
+        raise TypeError(f"other must be a Perplexity, got {type(other).__name__}")
+    return other
+
+
+def meter_state(state: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+    if set(state) != set(names):
+        raise ValueError(
+            f"state_dict has keys {', '.join(map(str, state)) or 'none'}, expected "
+            f"{', '.join(names)}: pass what Perplexity.state_dict() returned"
         )
-    return nll_sum, tokens
+
+
+def _zero_dimensional(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.dim() != 0:
+        raise ValueError(
+            f"{name} has shape {shape(value)}, expected a number or a 0-dimensional tensor: "
+            "sum it first"
+        )

@@ -1,0 +1,124 @@
+"""Peak memory of scoring text with a language model: the stock way, and evaluate_perplexity.
+
+    python -m bench.perplexity                                 a minute on two cores
+    python -m bench.perplexity --dtype bfloat16 --csv out.csv  with the figures in a file
+
+The stock way is the model's forward with logits [B, T, V], then F.cross_entropy on them shifted and
+in float32, as transformers' own loss has it. Each is measured in a fresh process, above what the
+process holds once the model is loaded (needs /proc), and both must give the same mean NLL.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import chunked_ce
+
+from . import measure, records
+from .cpu import positive, writable
+
+STOCK, OURS = "stock", "evaluate_perplexity"
+MODES = {STOCK: "forward with logits, then F.cross_entropy", OURS: "chunked_ce"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Sizes(NamedTuple):
+    context: int
+    batch: int
+    vocab: int
+    hidden: int
+    dtype: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    if not measure.memory_is_measurable():
+        print("memory is not measured: it needs /proc")
+        return 0
+    sizes = Sizes(args.context, args.batch_size, args.vocab, args.hidden, args.dtype)
+    torch.set_num_threads(args.threads)
+    env = records.environment(f"{records.cpu_name()}, {args.threads} threads")
+    report = records.Report(env)
+    logits = sizes.batch * sizes.context * sizes.vocab * DTYPES[sizes.dtype].itemsize
+    print(f"{env.device}; torch {env.torch}; commit {env.commit}")
+    report.title(
+        f"peak memory beside the model: context {sizes.context}, batch {sizes.batch}, "
+        f"V = {sizes.vocab}, D = {sizes.hidden}, {sizes.dtype}; the logits alone "
+        f"{logits / 2**20:.0f} MiB"
+    )
+    found = {w: measure.in_fresh_process(peak, w, sizes, args.threads) for w in MODES}
+    rows = [("", "", "MiB", "mean NLL")]
+    for way, (size, nats) in found.items():
+        rows.append((way, MODES[way], f"{size / 2**20:.0f}", f"{nats:.6f}"))
+        n, v = sizes.batch * sizes.context, sizes.vocab
+        report.measurements.append(
+            records.Measurement(
+                way, "forward", "peak_extra_bytes", n, v, sizes.dtype, size, D=sizes.hidden
+            )
+        )
+    report.table(rows, labels=2)
+    (stock, truth), (ours, nats) = found[STOCK], found[OURS]
+    tolerance = 1e-6 if sizes.dtype == "float32" else 1e-3
+    if abs(nats / truth - 1) > tolerance:
+        raise AssertionError(f"mean NLL {nats}, stock {truth}: the memory means nothing")
+    report.compare([records.Comparison(f"memory: {OURS} / {STOCK}", ours / stock)])
+    if args.csv:
+        report.write_csv(args.csv)
+    return 0
+
+
+def peak(way: str, sizes: Sizes, threads: int) -> tuple[int, float]:
+    """(bytes, mean NLL)"""
+    torch.set_num_threads(threads)
+    model = model_of(sizes)
+    ids = torch.randint(sizes.vocab, (sizes.batch, sizes.context + 1))
+    run = stock_nll if way == STOCK else our_nll
+    run(model, ids[:, :9])  # what is set up once
+    return measure.extra_peak_memory(lambda: run(model, ids))
+
+
+@torch.no_grad()
+def stock_nll(model: Any, ids: torch.Tensor) -> float:
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def our_nll(model: Any, ids: torch.Tensor) -> float:
+    return chunked_ce.evaluate_perplexity(model, ids, batch_size=len(ids)).mean_nll
+
+
+def model_of(sizes: Sizes) -> Any:
+    """A GPT-2 of two layers: the head is what is measured."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=sizes.vocab, n_positions=sizes.context, n_embd=sizes.hidden, n_layer=2, n_head=4,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model: Any = GPT2LMHeadModel(config).eval()
+    return model.to(DTYPES[sizes.dtype])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.perplexity", description="Peak memory of scoring text."
+    )
+    add = parser.add_argument
+    add("--context", type=positive, default=1024, metavar="T", help="default: %(default)s")
+    add("--batch-size", type=positive, default=4, metavar="B", help="default: %(default)s")
+    add("--vocab", type=positive, default=50257, metavar="V", help="default: %(default)s")
+    add("--hidden", type=positive, default=256, metavar="D", help="default: %(default)s")
+    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add("--threads", type=positive, default=2, metavar="N", help="default: %(default)s")
+    add("--csv", type=writable, metavar="FILE", help="write the figures, one a row")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""What `chunked-ce perplexity` shows: a table, and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..report import EvaluationReport, PerplexityReport
+
+NORMAL_95 = 1.96
+BINS_PER_OCTAVE = 4
+BIN_TOKENS = 30
+DRAWN_POINTS = 1000
+SETTLED = 0.05  # of the tokens; the running perplexity of fewer is let out of the picture
+
+
+def table(report: EvaluationReport, name: str) -> str:
+    """One measure a line, with its unit and what it was counted over."""
+    error = report.mean_nll_stderr
+    rows = [
+        ("perplexity", f"{report.perplexity:.4f}", f"per token, {report.tokens:,} tokens"),
+        ("mean NLL", f"{report.mean_nll:.4f}", "nats per token" + _spread(error)),
+        ("bits per token", f"{report.bits_per_token:.4f}", ""),
+    ]
+    if report.bits_per_byte is not None:
+        rows.append(("bits per byte", f"{report.bits_per_byte:.4f}", f"{report.bytes:,} bytes"))
+    if report.word_perplexity is not None:
+        rows.append(
+            (
+                "word perplexity",
+                f"{report.word_perplexity:.4g}",
+                f"per word, {report.words:,} words",
+            )
+        )
+    if report.accuracy is not None and report.mean_reciprocal_rank is not None:
+        rows.append(("top-1 accuracy", f"{report.accuracy:.4f}", ""))
+        rows.append(("mean reciprocal rank", f"{report.mean_reciprocal_rank:.4f}", ""))
+    mean = report.mean_document_perplexity
+    if mean is not None and report.documents > 1:
+        what = f"mean of {report.documents} documents' perplexities"
+        rows.append(("document perplexity", f"{mean:.4f}", what))
+    wide = max(len(value) for _, value, _ in rows)
+    lines = [f"  {what:22}{value:>{wide}}  {unit}".rstrip() for what, value, unit in rows]
+    return "\n".join([_heading(report, name), *lines])
+
+
+def _heading(report: EvaluationReport, name: str) -> str:
+    documents = f"{report.documents} document{'s' if report.documents > 1 else ''}"
+    windows = f"{report.windows} window{'s' if report.windows > 1 else ''}"
+    ends = [
+        f"{what} {'not added' if token is None else token}"
+        for what, token in (("BOS", report.bos), ("EOS", report.eos))
+    ]
+    parts = [
+        f"{name}: {documents}, {windows} of up to {report.context_length} tokens",
+        f"stride {report.stride}",
+        *ends,
+    ]
+    if report.logits_stored:
+        parts.append("from the model's own logits")
+    partial = "PARTIAL, interrupted: only some windows are in it\n" if report.partial else ""
+    return partial + ", ".join(parts)
+
+
+def _spread(error: float | None) -> str:
+    return "" if error is None or math.isnan(error) else f", standard error {error:.4f}"
+
+
+def draw(report: EvaluationReport, name: str, path: Path) -> None:
+    """The loss against the tokens of context, and the perplexity as the text goes by."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_positions(left, report)
+    _draw_running(right, report)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    partial = " (partial: interrupted)" if report.partial else ""
+    title = f"{'/'.join(Path(name).parts[-2:])}: perplexity {report.perplexity:.4g} per token, "
+    title += f"context {report.context_length}, stride {report.stride}{partial}"
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_positions(axes: Any, report: EvaluationReport) -> None:
+    assert report.per_position is not None
+    points = [(x, r) for x, r in binned(report.per_position) if r.tokens]
+    x = [position for position, _ in points]
+    mean = [r.mean_nll for _, r in points]
+    spread = [NORMAL_95 * _known(r.mean_nll_stderr) for _, r in points]
+    axes.plot(x, mean, ".-", color="tab:blue", label="loss")
+    axes.fill_between(
+        x,
+        [m - s for m, s in zip(mean, spread, strict=True)],
+        [m + s for m, s in zip(mean, spread, strict=True)],
+        color="tab:blue", alpha=0.2, linewidth=0, label="± 1.96 standard errors",
+    )  # fmt: skip
+    axes.axhline(report.mean_nll, color="gray", ls=":", label=f"mean, {report.mean_nll:.3f}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xlabel="tokens of context in the window", ylabel="loss (nats per token)")
+
+
+def _draw_running(axes: Any, report: EvaluationReport) -> None:
+    assert report.per_window is not None
+    every = -(-len(report.per_window) // DRAWN_POINTS)
+    totals = list(itertools.accumulate((r for r in report.per_window if r.tokens), _both))
+    totals = totals[:-1][every - 1 :: every] + totals[-1:]
+    x = [r.tokens for r in totals]
+    low, high = (
+        [_exp(r.mean_nll + sign * NORMAL_95 * _known(r.mean_nll_stderr)) for r in totals]
+        for sign in (-1, 1)
+    )
+    axes.plot(x, [r.perplexity for r in totals], color="tab:orange", label="running perplexity")
+    axes.fill_between(
+        x, low, high, color="tab:orange", alpha=0.2, linewidth=0, label="± 1.96 standard errors"
+    )
+    settled = [i for i, tokens in enumerate(x) if tokens >= SETTLED * x[-1]]
+    bottom, top = min(low[i] for i in settled), max(high[i] for i in settled)
+    if math.isfinite(top) and top > bottom:  # the band of the first windows would flatten the rest
+        margin = 0.05 * (top - bottom)
+        axes.set_ylim(bottom - margin, top + margin)
+    axes.set(xlabel="tokens scored, in the order of the text", ylabel="perplexity per token")
+
+
+def binned(positions: Iterable[PerplexityReport]) -> list[tuple[float, PerplexityReport]]:
+    """(geometric middle of the positions, their report): 4 bins for each doubling of position.
+
+    A bin of fewer than 30 tokens, whose error says little, is joined to the next; so is to the one
+    before what is left at the end, if that is less than half a bin.
+    """
+    bins: list[tuple[int, int, PerplexityReport]] = []
+    first, last, open_bin = 1, 0, None
+    for last, report in enumerate(positions, 1):
+        open_bin = report if open_bin is None else _both(open_bin, report)
+        if open_bin.tokens >= BIN_TOKENS and _bin(last) < _bin(last + 1):
+            bins.append((first, last, open_bin))
+            first, open_bin = last + 1, None
+    if open_bin is not None:
+        wide = bool(bins) and 2 * (last - first + 1) >= bins[-1][1] - bins[-1][0] + 1
+        if bins and not (wide and open_bin.tokens >= BIN_TOKENS):
+            first, _, before = bins.pop()
+            open_bin = _both(before, open_bin)
+        bins.append((first, last, open_bin))
+    return [(math.sqrt(first * last), report) for first, last, report in bins]
+
+
+def _bin(position: int) -> int:
+    return int(BINS_PER_OCTAVE * math.log2(position))
+
+
+def _both(a: PerplexityReport, b: PerplexityReport) -> PerplexityReport:
+    squares = _known(a.nll_square_sum) + _known(b.nll_square_sum)
+    return PerplexityReport(a.nll_sum + b.nll_sum, a.tokens + b.tokens, nll_square_sum=squares)
+
+
+def _known(value: float | None) -> float:
+    """0 for what is not known: a band of no width."""
+    return 0.0 if value is None or math.isnan(value) else value
+
+
+def _exp(nll: float) -> float:
+    return PerplexityReport(nll, 1).perplexity

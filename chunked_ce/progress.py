@@ -1,0 +1,34 @@
+"""A bar with the running perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from . import checks
+from .report import PerplexityReport
+
+
+@contextmanager
+def perplexity_bar(tokens: int, shown: bool) -> Iterator[Callable[[int, Tensor], None]]:
+    """Yields a function of the tokens just scored and of (sum of NLL, number of tokens) so far.
+
+    The sums are read only when the bar is drawn: reading makes a GPU's host wait.
+    """
+    if not shown:
+        yield lambda scored, sums: None
+        return
+    checks.importable("tqdm", "progress=True", "cli")
+    from tqdm.auto import tqdm
+
+    with tqdm(total=tokens, unit="token", unit_scale=True) as bar:
+
+        def advance(scored: int, sums: Tensor) -> None:
+            if bar.update(scored):
+                nll_sum, count = sums.tolist()
+                perplexity = PerplexityReport(nll_sum, int(count)).perplexity
+                bar.set_postfix(perplexity=f"{perplexity:.4g}")
+
+        yield advance

@@ -1,0 +1,177 @@
+"""What was scored, and every measure that follows from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """What was scored, and the measures that follow from it.
+
+    Units: nats for `nll_sum` and `mean_nll`, bits for the `bits_per_*`. Bits per byte, unlike
+    perplexity, can be compared across tokenizers; `bytes` are the UTF-8 bytes of the scored text,
+    `words` its runs of characters other than white space. What was not given or gathered is None,
+    and so is what follows from it.
+    """
+
+    nll_sum: float
+    tokens: int
+    bytes: int | None = None
+    words: int | None = None
+    nll_square_sum: float | None = None  # of each token's NLL squared
+    top1: int | None = None  # tokens that greedy decoding would have given
+    reciprocal_rank_sum: float | None = None  # of 1 / (1 + classes that beat the target)
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per token; NaN when nothing was scored."""
+        return self.nll_sum / self.tokens if self.tokens else math.nan
+
+    @property
+    def mean_nll_stderr(self) -> float | None:
+        """Standard error of `mean_nll`, s / sqrt(tokens), as if tokens were independent.
+
+        Those of one document are not: it is a lower bound. NaN for fewer than two tokens.
+        """
+        if self.nll_square_sum is None:
+            return None
+        if self.tokens < 2:
+            return math.nan
+        variance = (self.nll_square_sum - self.nll_sum * self.mean_nll) / (self.tokens - 1)
+        # Equal losses leave rounding, of either sign.
+        return 0.0 if variance < 0 else math.sqrt(variance / self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean_nll), per token; inf where that overflows (mean_nll still says how far)."""
+        return _exp(self.mean_nll)
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.mean_nll / math.log(2)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.nll_sum / math.log(2) / self.bytes if self.bytes else None
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(nll_sum / words)."""
+        return _exp(self.nll_sum / self.words) if self.words else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of tokens that were the model's first choice."""
+        return None if self.top1 is None else _ratio(self.top1, self.tokens)
+
+    @property
+    def mean_reciprocal_rank(self) -> float | None:
+        """Mean of 1 for the model's first choice, 1/2 for its second, and so on."""
+        total = self.reciprocal_rank_sum
+        return None if total is None else _ratio(total, self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts and every measure; inf and NaN are floats still."""
+        return asdict(self) | {
+            "mean_nll": self.mean_nll,
+            "mean_nll_stderr": self.mean_nll_stderr,
+            "perplexity": self.perplexity,
+            "bits_per_token": self.bits_per_token,
+            "bits_per_byte": self.bits_per_byte,
+            "word_perplexity": self.word_perplexity,
+            "accuracy": self.accuracy,
+            "mean_reciprocal_rank": self.mean_reciprocal_rank,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON, where inf and NaN are "inf", "-inf" and "nan"."""
+        return json.dumps(for_json(self.to_dict()), indent=2, allow_nan=False)
+
+    def __str__(self) -> str:
+        error = self.mean_nll_stderr
+        spread = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
+        parts = [
+            f"perplexity {self.perplexity:.4g} per token over {self.tokens} tokens",
+            f"mean NLL {self.mean_nll:.4f}{spread} nats",
+            f"{self.bits_per_token:.4f} bits per token",
+        ]
+        if self.bits_per_byte is not None:
+            parts.append(f"{self.bits_per_byte:.4f} bits per byte over {self.bytes} bytes")
+        if self.word_perplexity is not None:
+            parts.append(f"perplexity {self.word_perplexity:.4g} per word over {self.words} words")
+        if self.accuracy is not None:
+            parts.append(f"top-1 accuracy {self.accuracy:.4f}")
+        if self.mean_reciprocal_rank is not None:
+            parts.append(f"mean reciprocal rank {self.mean_reciprocal_rank:.4f}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class EvaluationReport(PerplexityReport):
+    """What was scored and how.
+
+    `per_document` and `per_position`, where asked for: reports of each document in turn, and of the
+    targets with 1, 2, ... `context_length` tokens of context in their window. `per_window`: reports
+    of each window, in the order of the text.
+    """
+
+    context_length: int = 0
+    stride: int = 0
+    full_last_window: bool = False
+    bos: int | None = None  # ids put around each document
+    eos: int | None = None
+    documents: int = 0
+    windows: int = 0
+    logits_stored: bool = False  # the head was not recognised: the model's own logits were used
+    partial: bool = False  # interrupted: some windows are not in it
+    per_document: tuple[PerplexityReport, ...] | None = None
+    per_position: tuple[PerplexityReport, ...] | None = None
+    per_window: tuple[PerplexityReport, ...] | None = None
+
+    @property
+    def mean_document_perplexity(self) -> float | None:
+        """The mean of the documents' perplexities, which is not the corpus perplexity."""
+        scored = [report.perplexity for report in self.per_document or () if report.tokens]
+        return sum(scored) / len(scored) if scored else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PerplexityReport's; a list of them for each document, position or window asked for."""
+        parts = {
+            name: None if reports is None else [report.to_dict() for report in reports]
+            for name in ("per_document", "per_position", "per_window")
+            for reports in (getattr(self, name),)
+        }
+        mean = {"mean_document_perplexity": self.mean_document_perplexity}
+        return super().to_dict() | mean | parts
+
+
+class EvaluationInterrupted(KeyboardInterrupt):
+    """Ctrl-C; `report` is of the windows scored until then, and is marked partial."""
+
+    def __init__(self, report: EvaluationReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def _ratio(sum: float, count: int) -> float:
+    return sum / count if count else math.nan
+
+
+def for_json(value: Any) -> Any:
+    """`value` with its floats that JSON does not know spelled: "inf", "-inf" and "nan"."""
+    if isinstance(value, dict):
+        return {key: for_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

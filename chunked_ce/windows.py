@@ -1,0 +1,76 @@
+"""Sliding windows over documents that are longer than the context: every token scored once.
+
+A document of T tokens has T - 1 targets, tokens 1 to T - 1; target i is predicted from inputs up
+to i - 1. A window shows the model at most `context_length` inputs. The first scores all of its
+targets, and each further one starts `stride` tokens later and scores those of its targets, the last
+ones, that no window before it scored: a target has at least min(i, context_length - stride + 1)
+tokens of context. With stride = context_length windows are disjoint, with stride = 1 each token has
+all the context that there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Window(NamedTuple):
+    """Inputs start to stop - 1 of a document predict targets start + 1 to stop."""
+
+    document: int
+    start: int
+    stop: int
+    scored: int  # how many targets, the last ones
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+def sliding_windows(
+    lengths: Sequence[int],
+    context_length: int,
+    stride: int,
+    *,
+    full_last_window: bool = False,
+) -> list[Window]:
+    """The windows over documents of `lengths` tokens, in the order of the text.
+
+    By default a token's context depends on its position alone, so that cutting a document short
+    changes no score. With `full_last_window` the last window of a document reaches as far back as
+    the context allows, as in lm-evaluation-harness.
+    """
+    return [
+        window
+        for document, length in enumerate(lengths)
+        for window in _of_document(document, length, context_length, stride, full_last_window)
+    ]
+
+
+def _of_document(
+    document: int, length: int, context_length: int, stride: int, full_last_window: bool
+) -> Iterator[Window]:
+    start, done, last = 0, 0, length - 1  # `done`: the last target scored
+    while done < last:
+        stop = min(start + context_length, last)
+        if full_last_window:
+            start = max(0, stop - context_length)
+        yield Window(document, start, stop, stop - done)
+        start, done = start + stride, stop
+
+
+def batches(
+    windows: Sequence[Window], batch_size: int, *, sorted_batches: int = 32
+) -> list[list[int]]:
+    """Indices of windows, `batch_size` at a time.
+
+    Within each `sorted_batches` batches the longest come first, so that little of a batch is
+    padding while the batches still follow the text.
+    """
+    block = batch_size * sorted_batches
+    plan = []
+    for begin in range(0, len(windows), block):
+        indices = range(begin, min(begin + block, len(windows)))
+        by_length = sorted(indices, key=lambda i: -windows[i].length)
+        plan += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    return plan

@@ -1,0 +1,158 @@
+"""`chunked-ce perplexity` on a model saved here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from language_models import TEXTS, brute_force, byte_tokenizer, causal_lm
+
+from chunked_ce.cli import main
+from chunked_ce.cli.perplexity_report import binned
+from chunked_ce.report import PerplexityReport
+from chunked_ce.scoring import Scoring
+
+for needed in ("matplotlib", "tokenizers", "transformers"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    causal_lm().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    return folder
+
+
+def texts(folder):
+    return [str(folder / f"{i}.txt") for i in range(len(TEXTS))]
+
+
+def test_report_json_and_picture(folder, tmp_path, capsys):
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    argv = ["perplexity", str(folder), "--text", *texts(folder), "--context", "16", "--stride", "5"]
+    argv += ["--bos", "yes", "--device", "cpu", "--json", str(out), "--plot", str(picture)]
+    assert main(argv) == 0
+    report = json.loads(out.read_text(), parse_constant=pytest.fail)
+    tokenizer, model = byte_tokenizer(), causal_lm()
+    ids = [torch.tensor([tokenizer.bos_token_id, *tokenizer(t)["input_ids"]]) for t in TEXTS]
+    nll = [brute_force(model, d, 16, 5) for d in ids]
+    assert report["nll_sum"] == pytest.approx(sum(nll), rel=1e-6)
+    assert [d["nll_sum"] for d in report["per_document"]] == pytest.approx(nll, rel=1e-6)
+    assert report["tokens"] == sum(map(len, ids)) - 3
+    assert report["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert report["words"] == sum(len(text.split()) for text in TEXTS)
+    assert len(report["per_position"]) == 16 and report["partial"] is False
+    printed = capsys.readouterr().out
+    for measure in ("perplexity", "bits_per_token", "bits_per_byte", "accuracy"):
+        assert f"{report[measure]:.4f}" in printed
+    assert f"BOS {tokenizer.bos_token_id}, EOS not added" in printed and "stride 5" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_dtype_and_full_last_window(folder, capsys):
+    argv = ["perplexity", str(folder), "--text", texts(folder)[0], "--no-rank", "--device", "cpu"]
+    assert main([*argv, "--dtype", "float64"]) == 0
+    exact = capsys.readouterr().out
+    assert main([*argv, "--dtype", "bfloat16", "--full-last-window", "--eos", "yes"]) == 0
+    other = capsys.readouterr().out
+    assert exact != other and "accuracy" not in exact and "EOS 0" in other
+
+
+def test_ctrl_c_reports_what_there_is(folder, tmp_path, monkeypatch, capsys):
+    score, calls = Scoring._batch, []
+
+    def interrupted(self, chosen):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, chosen)
+
+    monkeypatch.setattr(Scoring, "_batch", interrupted)
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    argv = ["perplexity", str(folder), "--text", *texts(folder), "--batch-size", "1"]
+    argv += ["--json", str(out), "--plot", str(picture), "--device", "cpu"]
+    assert main(argv) == 130
+    report = json.loads(out.read_text())
+    assert report["partial"] is True and report["tokens"] > 0 and report["bytes"] is None
+    assert "PARTIAL" in capsys.readouterr().out and picture.exists()
+
+
+@pytest.mark.long
+def test_a_real_ctrl_c(folder, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXTS[0] * 4000)
+    command = [sys.executable, "-m", "chunked_ce.cli", "perplexity", str(folder), "--device", "cpu"]
+    command += ["--text", str(tmp_path / "long.txt"), "--batch-size", "1", "--stride", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    time.sleep(40)  # loading takes seconds, the text minutes
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "PARTIAL" in out and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(40, [1, 2, 3, 4]), (2, [15**0.5])])
+def test_positions_are_binned_without_losing_any(tokens, first):
+    positions = [PerplexityReport(float(i), tokens, nll_square_sum=1.0) for i in range(1, 129)]
+    bins = binned(positions)
+    assert sum(r.tokens for _, r in bins) == 128 * tokens
+    assert sum(r.nll_sum for _, r in bins) == sum(range(1, 129))
+    assert [x for x, _ in bins][: len(first)] == pytest.approx(first)
+    assert all(r.tokens >= 30 for _, r in bins) and 100 < bins[-1][0] < 128
+    assert binned(positions[:1]) == [(1.0, positions[0])] and binned([]) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{m} --text {t}/empty", "empty: empty; expected a file of text"),
+        ("{m} --text {t}/one", "document 0 has 1 token"),
+        ("{m} --text {t}/latin", "latin: not UTF-8 at byte 2"),
+        ("{m} --text {t}/none", "none: No such file or directory"),
+        ("{m} --text {t}", "Is a directory"),
+        ("{m} --text {t}/good --context 1", "context_length is 1, expected at least 2"),
+        ("{m} --text {t}/good --context 33", "the model has positions for 32 tokens"),
+        ("{m} --text {t}/good --stride 0", "stride is 0, expected 1 to context_length, 32"),
+        ("{m} --text {t}/good --stride 33", "stride is 33"),
+        ("{m} --text {t}/good --batch-size 0", "batch_size is 0"),
+        ("{m} --text {t}/good --bos 300", "token id 300, but the model's are 0 to 299"),
+        ("{m} --text {t}/good --device nonsense", "--device: 'nonsense' cannot be used here"),
+        ("{m} --text {t}/good --plot {t}/x.pdf", "--plot: expected a name that ends in .png"),
+        ("{m} --text {t}/good --plot {t}/no/x.png", "--plot: no file can be written"),
+        ("{m} --text {t}/good --json {t}/no/x", "--json: no file can be written"),
+        ("{t} --text {t}/good", "is no model folder: it has no config.json"),
+        ("{t}/good --text {t}/good", "is a file, expected the folder of a model"),
+        ("{t}/hollow --text {t}/good", "cannot be loaded as a causal LM"),
+        ("{t}/pickled --text {t}/good", "cannot be loaded as a causal LM"),
+        ("no-one/no-model --text {t}/good", "nothing is downloaded"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capfd, bad, says):
+    (tmp_path / "good").write_text("some words and more of them")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "one").write_text("a")
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
+    (tmp_path / "pickled").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "pickled" / name).write_bytes((folder / name).read_bytes())
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    assert main(["perplexity", *bad.format(m=folder, t=tmp_path).split()]) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("chunked-ce: ") and err.count("\n") == 1 and says in err and not out
+
+
+@pytest.mark.parametrize("bad", ["--context x", "--bos perhaps", "--unknown", "--dtype int8"])
+def test_what_argparse_rejects(folder, bad, capfd):
+    with pytest.raises(SystemExit) as exit:
+        main(["perplexity", str(folder), "--text", "x", *bad.split()])
+    assert exit.value.code == 2 and "error:" in capfd.readouterr().err

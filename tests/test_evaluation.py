@@ -1,0 +1,397 @@
+"""evaluate_perplexity and loglikelihood against loops over stock cross-entropy in fp64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, causal_lm
+
+from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
+from chunked_ce import evaluation as module
+from chunked_ce.language_model import examine
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return causal_lm()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def documents(*lengths):
+    return [torch.randint(3, VOCAB, (n,)) for n in lengths]
+
+
+# Head transforms of the field: none, a cap, a factor and a divisor of the logits, a bias.
+FAMILIES = {
+    "GPT2": {},
+    "Gemma2": dict(final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "Granite": dict(logits_scaling=3.7),
+    "Cohere": dict(logit_scale=0.0625),
+    "Phi": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("context", "stride"), [(CONTEXT, CONTEXT), (10, 3)])
+def test_any_head_equals_the_model_s_own_logits(family, context, stride):
+    model = causal_lm(family, **FAMILIES[family])
+    ids = documents(100, 7)
+    report = evaluate_perplexity(model, ids, context_length=context, stride=stride)
+    assert not report.logits_stored
+    expected = sum(brute_force(model, d, context, stride) for d in ids)
+    assert report.nll_sum == pytest.approx(expected, rel=1e-6)
+    assert report.tokens == 99 + 6
+
+
+def test_what_the_head_does(monkeypatch):
+    cap = causal_lm("Gemma2", final_logit_softcapping=3.0, query_pre_attn_scalar=8)
+    head = examine(cap, torch.arange(3, 12), torch.device("cpu")).head
+    assert (head.softcap, head.logit_scale) == (3.0, 1.0)
+    scaled = examine(causal_lm("Granite", logits_scaling=3.7), torch.arange(9), torch.device("cpu"))
+    assert scaled.head.softcap is None and scaled.head.logit_scale == pytest.approx(1 / 3.7)
+
+
+class Shifted(torch.nn.Module):
+    """A head that is no scaled product: a class is made more likely behind its back."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.get_decoder, self.get_output_embeddings = (
+            model.get_decoder,
+            model.get_output_embeddings,
+        )
+        self.get_input_embeddings = model.get_input_embeddings
+
+    def forward(self, input_ids, use_cache=False):
+        output = self.model(input_ids=input_ids, use_cache=use_cache)
+        output.logits[..., 7] += 4
+        return output
+
+
+def test_an_unknown_head_falls_back_to_the_model_s_logits(gpt2, monkeypatch):
+    model, ids = Shifted(gpt2), documents(90)
+    report = evaluate_perplexity(model, ids, batch_size=3)
+    assert report.logits_stored
+    assert report.nll_sum == pytest.approx(brute_force(model, ids[0], CONTEXT, CONTEXT), rel=1e-6)
+    from chunked_ce import language_model
+
+    monkeypatch.setattr(language_model, "_LOGITS_BYTES", 1)  # a row at a time
+    assert evaluate_perplexity(model, ids, batch_size=3).nll_sum == pytest.approx(
+        report.nll_sum, rel=1e-6
+    )
+
+
+def test_a_module_that_only_maps_ids_to_logits():
+    class Bigram(torch.nn.Embedding):
+        pass
+
+    model, ids = Bigram(VOCAB, VOCAB), documents(50)
+    report = evaluate_perplexity(model, ids, context_length=8)
+    expected = F.cross_entropy(model(ids[0][:-1]).double(), ids[0][1:], reduction="sum")
+    assert report.nll_sum == pytest.approx(expected.item(), rel=1e-6) and report.logits_stored
+
+
+def test_no_logits_exist(gpt2, monkeypatch):
+    """No tensor as large as [B, T, V] past the probe, whose 8 tokens do have logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from chunked_ce import linear
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor):
+                    self.numel = max(self.numel, t.numel())
+            return out
+
+    monkeypatch.setattr(linear, "_CPU_CHUNK_BYTES", 16 * 4 * VOCAB)
+    monkeypatch.setattr(linear, "_CHUNK_BYTES", 16 * 4 * VOCAB)
+    with Largest() as largest:
+        evaluate_perplexity(gpt2, documents(8 * CONTEXT + 1), batch_size=8)
+    assert largest.numel < 8 * CONTEXT * VOCAB / 2
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("order", [1, -1])
+def test_batch_size_and_order_do_not_matter(gpt2, size, order):
+    torch.manual_seed(3)
+    ids = documents(100, 3, 47, 2, 70)
+    alone = evaluate_perplexity(gpt2, ids, stride=9, batch_size=1, rank=True)
+    report = evaluate_perplexity(gpt2, ids[::order], stride=9, batch_size=size, rank=True)
+    assert report.nll_sum == pytest.approx(alone.nll_sum, rel=1e-6)
+    assert (report.tokens, report.top1) == (alone.tokens, alone.top1)
+    assert report.reciprocal_rank_sum == pytest.approx(alone.reciprocal_rank_sum, rel=1e-12)
+
+
+def test_right_padding_is_taken_off(gpt2):
+    ids = torch.stack([torch.randint(3, VOCAB, (20,)) for _ in range(2)])
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    padded = evaluate_perplexity(gpt2, ids, attention_mask=mask)
+    assert padded.nll_sum == evaluate_perplexity(gpt2, [ids[0], ids[1, :12]]).nll_sum
+    assert padded.tokens == 19 + 11
+
+
+def test_measures_of_each_token(gpt2):
+    (ids,) = documents(60)
+    report = evaluate_perplexity(
+        gpt2, ids, context_length=16, rank=True, per_position=True, per_window=True
+    )
+    nll, ranks, positions = [], [], torch.zeros(16, dtype=torch.float64)
+    for start in range(0, 59, 16):
+        x, y = ids[start : start + 16][: 59 - start], ids[start + 1 : start + 17]
+        z = gpt2(x[None]).logits[0].double()
+        losses = F.cross_entropy(z, y, reduction="none").detach()
+        positions[: len(y)] += losses
+        nll.append(losses)
+        ranks.append((z > z.gather(1, y[:, None])).sum(1))
+    each, rank = torch.cat(nll), torch.cat(ranks)
+    assert report.mean_nll_stderr == pytest.approx(float(each.std() / math.sqrt(59)), rel=1e-6)
+    assert report.accuracy == pytest.approx(float((rank == 0).double().mean()))
+    assert report.mean_reciprocal_rank == pytest.approx(float((1 / (1 + rank.double())).mean()))
+    torch.testing.assert_close(
+        torch.tensor([r.nll_sum for r in report.per_position]).double(),
+        positions,
+        rtol=1e-6,
+        atol=0,
+        check_dtype=False,
+    )
+    assert [r.tokens for r in report.per_position] == [4] * 11 + [3] * 5
+    assert [r.tokens for r in report.per_window] == [16, 16, 16, 11]
+    assert [r.nll_sum for r in report.per_window] == pytest.approx(
+        [float(losses.sum()) for losses in nll], rel=1e-6
+    )
+
+
+def test_corpus_and_documents_are_told_apart(gpt2):
+    ids = documents(80, 5)
+    report = evaluate_perplexity(gpt2, ids, per_document=True)
+    alone = [evaluate_perplexity(gpt2, d) for d in ids]
+    assert [r.nll_sum for r in report.per_document] == pytest.approx(
+        [r.nll_sum for r in alone], rel=1e-6
+    )
+    assert report.mean_document_perplexity == pytest.approx(
+        sum(r.perplexity for r in alone) / 2, rel=1e-6
+    )
+    assert report.perplexity == pytest.approx(
+        math.exp(sum(r.nll_sum for r in alone) / 83), rel=1e-6
+    )
+
+
+def test_bytes_and_words_are_those_of_the_scored_text(gpt2, tokenizer):
+    text = "→ naïve cats sat"
+    with_bos = evaluate_perplexity(gpt2, text=text, tokenizer=tokenizer, bos=True, eos=True)
+    assert with_bos.bos == with_bos.eos == tokenizer.bos_token_id
+    assert (with_bos.bytes, with_bos.words) == (len(text.encode()), 4)
+    ids = tokenizer(text)["input_ids"]
+    assert with_bos.tokens == len(ids) + 1
+    without = evaluate_perplexity(gpt2, text="naïve cats sat", tokenizer=tokenizer)
+    first = tokenizer.decode(tokenizer("naïve cats sat")["input_ids"][:1])
+    assert without.bos is None and without.bytes == len("naïve cats sat".encode()) - len(first)
+    assert without.tokens == len(tokenizer("naïve cats sat")["input_ids"]) - 1
+    by_id = evaluate_perplexity(gpt2, ids, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    assert by_id.nll_sum == with_bos.nll_sum and by_id.bytes is None
+
+
+def test_bos_is_put_where_the_tokenizer_puts_it(gpt2, tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    with_bos = copy.deepcopy(tokenizer)
+    end = tokenizer.bos_token
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.bos_token_id)]
+    )
+    report = evaluate_perplexity(gpt2, text=TEXTS, tokenizer=with_bos)
+    assert report.bos == tokenizer.bos_token_id
+    assert (
+        report.nll_sum
+        == evaluate_perplexity(gpt2, text=TEXTS, tokenizer=tokenizer, bos=True).nll_sum
+    )
+    assert evaluate_perplexity(gpt2, text=TEXTS, tokenizer=with_bos, bos=False).bos is None
+
+
+def test_the_model_is_left_as_it_was(gpt2):
+    model = causal_lm(resid_pdrop=0.5)
+    model.train()
+    model.transformer.h[0].eval()
+    ids = documents(40)
+    first = evaluate_perplexity(model, ids)
+    assert first.nll_sum == evaluate_perplexity(model, ids).nll_sum, "dropout was on"
+    assert model.training and not model.transformer.h[0].training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_half_precision_and_autocast(gpt2):
+    ids = documents(70)
+    exact = evaluate_perplexity(gpt2, ids)
+    half = evaluate_perplexity(causal_lm().bfloat16(), ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = evaluate_perplexity(gpt2, ids)
+    for report in (half, cast):
+        assert not report.logits_stored
+        assert report.mean_nll == pytest.approx(exact.mean_nll, rel=2e-2) and report != exact
+
+
+def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
+    from chunked_ce.scoring import Scoring
+
+    score, calls = Scoring._batch, []
+
+    def interrupted(self, chosen):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, chosen)
+
+    monkeypatch.setattr(Scoring, "_batch", interrupted)
+    ids = documents(6 * CONTEXT + 1)
+    with pytest.raises(EvaluationInterrupted) as caught:
+        evaluate_perplexity(gpt2, ids, batch_size=2)
+    report = caught.value.report
+    assert report.partial and report.tokens == 4 * CONTEXT and report.windows == 6
+    assert isinstance(caught.value, KeyboardInterrupt)
+    monkeypatch.undo()
+    expected = brute_force(gpt2, ids[0][: 4 * CONTEXT + 1], CONTEXT, CONTEXT)
+    assert report.nll_sum == pytest.approx(expected, rel=1e-6)
+
+
+def test_progress_shows_the_running_perplexity(gpt2, capfd):
+    pytest.importorskip("tqdm")
+    evaluate_perplexity(gpt2, documents(70), progress=True, batch_size=1)
+    err = capfd.readouterr().err
+    assert "69.0/69.0" in err or "69/69" in err
+
+
+# loglikelihood
+
+
+@torch.no_grad()
+def test_loglikelihood(gpt2):
+    pairs = [
+        (torch.randint(3, VOCAB, (n,)).tolist(), torch.randint(3, VOCAB, (m,)).tolist())
+        for n, m in ((1, 1), (5, 3), (60, 4), (3, CONTEXT))
+    ]
+    prompt = [5, 9]
+    greedy = list(prompt)
+    for _ in range(4):
+        greedy.append(int(gpt2(torch.tensor([greedy])).logits[0, -1].argmax()))
+    pairs.append((prompt, greedy[2:]))
+    results = loglikelihood(gpt2, pairs, batch_size=3)
+    for (context, continuation), (logprob, is_greedy) in zip(pairs, results, strict=True):
+        ids = torch.tensor(context + continuation)[-CONTEXT - 1 :]
+        logits = gpt2(ids[None, :-1]).logits[0, -len(continuation) :].double().log_softmax(-1)
+        target = ids[-len(continuation) :, None]
+        assert logprob == pytest.approx(float(logits.gather(1, target).sum()), rel=1e-6)
+        assert is_greedy == bool((logits.argmax(-1, keepdim=True) == target).all())
+    assert results[-1].is_greedy and not results[1].is_greedy
+    assert loglikelihood(gpt2, []) == []
+
+
+# Mistakes
+
+IDS = torch.arange(3, 40)
+
+
+def no_maximum():
+    return torch.nn.Embedding(VOCAB, VOCAB)
+
+
+class Bidirectional(torch.nn.Module):
+    def forward(self, ids):
+        one_hot = F.one_hot(ids, VOCAB).float()
+        return one_hot + one_hot.sum(1, keepdim=True)
+
+
+class Pooled(torch.nn.Module):
+    def forward(self, ids):
+        return torch.zeros(len(ids), VOCAB)
+
+
+def left_padded():
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, :2] = 0
+    return dict(input_ids=torch.ones(2, 5, dtype=torch.long), attention_mask=mask)
+
+
+MISTAKES = [
+    ("nothing to score", {}, TypeError, "expected input_ids, or text and its tokenizer, got neither"),
+    ("two sources", dict(input_ids=IDS, text="a"), TypeError, "got both"),
+    ("text without a tokenizer", dict(text="abc"), TypeError, "text needs its tokenizer"),
+    ("text as ids", dict(input_ids="abc"), TypeError, "input_ids must be a Tensor .* got str: pass it as text="),
+    ("ids with a tokenizer", dict(input_ids=IDS, tokenizer=str), TypeError, "tokenizer goes with text"),
+    ("empty text", dict(text="", tokenizer="own"), ValueError, "document 0 of text is empty"),
+    ("an empty one among texts", dict(text=["ab cd", ""], tokenizer="own"), ValueError, "document 1 of text is empty"),
+    ("no text", dict(text=[], tokenizer="own"), ValueError, "text holds no document"),
+    ("text of one token", dict(text="a", tokenizer="own"), ValueError, "document 0 has 1 token, .*at least 2.*bos=True"),
+    ("one id", dict(input_ids=[[3, 4], [5]]), ValueError, "document 1 has 1 token"),
+    ("no ids", dict(input_ids=[]), ValueError, "input_ids holds no document"),
+    ("ids of floats", dict(input_ids=IDS.float()), TypeError, "input_ids has dtype torch.float32"),
+    ("ids of three dimensions", dict(input_ids=IDS[None, None]), ValueError, r"input_ids has shape \[1, 1, 37\]"),
+    ("ragged nested lists", dict(input_ids=[[[1], [2, 3]]]), TypeError, "document 0 of input_ids is"),
+    ("context of one", dict(input_ids=IDS, context_length=1), ValueError, "context_length is 1, expected at least 2"),
+    ("context of float", dict(input_ids=IDS, context_length=8.0), TypeError, "context_length must be an int or None, got float"),
+    ("context past the positions", dict(input_ids=IDS, context_length=33), ValueError, "context_length is 33, but the model has positions for 32"),
+    ("no maximum, no context", dict(model=no_maximum, input_ids=IDS), ValueError, "context_length is None.*no maximum length"),
+    ("stride 0", dict(input_ids=IDS, stride=0), ValueError, "stride is 0, expected 1 to context_length, 32"),
+    ("stride past the context", dict(input_ids=IDS, context_length=8, stride=9), ValueError, "stride is 9"),
+    ("batch of none", dict(input_ids=IDS, batch_size=0), ValueError, "batch_size is 0"),
+    ("left padding", left_padded(), ValueError, "row 1 begins with padding.*position ids.*pad on the right"),
+    ("mask of another shape", dict(input_ids=IDS[None], attention_mask=torch.ones(1, 3)), ValueError, "attention_mask has shape"),
+    ("mask of text", dict(text="ab", tokenizer="own", attention_mask=torch.ones(1, 2)), TypeError, "goes with input_ids"),
+    ("another model's tokenizer", dict(model=lambda: causal_lm(vocab_size=200), text="ab cd", tokenizer="own"), ValueError, "tokenizer has 300 tokens, but the model has embeddings for 200"),
+    ("a far smaller tokenizer", dict(model=lambda: causal_lm(vocab_size=5000), text="ab cd", tokenizer="own"), ValueError, "embeddings for 5000"),
+    ("an id out of range", dict(input_ids=torch.tensor([3, 300])), ValueError, "document 0 has token id 300, but the model's are 0 to 299"),
+    ("a negative id", dict(input_ids=torch.tensor([3, -100])), ValueError, "document 0 has token id -100"),
+    ("bos of str", dict(input_ids=IDS, bos="yes"), TypeError, "bos must be True, False or a token id, got str"),
+    ("bos unknown", dict(model=lambda: causal_lm(bos_token_id=None), input_ids=IDS, bos=True), ValueError, "bos is True, but neither"),
+    ("flag of int", dict(input_ids=IDS, rank=1), TypeError, "rank must be True or False"),
+    ("unknown device", dict(input_ids=IDS, device="nope"), ValueError, "device is 'nope'"),
+    ("unknown backend", dict(input_ids=IDS, backend="cuda"), ValueError, "backend is 'cuda'"),
+    ("not causal", dict(model=Bidirectional, input_ids=IDS, context_length=8), ValueError, "model is not causal"),
+    ("no language model", dict(model=Pooled, input_ids=IDS, context_length=8), ValueError, r"model returned \[2, 300\] for ids \[2, 8\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
+def test_mistakes(gpt2, tokenizer, monkeypatch, arguments, error, message):
+    monkeypatch.setattr(module.Scoring, "run", lambda *args: pytest.fail("work was begun"))
+    arguments = dict(arguments)
+    model = arguments.pop("model", lambda: gpt2)()
+    if arguments.get("tokenizer") == "own":
+        arguments["tokenizer"] = tokenizer
+    with pytest.raises(error, match=message) as caught:
+        evaluate_perplexity(model, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ("ab", TypeError, "pairs must be a sequence"),
+        ([([1], [2], [3])], TypeError, "pair 0 is .*expected .context, continuation."),
+        ([([1], [2]), ([], [2])], ValueError, "context of pair 1 is empty"),
+        ([([1], [])], ValueError, "continuation of pair 0 has 0 tokens, expected 1 to context_length, 32"),
+        ([([1], list(range(33)))], ValueError, "continuation of pair 0 has 33 tokens"),
+        ([([1], [400])], ValueError, "pair 0 has token id 400"),
+        ([([1], [0.5])], TypeError, "continuation of pair 0 has dtype torch.float32"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_pairs(gpt2, pairs, error, message):
+    with pytest.raises(error, match=message):
+        loglikelihood(gpt2, pairs)

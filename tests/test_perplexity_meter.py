@@ -1,0 +1,186 @@
+"""Perplexity as a meter: ranks and errors, merging, saving, and the process groups of several ranks."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import batch
+from language_models import CONTEXT, VOCAB, causal_lm
+
+from chunked_ce import Perplexity, PerplexityReport, evaluate_perplexity
+
+
+def test_standard_error_and_ranks():
+    x, target = batch(200, 50)
+    meter = Perplexity()
+    for logits, labels in zip(x.split(30), target.split(30), strict=True):
+        meter.update(logits, labels, rank=True)
+    losses = oracle.cross_entropy(x, target, reduction="none")[target != -100]
+    rank = oracle.token_stats(x, target)["rank"][target != -100].double()
+    report = meter.report()
+    stderr = float(losses.std() / math.sqrt(len(losses)))
+    assert report.mean_nll_stderr == pytest.approx(stderr, rel=1e-6)
+    assert report.accuracy == pytest.approx(float((rank == 0).double().mean()), rel=1e-12)
+    assert report.mean_reciprocal_rank == pytest.approx(float((1 / (1 + rank)).mean()), rel=1e-12)
+    for part in (f"± {stderr:.4f} nats", "top-1 accuracy", "mean reciprocal rank"):
+        assert part in str(report)
+    meter.update(*batch(3, 50))
+    assert meter.report().accuracy is None and meter.report().mean_nll_stderr is not None
+    meter.update_nll(2.0, 1)
+    assert meter.report().mean_nll_stderr is None
+
+
+def test_equal_losses_have_no_spread():
+    report = PerplexityReport(0.1 * 3000, 3000, nll_square_sum=0.1**2 * 3000)
+    assert 0 <= report.mean_nll_stderr < 1e-8
+    assert math.isnan(PerplexityReport(1.0, 1, nll_square_sum=1.0).mean_nll_stderr)
+
+
+def test_json_has_no_infinities():
+    report = PerplexityReport(nll_sum=1e6, tokens=10, nll_square_sum=1e12)
+    known = json.loads(report.to_json(), parse_constant=pytest.fail)
+    assert known["perplexity"] == "inf" and known["mean_nll"] == 1e5
+    assert known["bits_per_byte"] is None
+
+
+def test_a_call_updates_and_returns_the_batch_s_own():
+    meter = Perplexity()
+    first, second = batch(20, 50), batch(30, 50)
+    alone = [meter(*first), meter(*second)]
+    for value, (x, target) in zip(alone, (first, second), strict=True):
+        expected = oracle.cross_entropy(x, target).exp()
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    both = Perplexity()
+    both.update(*first)
+    both.update(*second)
+    assert meter.compute() == both.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_as_torchmetrics(dtype):
+    text = pytest.importorskip("torchmetrics.text")
+    x, target = batch((4, 50), 60, dtype)
+    ours, theirs = Perplexity(), text.Perplexity(ignore_index=-100).to(torch.float64)
+    theirs.set_dtype(torch.float64)
+    for rows in (slice(0, 1), slice(1, 4)):
+        ours.update(x[rows], target[rows])
+        theirs.update(x[rows], target[rows])
+    torch.testing.assert_close(ours.compute(), theirs.compute().double(), rtol=2e-6, atol=0)
+
+
+def test_merge_and_state():
+    parts = [batch(20, 50) for _ in range(3)]
+    whole, meters = Perplexity(), [Perplexity() for _ in parts]
+    for meter, (x, target) in zip(meters, parts, strict=True):
+        meter.update(x, target, n_bytes=7, rank=True)
+        whole.update(x, target, n_bytes=7, rank=True)
+    merged = Perplexity()
+    for meter in meters:
+        merged.merge(meter)
+    assert merged.report() == whole.report() == sum(meters[1:], meters[0]).report()
+    assert merged.report().words is None and merged.report().bytes == 21
+
+    with tempfile.TemporaryFile() as file:
+        torch.save(whole.state_dict(), file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+    again = Perplexity()
+    again.update(*parts[0])  # forgotten
+    again.load_state_dict(saved)
+    assert again.report() == whole.report()
+    again.update(*parts[0])
+    assert again.report().tokens > whole.report().tokens and whole.report() == merged.report()
+    assert whole.sync().report() == whole.report()  # no process group: alone
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.merge(3), TypeError, "other must be a Perplexity, got int"),
+        (lambda m: m.load_state_dict([1]), TypeError, "state_dict must be a mapping, got list"),
+        (lambda m: m.load_state_dict({"loss": 1}), ValueError, "has keys loss, expected nll_sum"),
+        (lambda m: m.update(*batch(3, 20), rank=1), TypeError, "rank must be True or False"),
+        (lambda m: m.update_nll(1.0, 1, nll_square_sum="x"), TypeError, "nll_square_sum must be"),
+    ],
+)  # fmt: skip
+def test_mistakes(call, error, message):
+    meter = Perplexity()
+    with pytest.raises(error, match=message):
+        call(meter)
+    assert meter.report() == PerplexityReport(0.0, 0), "nothing was counted"
+
+
+# Several processes
+
+
+def meter_of(rank: int, size: int) -> Perplexity:
+    """Of every `size`-th of 10 batches."""
+    torch.manual_seed(0)
+    meter = Perplexity()
+    for i, (x, target) in enumerate([batch(9, 50) for _ in range(10)]):
+        if i % size == rank:
+            meter.update(x, target, n_bytes=2**40 + i, words=None, rank=True)
+    return meter
+
+
+def evaluated(group=None):
+    torch.manual_seed(0)
+    documents = [torch.randint(3, VOCAB, (n,)) for n in (150, 3, 90, 41)]
+    return evaluate_perplexity(
+        causal_lm(), documents, context_length=CONTEXT, stride=11, batch_size=4, rank=True,
+        per_document=True, per_position=True, per_window=True, group=group,
+    )  # fmt: skip
+
+
+def one_rank(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    collectives = []
+    for name in ("all_gather", "all_reduce"):
+        call = getattr(dist, name)
+        setattr(dist, name, lambda *a, call=call, **k: (collectives.append(1), call(*a, **k)))
+    meter = meter_of(rank, size)
+    before = meter.report()
+    synced = meter.sync()
+    assert len(collectives) == 1 and meter.report() == before
+    assert meter.sync().report() == synced.report(), "nothing is counted twice"
+    without_first = (Perplexity() if rank == 0 else meter).sync()
+    assert without_first.report().tokens < synced.report().tokens
+    report = evaluated(dist.group.WORLD)
+    torch.save([vars(synced.report()), report.to_dict()], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_ranks_report_what_one_process_reports(size, tmp_path):
+    pytest.importorskip("transformers")
+    if not dist.is_available():
+        pytest.skip("torch without distributed")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(one_rank, (size, str(tmp_path)), nprocs=size)
+    meter, report = vars(meter_of(0, 1).report()), evaluated().to_dict()
+    torch.set_num_threads(threads)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    assert all(r == ranks[0] for r in ranks[1:]), "all ranks have the same bits"
+    synced, together = ranks[0]
+    for name, value in meter.items():
+        if isinstance(value, float):
+            assert synced[name] == pytest.approx(value, rel=1e-12)
+        else:
+            assert synced[name] == value
+    positions = together.pop("per_position"), report.pop("per_position")
+    assert together == report, "sums of windows are added in one order: bit for bit"
+    for ours, alone in zip(*positions, strict=True):
+        assert ours["tokens"] == alone["tokens"] and ours["top1"] == alone["top1"]
+        assert ours["nll_sum"] == pytest.approx(alone["nll_sum"], rel=1e-12)
