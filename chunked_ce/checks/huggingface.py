@@ -27,16 +27,18 @@ def causal_lm(model: Any) -> nn.Module:
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise TypeError(f"model is compiled ({kind}): enable it first, then compile it")
     if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
-        raise TypeError(f"model is wrapped in {kind}: call enable(model.module), or before wrapping")
-    if callable(getattr(model, "get_base_model", None)):
-        model = model.get_base_model()
-    if not callable(getattr(model, "get_output_embeddings", None)):
+        raise TypeError(
+            f"model is wrapped in {kind}: call enable(model.module), or before wrapping"
+        )
+    of_peft = getattr(model, "get_base_model", None)
+    base: Any = of_peft() if callable(of_peft) else model
+    if not callable(getattr(base, "get_output_embeddings", None)):
         raise TypeError(
             f"{kind} is no model of transformers (it has no get_output_embeddings): in your own "
             "forward call chunked_ce.linear_cross_entropy(hidden, lm_head.weight, labels)"
         )
-    base: nn.Module = model
-    return base
+    found: nn.Module = base
+    return found
 
 
 def not_enabled(already: bool) -> None:
@@ -49,8 +51,8 @@ def output_head(model: Any) -> nn.Linear:
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"{name} has no output head (get_output_embeddings() is None), so nothing would change: "
-            "load it as AutoModelForCausalLM"
+            f"{name} has no output head (get_output_embeddings() is None), so nothing would "
+            "change: load it as AutoModelForCausalLM"
         )
     kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
     otherwise = "or set model.loss_function = chunked_ce.huggingface.causal_lm_loss"

@@ -4,7 +4,7 @@ causal_lm_loss   `model.loss_function = causal_lm_loss`: the loss of logits that
 enable           the logits are not computed at all: hidden states go to `linear_cross_entropy`
 DeferredLogits   what the model's output head returns then
 
-No model is known by name: what a model does to its logits before the loss is recorded as it happens.
+No model is known by name: what one does to its logits before the loss is recorded as it happens.
 """
 
 from .deferred import DeferredLogits

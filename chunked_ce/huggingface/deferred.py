@@ -21,7 +21,9 @@ from .. import checks
 
 def version(tensor: Tensor) -> int:
     """Counts the writes to a tensor. Inference tensors, which do not, count as unwritten."""
-    return 0 if tensor.is_inference() else tensor._version
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return 0
+    return tensor._version
 
 
 class Head(NamedTuple):
@@ -115,9 +117,7 @@ class DeferredLogits:
         if self._real is not None:
             return operation(self._real)
         state: dict[str, Any] = dict(hidden=self._hidden, factors=self._factors, dtype=self.dtype)
-        return DeferredLogits(
-            self._head, parent=self, operation=operation, **{**state, **changes}
-        )
+        return DeferredLogits(self._head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
         if self._factors is None:
@@ -244,12 +244,11 @@ def _of_the_tensor(name: str) -> Callable[..., Any]:
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_OPERATORS = (
-    *(f"__{r}{name}__" for name in _BINARY for r in ("", "r", "i")),
-    *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert")),
-    *(f"__{name}__" for name in ("len", "iter", "contains", "setitem", "array", "dlpack")),
-    *(f"__{name}__" for name in ("bool", "int", "float", "index", "complex")),
+_OTHERS = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "len", "iter", "contains"),
+    *("setitem", "array", "dlpack", "bool", "int", "float", "index", "complex"),
 )
-for _name in _OPERATORS:  # an operator is looked up on the class, past __getattr__
-    if hasattr(Tensor, _name) and _name not in ("__mul__", "__rmul__", "__truediv__"):
-        setattr(DeferredLogits, _name, _of_the_tensor(_name))
+for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
+    _operator = f"__{_name}__"  # looked up on the class, past __getattr__
+    if hasattr(Tensor, _operator) and _name not in ("mul", "rmul", "truediv"):
+        setattr(DeferredLogits, _operator, _of_the_tensor(_operator))

@@ -43,8 +43,8 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
     Raises:
         TypeError: not a model of transformers, or a head that is no plain linear layer (LoRA on the
             head, quantised, sharded).
-        ValueError: nothing would change (no output head, no labels, a loss of its own), or the model
-            is enabled already.
+        ValueError: nothing would change (no output head, no labels, a loss of its own), or the
+            model is enabled already.
     """
     model = checks.causal_lm(model)
     checks.not_enabled(_STATE in vars(model))
