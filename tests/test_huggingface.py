@@ -9,9 +9,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
 
 from bench.huggingface import MODELS, VOCAB, LogitsMade, batch, build, differences, step
 from chunked_ce.huggingface import DeferredLogits, causal_lm_loss, enable
@@ -95,7 +94,7 @@ def test_arguments_and_order_are_transformers(kwargs):
     for given in (labels, None):
         ours = causal_lm_loss(logits, given, 29, **kwargs, shift_labels=shift)
         torch.testing.assert_close(ours, expected)
-    flat = causal_lm_loss(logits.view(-1, 29), labels, 29, **kwargs, shift_labels=shift.view(-1))
+    flat = causal_lm_loss(logits.view(-1, 29), labels, 29, **kwargs, shift_labels=shift.flatten())
     torch.testing.assert_close(flat, expected)
 
 
@@ -315,12 +314,12 @@ def test_logits_of_a_weight_that_is_gone():
     enable(model)
     outputs = model(**batch())
     outputs.loss.backward()
-    assert outputs.logits[0, 0].shape == (VOCAB,)
+    assert outputs.logits.tensor().isfinite().all()
     later = model(**batch())
     torch.optim.SGD(model.parameters(), 0.1).step()
     with pytest.raises(RuntimeError, match="read it before optimizer.step"):
         later.logits.argmax(-1)
-    assert outputs.logits[0, 0].isfinite().all()
+    assert outputs.logits[0, 0].isfinite().all(), "computed before"
 
 
 def test_evaluation_and_generation_are_untouched():
@@ -409,10 +408,7 @@ def test_a_head_that_is_replaced_later_is_right():
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
-@pytest.mark.framework
-@pytest.mark.parametrize("name", SOFTCAPPED[:3])
-@pytest.mark.parametrize("way", ["loss", "enable"])
-def test_compile_fullgraph(name, way):
+def compiled_step(name, way, tracer):
     model = build(name)
     expected, gradients, _ = step(model)
     if way == "enable":
@@ -420,7 +416,7 @@ def test_compile_fullgraph(name, way):
     else:
         model.loss_function = causal_lm_loss
     model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=tracer, fullgraph=True)
     for _ in range(2):
         outputs = compiled(**batch())
     outputs.loss.backward()
@@ -430,6 +426,20 @@ def test_compile_fullgraph(name, way):
     assert isinstance(outputs.logits, DeferredLogits) == (way == "enable")
     assert outputs.logits.argmax(-1).shape == batch()["labels"].shape
     assert isinstance(compiled(input_ids=batch()["input_ids"]).logits, torch.Tensor)
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize(("name", "way"), [("Llama", "loss"), ("Gemma2", "enable")])
+def test_compile_fullgraph(name, way):
+    compiled_step(name, way, "aot_eager")
+
+
+@pytest.mark.long
+@pytest.mark.framework
+@pytest.mark.parametrize("name", [*SOFTCAPPED[:3], "OPT"])
+@pytest.mark.parametrize("way", ["loss", "enable"])
+def test_compile_fullgraph_with_inductor(name, way):
+    compiled_step(name, way, "inductor")
 
 
 @pytest.mark.framework
