@@ -83,10 +83,11 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 
 
 class LogitsMade(TorchDispatchMode):
-    """Counts new tensors [..., V] of as many elements as the logits."""
+    """Counts new tensors [..., V] of at least as many elements as the logits, less the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = BATCH) -> None:
         super().__init__()
+        self.least = rows * (LENGTH - 1) * VOCAB
         self.count = 0
         self.dtypes: set[torch.dtype] = set()
 
@@ -96,7 +97,7 @@ class LogitsMade(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         old = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.numel() >= BATCH * (LENGTH - 1) * VOCAB:
+            if isinstance(t, Tensor) and t.numel() >= self.least:
                 if VOCAB in t.shape[-1:] and _address(t) not in old:
                     self.count += 1
                     self.dtypes.add(t.dtype)

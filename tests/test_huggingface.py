@@ -471,15 +471,18 @@ def test_gradient_checkpointing():
 
 
 @pytest.mark.parametrize("name", SOFTCAPPED)
-@pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
-def test_bfloat16(name, mode):
-    """No further from fp64 than transformers' own, which rounds the logits to bfloat16 too."""
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None)],
+)
+def test_half_precision(name, dtype, autocast):
+    """No further from fp64 than transformers' own, which rounds the logits too."""
     truth = step(build(name, torch.float64))[1]
 
     def distance(use):
-        model = build(name, torch.bfloat16 if mode == "bfloat16" else torch.float32)
+        model = build(name, dtype)
         use(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
             outputs = model(**batch())
         outputs.loss.backward()
         assert outputs.loss.dtype == torch.float32
@@ -627,7 +630,10 @@ def sharded(group=False):
     class DTensor(torch.Tensor):
         pass
 
-    class FSDPLinear(nn.Linear):
+    class FSDPModule:
+        pass
+
+    class FSDPLinear(FSDPModule, nn.Linear):
         pass
 
     model = build("Llama")

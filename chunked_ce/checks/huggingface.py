@@ -77,18 +77,26 @@ def output_head(model: Any) -> nn.Linear:
             f"the output head's weight has dtype {head.weight.dtype}, expected a floating one: "
             f"keep the head out of quantisation, {otherwise}"
         )
+    no_group_of_its_own(head)
     _one_piece(model, head, otherwise)
     return head
 
 
-def _one_piece(model: Any, head: nn.Linear, otherwise: str) -> None:
-    if any("FSDP" in cls.__name__ for cls in type(head).__mro__):
+def no_group_of_its_own(head: nn.Module) -> None:
+    """FSDP2 frees a group's weights when its forward is over, before the loss."""
+    if _fully_sharded(head):
         raise TypeError(
             "the output head is a group of its own under FSDP2, whose weight is gone when the loss "
             "needs it: call fully_shard on the layers and on the model, but not on the head"
         )
-    gathered = any("FSDP" in cls.__name__ for cls in type(model).__mro__)  # whole in its forward
-    sharded = is_sharded(head.weight) and not gathered
+
+
+def _fully_sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _one_piece(model: Any, head: nn.Linear, otherwise: str) -> None:
+    sharded = is_sharded(head.weight) and not _fully_sharded(model)  # FSDP2 gathers it in forward
     if sharded or (getattr(model, "_tp_size", None) or 1) > 1:
         raise TypeError(
             "the output head's weight is sharded over devices (tensor parallelism): use "

@@ -136,4 +136,5 @@ def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
     state: Enabled | None = vars(self).get(_STATE)
     if state is None or not state._deferring or checks.is_sharded(self.weight):
         return nn.Linear.forward(self, input)
+    checks.no_group_of_its_own(self)
     return DeferredLogits(Head.of(input, self.weight, self.bias, state._on_use), input)
