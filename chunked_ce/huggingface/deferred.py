@@ -52,9 +52,13 @@ class Head(NamedTuple):
         given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         freed = any(t.numel() and not t.untyped_storage().size() for t in given)
         checks.head_unchanged(not freed and tuple(map(version, given)) == self.versions)
-        enabled = self.autocast is not None
-        with torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled):
+        with self.autocast_then():
             return F.linear(self.hidden, self.weight, self.bias)
+
+    def autocast_then(self) -> torch.autocast:
+        """Autocast as it was when the logits were deferred."""
+        enabled = self.autocast is not None
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)
 
 
 class DeferredLogits:
@@ -78,7 +82,7 @@ class DeferredLogits:
         factors: tuple[float, float | None] | None = (1.0, None),
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._head, self._hidden = head, hidden
+        self.head, self._hidden = head, hidden
         self._parent, self._operation = parent, operation
         self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
@@ -87,26 +91,25 @@ class DeferredLogits:
     def tensor(self) -> Tensor:
         """The logits. Computed at the first call, and part of autograd's graph."""
         if self._real is None:
-            with torch.set_grad_enabled(self._head.with_grad):
+            with torch.set_grad_enabled(self.head.with_grad):
                 if self._parent is None or self._operation is None:
-                    self._real = self._head.logits()
+                    self._real = self.head.logits()
                 else:
                     self._real = self._operation(self._parent.tensor())
         return self._real
 
-    def linear(self) -> tuple[Tensor, Tensor, Tensor | None, float, float | None] | None:
-        """(hidden states, weight, bias, logit_scale, softcap): what the logits would be made of.
+    def linear(self) -> tuple[Tensor, Head, float, float | None] | None:
+        """(hidden states, head, logit_scale, softcap): what the logits would be made of.
 
         None where they exist already and may have been changed, or are no such product.
         """
         if self._factors is None or self._computed():
             return None
         scale, cap = self._factors
-        weight, bias = self._head.weight, self._head.bias
         if cap is None:
-            return self._hidden, weight, bias, scale, None
+            return self._hidden, self.head, scale, None
         # cap * tanh(scale * x) is |cap| * tanh(scale * cap * x / |cap|)
-        return self._hidden, weight, bias, scale * cap, abs(cap)
+        return self._hidden, self.head, scale * cap, abs(cap)
 
     def _computed(self) -> bool:
         return self._real is not None or (self._parent is not None and self._parent._computed())
@@ -117,7 +120,7 @@ class DeferredLogits:
         if self._real is not None:
             return operation(self._real)
         state: dict[str, Any] = dict(hidden=self._hidden, factors=self._factors, dtype=self.dtype)
-        return DeferredLogits(self._head, parent=self, operation=operation, **{**state, **changes})
+        return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
         if self._factors is None:
@@ -166,7 +169,7 @@ class DeferredLogits:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self._hidden.shape[:-1], self._head.weight.shape[0]))
+        return torch.Size((*self._hidden.shape[:-1], self.head.weight.shape[0]))
 
     @property
     def device(self) -> torch.device:

@@ -60,9 +60,10 @@ def causal_lm_loss(
             rows, target,
             dim=-1, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
         )  # fmt: skip
-    hidden, weight, bias, logit_scale, softcap = product
-    return linear_cross_entropy(
-        hidden, weight, target,
-        linear_bias=bias, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
-        logit_scale=logit_scale, softcap=softcap,
-    )  # fmt: skip
+    hidden, head, logit_scale, softcap = product
+    with head.autocast_then():
+        return linear_cross_entropy(
+            hidden, head.weight, target,
+            linear_bias=head.bias, ignore_index=ignore_index, num_items=num_items,
+            vocab_size=vocab_size, logit_scale=logit_scale, softcap=softcap,
+        )  # fmt: skip
