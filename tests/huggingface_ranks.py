@@ -37,7 +37,8 @@ def check(gradients, model, loss, expected) -> None:
         torch.testing.assert_close(grad, gradients[name], rtol=1e-5, atol=1e-6)
 
 
-def step(model, rank: int) -> torch.Tensor:
+def step(model, rank: int, after: str = "whole") -> torch.Tensor:
+    """The loss times the ranks. `after`: whether the weight still exists after backward."""
     size = (BATCH + 1) // dist.get_world_size()
     mine = rows(slice(size * rank, size * (rank + 1)))
     items = (mine["labels"][:, 1:] != -100).sum()
@@ -48,6 +49,10 @@ def step(model, rank: int) -> torch.Tensor:
         loss = outputs.loss * dist.get_world_size()
         loss.backward()
     assert made.count == 0
+    try:
+        assert outputs.logits.argmax(-1).shape == mine["labels"].shape and after == "whole"
+    except RuntimeError as error:
+        assert "read it before" in str(error) and after == "freed"
     return loss.detach()
 
 
@@ -79,7 +84,7 @@ def main() -> None:
         fully_shard(model)
         if not enable_first:
             enable(model)
-        check(gradients, model, step(model, rank), expected)
+        check(gradients, model, step(model, rank, after="freed"), expected)
 
     for enable_first in (True, False):
         model = build("Llama")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from bench.huggingface import MODELS, VOCAB, LogitsMade, batch, build, differences, step
+from bench.huggingface import MODELS, VOCAB, LogitsMade, batch, build, differences, main, step
 from chunked_ce.huggingface import DeferredLogits, causal_lm_loss, enable
 from chunked_ce.huggingface.deferred import Head
 
@@ -39,6 +39,15 @@ def test_every_architecture_agrees_and_makes_no_logits(name):
     for ours in (with_logits, deferred):
         assert ours.loss <= 1e-6 and ours.gradient <= 2e-6
     assert with_logits.tensors == stock.tensors - 2 and deferred.tensors == 0
+
+
+def test_bench_prints_what_it_writes(tmp_path, capsys):
+    assert main(["--only", "Llama", "--csv", str(tmp_path / "models.csv")]) == 0
+    head, *rows = (tmp_path / "models.csv").read_text().splitlines()
+    assert head == "model,way,loss,gradient,tensors" and len(rows) == 3
+    printed = capsys.readouterr().out.splitlines()
+    for row, line in zip(rows, printed[1:], strict=True):
+        assert line.split()[1] == row.split(",")[1] and line.split()[-1] == row.split(",")[-1]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,6 +111,7 @@ def test_arguments_and_order_are_transformers(kwargs):
         torch.testing.assert_close(ours, expected)
     flat = causal_lm_loss(logits.view(-1, 29), labels, 29, **kwargs, shift_labels=shift.flatten())
     torch.testing.assert_close(flat, expected)
+    torch.testing.assert_close(causal_lm_loss(logits.view(-1, 29), labels, 29, **kwargs), expected)
 
 
 def test_the_shift_stays_within_a_row():

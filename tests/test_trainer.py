@@ -1,13 +1,14 @@
 """transformers' Trainer, and TRL's, with our loss: the parameters they arrive at."""
 
+import inspect
 import warnings
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bench.huggingface import LENGTH, VOCAB, LogitsMade, build
-from chunked_ce.huggingface import causal_lm_loss, enable
+from bench.huggingface import LENGTH, VOCAB, LogitsMade, batch, build
+from chunked_ce.huggingface import DeferredLogits, causal_lm_loss, enable
 
 WAYS = ["transformers", "causal_lm_loss", "enable"]
 STEPS, PER_STEP = 3, 8
@@ -91,6 +92,20 @@ def test_as_transformers_in_bfloat16_and_with_checkpointing(options, tmp_path):
         for name, p in parameters.items():
             torch.testing.assert_close(p, expected[name], rtol=0, atol=tolerance)
         assert (made.count == 0) == (way == "enable")
+
+
+def test_unwrapped_by_accelerate_it_is_enabled_still(tmp_path):
+    model = build("Llama")
+    handle = enable(model)
+    trainer = trainer_of(model, tmp_path, bf16=True)
+    trainer.train()
+    outputs = model(**batch())
+    assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.dtype == torch.float32
+    assert "labels" in inspect.signature(model.forward).parameters
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    assert unwrapped is model and isinstance(model(**batch()).logits, DeferredLogits)
+    handle.disable()
+    assert isinstance(model(**batch()).logits, torch.Tensor) and "forward" not in vars(model)
 
 
 def test_lora(tmp_path):

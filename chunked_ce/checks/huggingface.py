@@ -104,8 +104,8 @@ def _one_piece(model: Any, head: nn.Linear, otherwise: str) -> None:
         )
 
 
-def is_sharded(weight: Tensor) -> bool:
-    return type(weight).__name__ == "DTensor"
+def is_sharded(*tensors: Tensor) -> bool:
+    return any(type(t).__name__ == "DTensor" for t in tensors)
 
 
 def calls_loss_function(model: nn.Module) -> None:
@@ -170,7 +170,7 @@ def causal_lm_labels(logits: Any, labels: Any, shift_labels: Any) -> None:
                 f"shift_labels has shape {shape(shift_labels)}, but logits of shape "
                 f"{list(logits.shape)} have {rows.numel()} rows: pass one label for each"
             )
-    elif labels.shape != rows:
+    elif labels.shape != rows and (len(rows) != 1 or labels.numel() != rows[0]):  # flat logits
         raise ValueError(
             f"labels has shape {shape(labels)}, but logits of shape {list(logits.shape)} want "
             f"{list(rows)}: pass one label per token (they are shifted here)"

@@ -79,7 +79,7 @@ class DeferredLogits:
         hidden: Tensor,
         parent: DeferredLogits | None = None,
         operation: Callable[[Tensor], Tensor] | None = None,
-        factors: tuple[float, float | None] | None = (1.0, None),
+        factors: tuple[float, float | None] = (1.0, None),
         dtype: torch.dtype | None = None,
     ) -> None:
         self.head, self._hidden = head, hidden
@@ -101,9 +101,9 @@ class DeferredLogits:
     def linear(self) -> tuple[Tensor, Head, float, float | None] | None:
         """(hidden states, head, logit_scale, softcap): what the logits would be made of.
 
-        None where they exist already and may have been changed, or are no such product.
+        None where they exist already, and may have been changed.
         """
-        if self._factors is None or self._computed():
+        if self._computed():
             return None
         scale, cap = self._factors
         if cap is None:
@@ -123,8 +123,6 @@ class DeferredLogits:
         return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
-        if self._factors is None:
-            return operation(self.tensor())
         scale, cap = self._factors
         factors = (scale * factor, None) if cap is None else (scale, cap * factor)
         return self._then(operation, factors=factors)
@@ -140,7 +138,7 @@ class DeferredLogits:
         return self.tensor().div(other, **rounding)
 
     def tanh(self) -> Any:
-        if self._factors is None or self._factors[1] is not None:
+        if self._factors[1] is not None:  # capped already
             return self.tensor().tanh()
         return self._then(torch.tanh, factors=(self._factors[0], 1.0))
 

@@ -60,7 +60,7 @@ class Enabled:
     """What :func:`enable` changed, and how it is undone."""
 
     def __init__(self, model: nn.Module, head: nn.Module, evaluation: bool) -> None:
-        self._model, self._head, self._evaluation = model, head, evaluation
+        self._evaluation = evaluation
         self._deferring = self._warned = False
         self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
         changes: list[tuple[nn.Module, str, Any]] = [
@@ -80,7 +80,7 @@ class Enabled:
         What others put around the model's forward since stays, and ours within it lets calls pass.
         """
         for module, name, value, before in self._changes:
-            if vars(module).get(name) is value:
+            if vars(module).get(name) == value:
                 del vars(module)[name]
                 vars(module).update(before)
         self._changes = []
@@ -129,12 +129,15 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         finally:
             state._deferring = before
 
+    # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
     return forward
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
     state: Enabled | None = vars(self).get(_STATE)
-    if state is None or not state._deferring or checks.is_sharded(self.weight):
+    if state is None or not state._deferring or checks.is_sharded(input, self.weight):
         return nn.Linear.forward(self, input)
     checks.no_group_of_its_own(self)
     return DeferredLogits(Head.of(input, self.weight, self.bias, state._on_use), input)
