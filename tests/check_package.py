@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KERNELS = {f"chunked_ce/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 USE = """
-import torch, chunked_ce, pathlib
+import torch, chunked_ce, chunked_ce.huggingface, pathlib
 x = torch.randn(5, 77, requires_grad=True)
 chunked_ce.cross_entropy(x, torch.tensor([1, 2, -100, 4, 76])).backward()
 assert x.grad.isfinite().all() and (x.grad[2] == 0).all()

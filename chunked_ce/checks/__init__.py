@@ -6,6 +6,7 @@ The only place that words an error; a file for each kind of argument.
 from .backend import *
 from .backward import *
 from .evaluation import *
+from .huggingface import *
 from .labels import *
 from .linear import *
 from .loss import *

@@ -1,0 +1,255 @@
+"""Logits that nobody has computed yet.
+
+Between a model's output head and its loss stand, if anything, a factor, a softcap, a slice of the
+tokens and a cast. Those are recorded; a loss reads them off. Whatever else happens to the object
+happens to the logits, computed then: the result is the same and only the memory is spent after all.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .. import checks
+
+
+def version(tensor: Tensor) -> int:
+    """Counts the writes to a tensor. Inference tensors, which do not, count as unwritten."""
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return 0
+    return tensor._version
+
+
+class Head(NamedTuple):
+    """Where deferred logits come from, and what `F.linear` must find again to compute them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    hidden: Tensor
+    versions: tuple[int, ...]
+    autocast: torch.dtype | None
+    with_grad: bool
+    on_use: Callable[[], None]
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, on_use: Callable[[], None]
+    ) -> Head:
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        versions = tuple(version(t) for t in (hidden, weight, bias) if t is not None)
+        return cls(weight, bias, hidden, versions, autocast, torch.is_grad_enabled(), on_use)
+
+    def logits(self) -> Tensor:
+        """As the head would have given them, whatever the modes of whoever asks."""
+        self.on_use()
+        given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        freed = any(t.numel() and not t.untyped_storage().size() for t in given)
+        checks.head_unchanged(not freed and tuple(map(version, given)) == self.versions)
+        with self.autocast_then():
+            return F.linear(self.hidden, self.weight, self.bias)
+
+    def autocast_then(self) -> torch.autocast:
+        """Autocast as it was when the logits were deferred."""
+        enabled = self.autocast is not None
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)
+
+
+class DeferredLogits:
+    """Logits [..., V] of hidden states [..., D], a weight [V, D] and a bias, not computed.
+
+    Multiplication and division by a number, tanh, `float()` and slices of the tokens give deferred
+    logits again. Every other use, as a method, an operator or an argument of a torch function,
+    computes the logits, once, and goes on with them; they are differentiable as the head's are.
+
+    Raises:
+        RuntimeError: the logits are asked for after the head's weight or the hidden states changed,
+            as by `optimizer.step()`.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        parent: DeferredLogits | None = None,
+        operation: Callable[[Tensor], Tensor] | None = None,
+        factors: tuple[float, float | None] = (1.0, None),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.head, self._hidden = head, hidden
+        self._parent, self._operation = parent, operation
+        self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
+        self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
+        self._real: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The logits. Computed at the first call, and part of autograd's graph."""
+        if self._real is None:
+            with torch.set_grad_enabled(self.head.with_grad):
+                if self._parent is None or self._operation is None:
+                    self._real = self.head.logits()
+                else:
+                    self._real = self._operation(self._parent.tensor())
+        return self._real
+
+    def linear(self) -> tuple[Tensor, Head, float, float | None] | None:
+        """(hidden states, head, logit_scale, softcap): what the logits would be made of.
+
+        None where they exist already, and may have been changed.
+        """
+        if self._computed():
+            return None
+        scale, cap = self._factors
+        if cap is None:
+            return self._hidden, self.head, scale, None
+        # cap * tanh(scale * x) is |cap| * tanh(scale * cap * x / |cap|)
+        return self._hidden, self.head, scale * cap, abs(cap)
+
+    def _computed(self) -> bool:
+        return self._real is not None or (self._parent is not None and self._parent._computed())
+
+    def _then(
+        self, operation: Callable[[Tensor], Tensor], **changes: Any
+    ) -> DeferredLogits | Tensor:
+        if self._real is not None:
+            return operation(self._real)
+        state: dict[str, Any] = dict(hidden=self._hidden, factors=self._factors, dtype=self.dtype)
+        return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
+
+    def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
+        scale, cap = self._factors
+        factors = (scale * factor, None) if cap is None else (scale, cap * factor)
+        return self._then(operation, factors=factors)
+
+    def mul(self, other: Any) -> Any:
+        if _is_factor(other):
+            return self._scaled(other, lambda x: x * other)
+        return self.tensor() * other
+
+    def div(self, other: Any, **rounding: Any) -> Any:
+        if _is_factor(other) and not rounding:
+            return self._scaled(1 / other, lambda x: x / other)
+        return self.tensor().div(other, **rounding)
+
+    def tanh(self) -> Any:
+        if self._factors[1] is not None:  # capped already
+            return self.tensor().tanh()
+        return self._then(torch.tanh, factors=(self._factors[0], 1.0))
+
+    def float(self) -> Any:
+        if self.dtype == torch.float32 and self._real is None:
+            return self
+        return self._then(Tensor.float, dtype=torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and args == (torch.float32,):
+            return self.float()
+        if not kwargs and args in ((self.device,), (self.dtype,)) and self._real is None:
+            return self
+        return self.tensor().to(*args, **kwargs)
+
+    def contiguous(self) -> Any:
+        return self._then(Tensor.contiguous)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._real is None and _is_of_tokens(index, self.dim()):
+            return self._then(lambda x: x[index], hidden=self._hidden[index])
+        return self.tensor()[index]
+
+    __mul__ = __rmul__ = mul
+    __truediv__ = div
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self.head.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    @property
+    def ndim(self) -> int:
+        return self._hidden.dim()
+
+    def dim(self) -> int:
+        return self._hidden.dim()
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        recorded = _RECORDED.get(function)
+        if recorded is not None and args and isinstance(args[0], cls):
+            return recorded(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.tensor().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
+
+    __hash__ = object.__hash__
+
+
+def _is_factor(value: object) -> bool:
+    """A number that a loss can fold into `logit_scale` or `softcap`."""
+    number = isinstance(value, (int, builtins.float)) and not isinstance(value, bool)
+    return number and 1e-6 <= abs(value) <= 1e6  # type: ignore[arg-type]
+
+
+def _is_of_tokens(index: Any, dims: int) -> bool:
+    """Whether an index of slices and integers leaves the last of `dims` dimensions whole."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, bool) or not (isinstance(i, (slice, int)) or i is ...) for i in items):
+        return False
+    reaches = len(items) == dims or (... in items and items[-1] is not ...)
+    return not reaches or items[-1] == slice(None)
+
+
+def _as_tensor(value: Any) -> Any:
+    return value.tensor() if isinstance(value, DeferredLogits) else value
+
+
+_RECORDED: dict[Any, Callable[..., Any]] = {
+    torch.tanh: DeferredLogits.tanh,
+    Tensor.tanh: DeferredLogits.tanh,
+    torch.mul: DeferredLogits.mul,
+    torch.multiply: DeferredLogits.mul,
+    torch.div: DeferredLogits.div,
+    torch.true_divide: DeferredLogits.div,
+}
+
+
+def _of_the_tensor(name: str) -> Callable[..., Any]:
+    def operator(self: DeferredLogits, *others: Any) -> Any:
+        return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others))
+
+    operator.__name__ = name
+    return operator
+
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OTHERS = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "len", "iter", "contains"),
+    *("setitem", "array", "dlpack", "bool", "int", "float", "index", "complex"),
+)
+for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
+    _operator = f"__{_name}__"  # looked up on the class, past __getattr__
+    if hasattr(Tensor, _operator) and _name not in ("mul", "rmul", "truediv"):
+        setattr(DeferredLogits, _operator, _of_the_tensor(_operator))

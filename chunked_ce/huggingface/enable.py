@@ -1,0 +1,143 @@
+"""Teaching a model of transformers to defer its logits, and to forget it again.
+
+Three attributes of two instances are set, none of a class: the model's `forward`, which knows
+whether there are labels, its loss function, and the output head's `forward`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .deferred import DeferredLogits, Head
+from .loss import causal_lm_loss
+
+_STATE = "_chunked_ce"
+
+
+def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
+    """Makes a causal language model of transformers train without its logits.
+
+    While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
+    :func:`chunked_ce.linear_cross_entropy`, whatever factor or softcap the model puts between the
+    two. Without labels, in evaluation and in generation the model is as it was. `outputs.logits` is
+    computed when something asks for it, which must be before `optimizer.step()`.
+
+    Args:
+        model: a `PreTrainedModel` whose forward calls `self.loss_function`, or a PEFT model of one.
+            Enable it before it is compiled, prepared by accelerate or handed to a trainer.
+        evaluation: whether to do the same in evaluation with labels, where `outputs.logits` is then
+            no tensor: for a Trainer without `compute_metrics`.
+
+    Returns:
+        A handle whose `disable()` undoes it; also a context manager.
+
+    Raises:
+        TypeError: not a model of transformers, or a head that is no plain linear layer (LoRA on the
+            head, quantised, sharded).
+        ValueError: nothing would change (no output head, no labels, a loss of its own), or the
+            model is enabled already.
+    """
+    model = checks.causal_lm(model)
+    checks.not_enabled(_STATE in vars(model))
+    head = checks.output_head(model)
+    checks.calls_loss_function(model)
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
+    return Enabled(model, head, evaluation)
+
+
+class Enabled:
+    """What :func:`enable` changed, and how it is undone."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, evaluation: bool) -> None:
+        self._evaluation = evaluation
+        self._deferring = self._warned = False
+        self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
+        changes: list[tuple[nn.Module, str, Any]] = [
+            (model, _STATE, self),
+            (model, "forward", MethodType(_model_forward(model), model)),
+            (model, "_loss_function", causal_lm_loss),
+            (head, _STATE, self),
+            (head, "forward", MethodType(_head_forward, head)),
+        ]
+        self._changes = [(*change, _own(change[0], change[1])) for change in changes]
+        for module, name, value in changes:
+            vars(module)[name] = value
+
+    def disable(self) -> None:
+        """Sets everything back. Does nothing the second time.
+
+        What others put around the model's forward since stays, and ours within it lets calls pass.
+        """
+        for module, name, value, before in self._changes:
+            if vars(module).get(name) == value:
+                del vars(module)[name]
+                vars(module).update(before)
+        self._changes = []
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def _on_use(self) -> None:
+        """Says once that the model itself wants its logits, for which it was not enabled."""
+        if self._deferring and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(checks.LOGITS_WERE_MADE, stacklevel=5)
+
+    def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kwargs.get("labels") is not None:
+            return True
+        return len(args) > self._labels and args[self._labels] is not None
+
+
+def _own(module: nn.Module, name: str) -> dict[str, Any]:
+    """An attribute of the instance itself, if it has it."""
+    return {name: vars(module)[name]} if name in vars(module) else {}
+
+
+def _model_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's forward that knows whether its head may defer.
+
+    A method, so that a deep copy of the model runs on itself.
+    """
+    method = model.forward
+    original = getattr(method, "__func__", None)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: Enabled | None = vars(self).get(_STATE)
+        run = method if original is None else functools.partial(original, self)
+        if state is None:
+            return run(*args, **kwargs)
+        before = state._deferring
+        state._deferring = (self.training or state._evaluation) and state._has_labels(args, kwargs)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            state._deferring = before
+
+    # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    return forward
+
+
+def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
+    state: Enabled | None = vars(self).get(_STATE)
+    if state is None or not state._deferring or checks.is_sharded(input, self.weight):
+        return nn.Linear.forward(self, input)
+    checks.no_group_of_its_own(self)
+    return DeferredLogits(Head.of(input, self.weight, self.bias, state._on_use), input)

@@ -1,0 +1,69 @@
+"""The loss of a causal language model, as transformers calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..functional import cross_entropy
+from ..linear import linear_cross_entropy
+from .deferred import DeferredLogits
+
+
+def causal_lm_loss(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Cross-entropy of each position's logits against the next position's label.
+
+    Takes the place of transformers' `ForCausalLMLoss`: `model.loss_function = causal_lm_loss`. The
+    logits are read as they are: no copy in float32, and none for the shift, which the labels make.
+
+    Args:
+        logits: [..., T, V], or :class:`DeferredLogits`, whose loss is then that of
+            :func:`chunked_ce.linear_cross_entropy`.
+        labels: [..., T], not shifted: row by row, position i is scored against label i + 1.
+        vocab_size: columns of `logits` that exist; None for all.
+        num_items_in_batch: tokens of the whole batch, by which the sum of the losses is divided
+            (gradient accumulation); None: by the labels that count here.
+        ignore_index: label of positions that are not scored.
+        shift_labels: labels that are shifted already, one for each row of `logits`; `labels` are
+            then not looked at.
+        kwargs: what else the model's forward was given. Not used.
+
+    Returns:
+        The loss, a 0-d tensor; float32, float64 for float64 logits. NaN where nothing is scored, as
+        transformers' is, with gradients of zeros.
+
+    Raises:
+        ValueError: no labels, or labels and logits that disagree; `num_items_in_batch` of 0.
+        TypeError, IndexError: as :func:`chunked_ce.cross_entropy`.
+    """
+    checks.causal_lm_labels(logits, labels, shift_labels)
+    num_items = checks.num_items_in_batch(num_items_in_batch)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    target = shift_labels.to(logits.device, non_blocking=True).reshape(logits.shape[:-1])
+    product = logits.linear() if isinstance(logits, DeferredLogits) else None
+    if product is None:
+        rows = logits.tensor() if isinstance(logits, DeferredLogits) else logits
+        return cross_entropy(
+            rows, target,
+            dim=-1, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
+        )  # fmt: skip
+    hidden, head, logit_scale, softcap = product
+    with head.autocast_then():
+        return linear_cross_entropy(
+            hidden, head.weight, target,
+            linear_bias=head.bias, ignore_index=ignore_index, num_items=num_items,
+            vocab_size=vocab_size, logit_scale=logit_scale, softcap=softcap,
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""One rank of test_huggingface_ranks.py: a training step of an enabled model, against one process."""
+
+import contextlib
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+from test_trainer import trainer_of, use
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.huggingface import BATCH, LogitsMade, batch, build
+from chunked_ce.huggingface import DeferredLogits, enable
+
+
+def whole() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of all rows, transformers' own."""
+    model = build("Gemma2")
+    loss = model(**rows(slice(None))).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def rows(which: slice) -> dict[str, torch.Tensor]:
+    """Four rows of labels, of which the ranks have two each."""
+    return {n: torch.cat([t, t[:1]])[which] for n, t in batch().items()}
+
+
+def check(gradients, model, loss, expected) -> None:
+    """Ranks' gradients are averaged: each loss is a share of the mean times the ranks."""
+    dist.all_reduce(loss)
+    torch.testing.assert_close(loss / dist.get_world_size(), expected)
+    for n, p in model.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        name = n.removeprefix("module.")
+        torch.testing.assert_close(grad, gradients[name], rtol=1e-5, atol=1e-6)
+
+
+def step(model, rank: int, after: str = "whole") -> torch.Tensor:
+    """The loss times the ranks. `after`: whether the weight still exists after backward."""
+    size = (BATCH + 1) // dist.get_world_size()
+    mine = rows(slice(size * rank, size * (rank + 1)))
+    items = (mine["labels"][:, 1:] != -100).sum()
+    dist.all_reduce(items)
+    with LogitsMade(rows=1) as made:
+        outputs = model(**mine, num_items_in_batch=items)
+        assert isinstance(outputs.logits, DeferredLogits)
+        loss = outputs.loss * dist.get_world_size()
+        loss.backward()
+    assert made.count == 0
+    try:
+        assert outputs.logits.argmax(-1).shape == mine["labels"].shape and after == "whole"
+    except RuntimeError as error:
+        assert "read it before" in str(error) and after == "freed"
+    return loss.detach()
+
+
+def evaluated(way: str) -> float:
+    """Of ten rows as one batch, whose tokens the ranks count together."""
+    model = build("Llama")
+    use(way, model, **({"evaluation": True} if way == "enable" else {}))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        trainer = trainer_of(model, folder, per_device_eval_batch_size=10 // dist.get_world_size())
+        return float(trainer.evaluate()["eval_loss"])
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    expected, gradients = whole()
+
+    model = build("Gemma2")
+    enable(model)
+    parallel = DistributedDataParallel(model)
+    check(gradients, parallel, step(parallel, rank), expected)
+
+    for enable_first in (True, False):
+        model = build("Gemma2")
+        if enable_first:
+            enable(model)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if not enable_first:
+            enable(model)
+        check(gradients, model, step(model, rank, after="freed"), expected)
+
+    for enable_first in (True, False):
+        model = build("Llama")
+        try:
+            if enable_first:
+                enable(model)
+            fully_shard(model.lm_head)
+            fully_shard(model)
+            if not enable_first:
+                enable(model)
+            step(model, rank)
+        except TypeError as error:
+            assert "but not on the head" in str(error)
+        else:
+            raise AssertionError("a head that is a group of its own was taken")
+
+    losses = [evaluated(way) for way in ("transformers", "causal_lm_loss", "enable")]
+    torch.testing.assert_close(torch.tensor(losses), torch.full((3,), losses[0]), rtol=1e-6, atol=0)
+    if rank == 0:
+        print("eval_loss", losses[0])
+    dist.destroy_process_group()
+    print("rank", rank, "agrees")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Deferred logits are the logits, whatever is done to them; a loss reads off what was recorded."""
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from chunked_ce.huggingface import DeferredLogits, causal_lm_loss
+from chunked_ce.huggingface.deferred import Head
+
+
+def deferred(shape=(2, 5), dtype=torch.float32, vocab=29):
+    x = torch.randn(*shape, 6, dtype=dtype, requires_grad=True)
+    w = torch.randn(vocab, 6, dtype=dtype, requires_grad=True)
+    b = torch.randn(vocab, dtype=dtype, requires_grad=True)
+    return DeferredLogits(Head.of(x, w, b, lambda: None), x), (x, w, b)
+
+
+RECORDED = {
+    "factor": lambda z: z * 0.3,
+    "factor from the left": lambda z: 3 * z,
+    "divided": lambda z: z / 1.7,
+    "softcap": lambda z: torch.tanh(z / 4.0) * 4.0,
+    "softcap by a module": lambda z: nn.Tanh()(z / 4.0) * 4.0,
+    "softcap of a negative": lambda z: (z * -0.5).tanh() * -3.0,
+    "by functions": lambda z: torch.mul(torch.tanh(torch.div(z, 2)), 2),
+    "cast": lambda z: z.float().contiguous().to(torch.float32).to(z.device),
+    "last tokens": lambda z: z[:, -3:, :],
+    "without the last": lambda z: z[..., :-1, :] * 2.0,
+    "a row": lambda z: z[0],
+    "one token": lambda z: z[:, -1],
+    "slices of slices": lambda z: z[:, 1:][:1, ..., :],
+}
+COMPUTED = {
+    "sum": lambda z: z.sum(),
+    "capped twice": lambda z: torch.tanh(torch.tanh(z) * 2.0),
+    "plus": lambda z: z + 1.0,
+    "minus from the left": lambda z: 1.0 - z,
+    "times a tensor": lambda z: torch.full((29,), 2.0) * z,
+    "times itself": lambda z: z * z,
+    "times 0": lambda z: z * 0.0,
+    "times True": lambda z: z * True,
+    "rounded": lambda z: z.div(0.3, rounding_mode="floor"),
+    "by classes": lambda z: z[..., :7],
+    "by a mask": lambda z: z[torch.tensor([[True] * 3 + [False] * 2] * 2)],
+    "view": lambda z: z.view(-1, 29),
+    "in bfloat16": lambda z: z.to(torch.bfloat16),
+    "to another's dtype": lambda z: z.to(torch.ones(1, dtype=torch.float64)),
+    "softmax": lambda z: F.log_softmax(z, dim=-1),
+    "masked": lambda z: torch.where(z > 0, z, 0.0),
+    "negated": lambda z: -z,
+    "concatenated": lambda z: torch.cat([z, z]),
+    "by keyword": lambda z: torch.add(input=z, other=1.0),
+    "iterated": lambda z: sum(row.sum() for row in z),
+    "power": lambda z: z**2,
+    "product": lambda z: z @ torch.ones(29, 2),
+    "T": lambda z: z.mT,
+}
+
+
+@pytest.mark.parametrize("use", [*RECORDED, *COMPUTED])
+def test_every_use_is_that_of_the_logits(use):
+    operation = {**RECORDED, **COMPUTED}[use]
+    logits, leaves = deferred()
+    result = operation(logits)
+    assert isinstance(result, DeferredLogits) == (use in RECORDED)
+    expected = operation(F.linear(*leaves))
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    assert result.device == expected.device and result.ndim == result.dim() == expected.dim()
+    real = result.tensor() if use in RECORDED else result
+    assert torch.equal(real, expected)
+    wanted = torch.autograd.grad(expected.float().square().sum(), leaves)
+    for a, e in zip(torch.autograd.grad(real.float().square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("use", [u for u in RECORDED if u != "one token"])
+def test_the_loss_reads_off_what_was_recorded(use):
+    logits, leaves = deferred(dtype=torch.float64)
+    given = RECORDED[use](logits)
+    assert given.linear() is not None
+    target = torch.randint(0, 29, given.shape[:-1])
+    ours = causal_lm_loss(given, None, shift_labels=target)
+    assert given._real is None and logits._real is None, "computed"
+    exact = RECORDED[use](F.linear(*leaves)).double()
+    expected = oracle.cross_entropy(exact, target)
+    tolerance = 1e-6 if use == "cast" else 1e-12  # .float() rounds the expected one
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=0)
+    for a, e in zip(
+        torch.autograd.grad(3.7 * ours, leaves),
+        torch.autograd.grad(3.7 * expected, leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=tolerance)
+
+
+def add_in_place(z):
+    z += 1.0
+
+
+def set_a_class(z):
+    z[..., 3] = -5.0
+
+
+def scale_in_place(z):
+    z.mul_(2.0)
+
+
+def divide_in_place(z):
+    z /= 3.0
+
+
+@pytest.mark.parametrize("change", [add_in_place, set_a_class, scale_in_place, divide_in_place])
+@pytest.mark.parametrize("of", ["itself", "a slice taken before", "what it is a slice of"])
+def test_changes_in_place_reach_the_loss(change, of):
+    """As with tensors, whose slices share their memory."""
+    results = []
+    for make in (deferred, lambda: (lambda z: (F.linear(*z[1]), z[1]))(deferred())):
+        torch.manual_seed(3)
+        logits, _ = make()
+        part = logits[:, :4]
+        whole, changed = (logits, logits) if of == "itself" else (logits, part)
+        if of == "what it is a slice of":
+            whole, changed = part, logits
+        change(changed)
+        target = torch.full(whole.shape[:-1], 3)
+        results.append(causal_lm_loss(whole, None, shift_labels=target))
+    torch.testing.assert_close(*results)
+
+
+def test_no_attribute_that_tensors_lack_computes_anything():
+    logits, _ = deferred()
+    assert not hasattr(logits, "__array_interface__") and not hasattr(logits, "no_such_name")
+    assert (
+        "shape=[2, 5, 29]" in repr(logits) and logits.size() == (2, 5, 29) and logits.size(-1) == 29
+    )
+    assert len({logits}) == 1 and logits.float() is logits and logits._real is None
+    assert len(logits) == 2 and logits.detach().numpy().shape == (2, 5, 29)
+
+
+def test_asked_for_without_gradients_then_with():
+    logits, (x, w, b) = deferred()
+    with torch.no_grad():
+        logits.sum()
+    logits.sum().backward()
+    assert x.grad is not None and w.grad is not None and b.grad is not None
+
+
+def test_the_loss_outside_of_the_heads_autocast():
+    """Some models compute the loss with autocast off; bf16 hidden states meet an fp32 weight."""
+    x, w = torch.randn(2, 5, 6).bfloat16(), torch.randn(29, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = DeferredLogits(Head.of(x, w, None, lambda: None), x)
+    target = torch.randint(0, 29, (2, 5))
+    expected = oracle.cross_entropy(F.linear(x, w.bfloat16()), target)
+    ours = causal_lm_loss(logits, None, shift_labels=target)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=0)
