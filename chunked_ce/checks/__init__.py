@@ -8,3 +8,4 @@ from .backward import *
 from .linear import *
 from .loss import *
 from .perplexity import *
+from .planner import *
