@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: train test long lint types sanitize package clean
+.PHONY: train test long lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -23,6 +23,10 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(BIN)/mypy
+
+# The API reference, from the docstrings.
+docs: .venv/dev
+	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.planner chunked_ce.doctor
 
 package: .venv/dev
 	$(BIN)/python tests/check_package.py

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import chunked_ce
-
-from . import measure
+from . import measure, providers
 from .measure import Answer, Loss, Quantiles
+from .providers import COMPILED, EAGER, INDUCTOR, INPLACE, LOGITS, OURS
 from .records import Comparison, Measurement, Report, dtype_name
 
-EAGER, COMPILED, OURS = "eager", "torch.compile", "chunked_ce"
-INDUCTOR, INPLACE = "chunked_ce inductor", "chunked_ce inplace_backward"
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = {FORWARD: measure.forward, BOTH: measure.forward_backward}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,23 +46,17 @@ class Config(NamedTuple):
     compile: bool
 
 
-@cache
 def loss_of(provider: str) -> Loss:
-    if provider == COMPILED:
-        return torch.compile(F.cross_entropy)
-    losses: dict[str, Loss] = {
-        EAGER: F.cross_entropy,
-        OURS: chunked_ce.cross_entropy,
-        INDUCTOR: partial(chunked_ce.cross_entropy, backend="inductor"),
-        INPLACE: partial(chunked_ce.cross_entropy, inplace_backward=True),
-    }
-    return losses[provider]
+    return providers.loss_of(LOGITS, provider)
 
 
-def batch(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def batch(
+    tokens: int, vocab: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(tokens, vocab, generator=generator, dtype=dtype)
-    return logits, torch.randint(vocab, (tokens,), generator=generator)
+    target = torch.randint(vocab, (tokens,), generator=generator)
+    return logits.to(device), target.to(device)
 
 
 def check(providers: Iterable[str], logits: Tensor, target: Tensor) -> None:

@@ -29,11 +29,10 @@ import torch
 
 from . import linear_sections, measure, records
 from .cpu import positive, writable
-from .cpu_sections import COMPILED
-from .linear_providers import CUT, LIGER, PROVIDERS, TORCH
-from .linear_sections import SECTIONS, Config
+from .linear_sections import PROVIDERS, SECTIONS, Config
+from .providers import EAGER, OURS
 
-OPTIONAL = (COMPILED, TORCH, CUT, LIGER)  # the ratios need the others
+OPTIONAL = tuple(p for p in PROVIDERS if p not in (EAGER, OURS))  # the ratios need these
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,25 +98,9 @@ def _png(text: str) -> Path:
 
 def draw(report: records.Report, config: Config, path: Path) -> None:
     """Time and memory of forward + backward against N, at the V asked for."""
-    from matplotlib.figure import Figure
+    from .figures import tokens
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = (("seconds", "s", 1.0), ("peak_extra_bytes", "GiB beyond input and weight", 2.0**30))
-    for axes, (metric, label, unit) in zip(figure.subplots(1, 2), panels, strict=True):
-        lines = linear_sections.of_metric(report.measurements, metric, config.vocab)
-        colors = {p: f"C{i}" for i, p in enumerate(PROVIDERS)}
-        for (provider, dtype), points in lines.items():
-            n, values = zip(*points, strict=True)
-            style = "o-" if dtype == "float32" else "s--"
-            scaled = [value / unit for value in values]
-            axes.plot(n, scaled, style, color=colors[provider], label=f"{provider}, {dtype}")
-        axes.set(xlabel="tokens N", ylabel=label)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        if lines:
-            axes.legend(fontsize="x-small")
-    figure.suptitle(f"forward + backward, D = {config.hidden}, V = {config.vocab}")
-    figure.savefig(path, dpi=150)
+    tokens([row for row in report.rows() if int(row["V"]) == config.vocab], path)
 
 
 if __name__ == "__main__":

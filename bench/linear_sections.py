@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import measure
-from .cpu_sections import BOTH, COMPILED, DTYPES, EAGER, FORWARD, OURS, spread
+from . import measure, providers
+from .cpu_sections import BOTH, DTYPES, FORWARD, spread
 from .linear_providers import (
-    CUT,
     EAGER_COPIES,
-    PROVIDERS,
-    TORCH,
     Answer,
     Batch,
     Shape,
@@ -23,16 +20,15 @@ from .linear_providers import (
     check,
     checkable,
     evaluated,
-    loss_of,
-    step_of,
     why_not,
 )
 from .measure import Quantiles, Step
-from .records import Comparison, Measurement, Report, dtype_name
+from .providers import COMPILING, EAGER, LINEAR, OURS, TORCH, Loss
+from .records import Comparison, Measurement, NotRun, Report, dtype_name, reason
 
-COMPILING = (COMPILED, CUT)  # their first call shows whether they run here
+PROVIDERS = providers.PROVIDERS[LINEAR]
 SLOW = (TORCH,)  # 6 to 11 s a call at the default sizes: measured in fewer rounds
-MODES = (FORWARD, BOTH)
+MODES = {FORWARD: measure.forward, BOTH: measure.forward_backward}
 
 TIME_BOUNDS = {  # ours, forward+backward, in units of the other's time
     ("fp32", EAGER): 1.0,
@@ -73,17 +69,8 @@ class Config(NamedTuple):
         return list(dict.fromkeys(shapes))
 
 
-class NotRun(dict[str, str]):
-    """Says of each provider once why it was not measured."""
-
-    def say(self, provider: str, why: str, where: str) -> None:
-        if self.get(provider) != why:
-            self[provider] = why
-            print(f"{provider}: not run: {why} ({where})", flush=True)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+def loss_of(provider: str) -> Loss:
+    return providers.loss_of(LINEAR, provider)
 
 
 def _check_ours(shape: Shape, batch: Batch) -> None:
@@ -104,7 +91,7 @@ def time(config: Config, report: Report) -> None:
             _check_ours(shape, batch)
             providers = _running(config, shape, batch, not_run)
             for mode in MODES:
-                steps = {p: step_of(mode, loss_of(p), batch) for p in providers}
+                steps = {p: MODES[mode](loss_of(p), *batch) for p in providers}
                 times, ours_beside = _times(config, steps)
                 _add_times(report, mode, shape, torch_dtype, times)
                 row = (spread(times[p], 1) if p in times else "-" for p in config.providers)
@@ -130,9 +117,9 @@ def _running(config: Config, shape: Shape, batch: Batch, not_run: NotRun) -> lis
         try:
             if not why and p in COMPILING:
                 for mode in MODES:
-                    measure.seconds(step_of(mode, loss_of(p), batch))
+                    measure.seconds(MODES[mode](loss_of(p), *batch))
         except Exception as error:  # whatever another's code raises, the rest is measured
-            why = _reason(error)
+            why = reason(error)
         if why:
             not_run.say(p, why, f"{shape}, {dtype_name(batch.input.dtype)}")
         else:
@@ -209,7 +196,7 @@ class Memory:
             except Exception as error:
                 if provider in (EAGER, OURS):
                     raise
-                why = _reason(error)
+                why = reason(error)
         self.not_run.say(provider, why, f"{shape}, {dtype_name(dtype)}")
         return None
 
@@ -295,7 +282,7 @@ def masked(config: Config, report: Report) -> None:
         for batch in batches.values():
             _check_ours(shape, batch)
         for mode in MODES:
-            steps = {name: step_of(mode, loss_of(OURS), b) for name, b in batches.items()}
+            steps = {name: MODES[mode](loss_of(OURS), *b) for name, b in batches.items()}
             times = measure.interleaved(steps, config.repeats)
             for name, taken in times.items():
                 _add_times(report, mode + name, shape, torch_dtype, {OURS: taken})
@@ -319,14 +306,3 @@ SECTIONS: dict[str, Callable[[Config, Report], None]] = {
     "memory": memory,
     "masked": masked,
 }
-
-
-def of_metric(
-    measurements: Iterable[Measurement], metric: str, vocab: int
-) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Of forward+backward: (N, value) in order of N by (provider, dtype)."""
-    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for m in measurements:
-        if (m.metric, m.mode, m.V) == (metric, BOTH, vocab):
-            found.setdefault((m.provider, m.dtype), []).append((m.N, m.value))
-    return {key: sorted(points) for key, points in found.items()}

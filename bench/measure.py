@@ -6,6 +6,7 @@ turns within one loop, where the drift falls on all of them; a ratio is a ratio 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, V], target [N]) -> mean
+Loss = Callable[..., Tensor]  # of what the gradients are wanted of, and the targets
 
 
 # Time
@@ -42,48 +43,74 @@ class Quantiles(NamedTuple):
         return Quantiles(self.median * factor, self.q20 * factor, self.q80 * factor)
 
 
-def forward(loss: Loss, logits: Tensor, target: Tensor) -> Step:
-    logits = logits.detach()
+def forward(loss: Loss, *batch: Tensor) -> Step:
+    """`batch`: leaves and targets, as the loss takes them."""
+    batch = tuple(t.detach() for t in batch)
 
     def run() -> None:
         with torch.no_grad():
-            loss(logits, target)
+            loss(*batch)
 
     return Step(run)
 
 
-def forward_backward(loss: Loss, logits: Tensor, target: Tensor) -> Step:
-    leaf = logits.detach().requires_grad_()
+def forward_backward(loss: Loss, *batch: Tensor) -> Step:
+    *leaves, target = batch
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
 
     def reset() -> None:
-        leaf.grad = None
+        for leaf in leaves:
+            leaf.grad = None
 
-    return Step(lambda: torch.autograd.backward(loss(leaf, target)), reset)
+    return Step(lambda: torch.autograd.backward(loss(*leaves, target)), reset)
 
 
 STEPS = {"forward": forward, "forward+backward": forward_backward}
 
 
-def seconds(step: Step, calls: int = 1) -> float:
+Clock = Callable[[Callable[[], object]], float]  # seconds that a call took
+
+
+def wall_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def cuda_events(run: Callable[[], object]) -> float:
+    """The GPU's own time, launches and gaps between kernels included."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_of(device: str) -> Clock:
+    return cuda_events if device == "cuda" else wall_clock
+
+
+def seconds(step: Step, calls: int = 1, clock: Clock = wall_clock) -> float:
     """Per call."""
     total = 0.0
     for _ in range(calls):
-        start = time.perf_counter()
-        step.run()
-        total += time.perf_counter() - start
+        total += clock(step.run)
         step.reset()
     return total / calls
 
 
-def interleaved(steps: Mapping[Key, Step], repeats: int, calls: int = 1) -> dict[Key, Quantiles]:
+def interleaved(
+    steps: Mapping[Key, Step], repeats: int, calls: int = 1, clock: Clock = wall_clock
+) -> dict[Key, Quantiles]:
     """Seconds per call of each step. The steps take turns, in an order that reverses each round."""
     names = list(steps)
     samples: dict[Key, list[float]] = {name: [] for name in names}
     for step in steps.values():
-        seconds(step, calls)  # warm-up
+        seconds(step, calls, clock)  # warm-up
     for turn in range(repeats):
         for name in names if turn % 2 == 0 else reversed(names):
-            samples[name].append(seconds(steps[name], calls))
+            samples[name].append(seconds(steps[name], calls, clock))
     return {name: _quantiles(of_step) for name, of_step in samples.items()}
 
 
@@ -131,11 +158,24 @@ def extra_peak_memory(run: Callable[[], Result]) -> tuple[int, Result]:
     higher peak, that one is measured.
     """
     gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed is not held any more
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _status("VmRSS")
     result = run()
     return _status("VmHWM") - before, result
+
+
+def extra_peak_cuda_memory(run: Callable[[], Result]) -> tuple[int, Result]:
+    """Bytes that the caching allocator handed out at the peak, beyond those in use before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, result
 
 
 def _status(field: str) -> int:

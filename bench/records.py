@@ -39,6 +39,7 @@ class Measurement:
     q20: float | None = None
     q80: float | None = None
     D: int | None = None
+    device: str | None = None  # of a prediction, another than the run's
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,20 @@ class Report:
         for c in missed:
             print(f"MISSED  {c.what}: {c.measured:.3f}, bound {c.bound}")
 
+    def rows(self) -> list[dict[str, str]]:
+        """As the CSV has them."""
+        rows = []
+        for m in self.measurements:
+            own = {k: v for k, v in asdict(m).items() if k != "device" or v is not None}
+            row = asdict(self.environment) | own
+            rows.append({c: "" if row[c] is None else str(row[c]) for c in COLUMNS})
+        return rows
+
     def write_csv(self, path: Path) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(asdict(m) | asdict(self.environment) for m in self.measurements)
+            writer.writerows(self.rows())
 
     def write_json(self, path: Path) -> None:
         content = {
@@ -113,6 +123,42 @@ class Report:
             "comparisons": [{**c._asdict(), "verdict": c.verdict} for c in self.comparisons],
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+class NotRun(dict[str, str]):
+    """Says of each provider once why it was not measured."""
+
+    def say(self, provider: str, why: str, where: str) -> None:
+        if self.get(provider) != why:
+            self[provider] = why
+            print(f"{provider}: not run: {why} ({where})", flush=True)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that `Report.write_csv` wrote; ValueError where it is another's."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns, rows = tuple(reader.fieldnames or ()), list(reader)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    if columns != COLUMNS:
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns) or '(none)'}, expected "
+            f"{', '.join(COLUMNS)}: measure again with this version"
+        )
+    for line, row in enumerate(rows, start=2):
+        try:
+            float(row["value"]), int(row["N"]), int(row["V"])
+        except (TypeError, ValueError):
+            raise ValueError(f"{path} has no numbers for value, N and V in line {line}") from None
+    return rows
 
 
 def environment(device: str) -> Environment:

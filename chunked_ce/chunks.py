@@ -12,6 +12,9 @@ from .stats import is_scored
 
 Index = slice | Tensor
 
+PRODUCT_BYTES = 256 << 20
+"""Of a product for the weight's gradient that is added up: enough for its full speed."""
+
 
 def chunk_indices(target: Tensor, ignore_index: int, rows: int, drop_ignored: bool) -> list[Index]:
     """Into the tokens [N], so many `rows` a chunk; the chunks are of like size."""
@@ -69,7 +72,7 @@ class Gradients:
         self.input = gradient_like(input, for_input)
         if for_input and not whole:
             self.input.zero_()
-        self.of_weight = gradient_like(weight, for_weight)
+        self.whole_weight, self.of_weight = weight, gradient_like(weight, False)
         self.of_bias = gradient_like(bias, for_bias)
         self.sum: Tensor | None = None
         if for_weight and len(chunks) > 1 and weight.dtype.itemsize < acc_dtype.itemsize:
@@ -78,12 +81,9 @@ class Gradients:
             vocab_size if for_bias else 0, dtype=compute_dtype(weight.dtype)
         )
         self.wanted, self.seen = wanted, 0
-        # Where the product itself can stay in fp32, so does each chunk's.
-        self.products_in_full = (
-            weight.device.type == "cuda"
-            and acc_dtype == torch.float32
-            and "dtype" in torch.ops.aten.mm.overloads()
-        )
+        self.products_in_full = self.sum is not None and products_in_full(weight, acc_dtype)
+        if not self.products_in_full:  # else nothing is written to it before the end
+            self.of_weight = gradient_like(weight, for_weight)
 
     def add(self, index: Index, x: Tensor, grad: Tensor) -> None:
         for_input, for_weight, for_bias = self.wanted
@@ -95,7 +95,11 @@ class Gradients:
         if for_weight:
             out = self.of_weight[: self.vocab_size]
             if self.sum is not None and self.products_in_full:
-                self.sum.add_(torch.mm(grad.t(), x, out_dtype=self.sum.dtype))
+                # A product in fp32 is twice the weight: so much of it at a time.
+                classes = max(1, PRODUCT_BYTES // (x.shape[1] * self.sum.element_size()))
+                for part in zip(grad.split(classes, dim=1), self.sum.split(classes), strict=True):
+                    of_classes, sum = part
+                    sum.add_(torch.mm(of_classes.t(), x, out_dtype=sum.dtype))
             elif self.sum is not None:
                 self.sum.add_(torch.mm(grad.t(), x, out=out))
             elif self.seen == 0:
@@ -110,6 +114,8 @@ class Gradients:
         """Each rounded once to its dtype; columns that do not exist have gradient 0."""
         _, for_weight, for_bias = self.wanted
         if for_weight:
+            if self.products_in_full:
+                self.of_weight = gradient_like(self.whole_weight, True)
             if self.sum is not None:
                 self.of_weight[: self.vocab_size].copy_(self.sum)
             self.of_weight[self.vocab_size if self.seen else 0 :].zero_()
@@ -124,6 +130,15 @@ def gradient_like(t: Tensor | None, wanted: bool) -> Tensor:
     if t is None or not wanted:
         return torch.empty(0) if t is None else t.new_empty(0)
     return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def products_in_full(weight: Tensor, acc_dtype: torch.dtype) -> bool:
+    """Whether a product of half-precision tensors can stay in fp32, as their sum then does."""
+    return (
+        weight.device.type == "cuda"
+        and acc_dtype == torch.float32
+        and "dtype" in torch.ops.aten.mm.overloads()
+    )
 
 
 def walk(

@@ -45,14 +45,12 @@ def token_stats(
     The softmax is not stored. With `z_j = softcap * tanh(logit_scale * x_j / softcap)` and target
     `t`:
 
-    ============  ===============================================================  ==========
-    lse           log Σ exp z_j                                                    always
-    logprob       z_t - lse                                                        always
-    entropy       -Σ p_j log p_j, in nats                                          on request
-    mean_logprob  (1/V) Σ (z_j - lse)                                              on request
-    rank          how many classes beat the target; on a tie the lower index wins  on request
-    argmax        the winning class                                                on request
-    ============  ===============================================================  ==========
+        lse           log Σ exp z_j                                                    always
+        logprob       z_t - lse                                                        always
+        entropy       -Σ p_j log p_j, in nats                                          on request
+        mean_logprob  (1/V) Σ (z_j - lse)                                              on request
+        rank          how many classes beat the target; on a tie the lower index wins  on request
+        argmax        the winning class                                                on request
 
     The floating statistics are differentiable in `input`, with any upstream gradient. Rows whose
     target is `ignore_index` have statistics 0 (-1 for rank and argmax) and gradient exactly 0,

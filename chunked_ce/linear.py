@@ -220,9 +220,9 @@ def _shared(
 ) -> Shared:
     """The arguments that both operators share, checked."""
     classes = checks.linear_vocab_size(vocab_size, weight)
-    row_bytes = -(-classes * weight.element_size() // 128) * 128
-    whole = input.numel() // input.shape[-1] * row_bytes <= _CHUNK_BYTES
-    default = _CHUNK_BYTES if whole or input.device.type != "cpu" else _CPU_CHUNK_BYTES
+    row_bytes = padded_row_bytes(classes, weight.element_size())
+    tokens = input.numel() // input.shape[-1]
+    default = default_chunk_bytes(tokens * row_bytes, input.device.type)
     return (
         checks.ignore_index(ignore_index),
         classes,
@@ -233,6 +233,17 @@ def _shared(
         checks.drop_ignored(drop_ignored, input.device),
         checks.acc_dtype(acc_dtype, weight),
     )
+
+
+def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
+    """Of a token's logits in a chunk, whose rows start on 128 bytes."""
+    return -(-vocab_size * itemsize // 128) * 128
+
+
+def default_chunk_bytes(logits_bytes: int, device_type: str) -> int:
+    """Of logits at a time, where all of them take `logits_bytes`."""
+    whole = logits_bytes <= _CHUNK_BYTES
+    return _CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
 
 
 def _outputs(

@@ -46,6 +46,9 @@ def main() -> None:
             f"{Path(sys.prefix).glob('lib/python*/site-packages').__next__()}\n"
         )
         subprocess.run([str(python), "-c", USE], check=True, cwd=folder)
+        command = folder / "clean" / "bin" / "chunked-ce"
+        sizes = ["--vocab", "50257", "--hidden", "768"]
+        subprocess.run([str(command), "plan", *sizes], check=True, cwd=folder)
 
 
 main()

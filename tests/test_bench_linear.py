@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import linear, linear_providers, linear_sections, measure, records
-from bench.linear_providers import CUT, LIGER, TORCH
+from bench.providers import CUT, LIGER, TORCH
 
 COMPILED = "torch.compile"
 TINY = "--tokens 16 --hidden 16 --vocab 320 --repeats 2 --threads 1".split()
@@ -81,7 +81,7 @@ def test_memory_section_and_figure(tmp_path, monkeypatch, capsys):
 @needs_proc
 def test_what_does_not_fit_is_not_run_and_eagers_memory_is_computed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))
-    monkeypatch.setattr(linear_providers, "_bytes_available", lambda: 1.1 * 2**30)
+    monkeypatch.setattr(linear_providers, "_bytes_available", lambda device: 1.1 * 2**30)
     needed = linear_providers._bytes_needed
 
     def more_for_eager(provider, *args):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunked_ce import (
     LinearCrossEntropyLoss,
+    chunks,
     linear_cross_entropy,
     linear_ops,
     linear_token_stats,
@@ -511,3 +512,29 @@ def test_an_upstream_gradient_that_is_not_a_scalar():
     x, w = leaves(X, W)
     with pytest.raises(RuntimeError):
         linear_cross_entropy(x, w, T).backward(torch.ones(3))
+
+
+def test_products_in_float32_are_added_up_in_slices(monkeypatch):
+    """What a GPU does, where a product of bf16 tensors can stay in fp32: here emulated."""
+    torch_mm = torch.mm
+
+    def mm(a, b, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return torch_mm(a, b, out=out)
+        assert a.shape[0] * b.shape[1] * 4 <= chunks.PRODUCT_BYTES
+        return torch_mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(chunks, "PRODUCT_BYTES", 30 * 16 * 4)
+    monkeypatch.setattr(chunks, "products_in_full", lambda weight, acc: True)
+    monkeypatch.setattr(chunks.torch, "mm", mm)
+    x = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(101, 16, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(97, (50,))
+    loss = linear_cross_entropy(x, w, target, token_chunk_size=9, vocab_size=97)
+    (grad,) = torch.autograd.grad(loss, w)
+    wide = w.detach().double().requires_grad_()
+    logits = (x.detach().double() @ wide.T)[:, :97]
+    (truth,) = torch.autograd.grad(F.cross_entropy(logits, target), wide)
+    assert grad.dtype == torch.bfloat16 and (grad[97:] == 0).all()
+    error = torch.linalg.vector_norm(grad.double() - truth) / torch.linalg.vector_norm(truth)
+    assert error < 2**-7

@@ -12,4 +12,5 @@ from .linear import *
 from .loss import *
 from .mistakes import *
 from .perplexity import *
+from .planner import *
 from .targets import *

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import perplexity
+from . import doctor, perplexity, plan
 from .errors import UsageError
 
-_COMMANDS = (perplexity,)
+_COMMANDS = (perplexity, plan, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,119 @@
+"""python -m bench run --suite cpu|gpu|quick     measures; writes one folder
+python -m bench plot                             redraws every figure from the CSV files"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import measure, records
+from .cpu import positive
+from .linear_providers import Shape
+from .suites import ALL_PROVIDERS, DTYPES, SUITES, Suite
+
+RUNS = Path("runs/bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _run_command(commands.add_parser("run", help="measure a suite"))
+    _plot_command(commands.add_parser("plot", help="draw the figures"))
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_command(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--suite", choices=SUITES, required=True, help="cpu: half an hour; gpu: 8 minutes at most")
+    add("--device", choices=("cpu", "cuda"), help="default: the suite's")
+    add("--out", type=Path, metavar="DIR", help=f"default: {RUNS}/SUITE")
+    add("--provider", nargs="+", choices=ALL_PROVIDERS, metavar="PROVIDER",
+        help="of " + ", ".join(ALL_PROVIDERS))  # fmt: skip
+    add("--dtype", nargs="+", choices=DTYPES, help="default: the suite's")
+    add("--tokens", type=positive, metavar="N", help="default: the suite's, as those below")
+    add("--hidden", type=positive, metavar="D")
+    add("--vocab", type=positive, nargs="+", metavar="V")
+    add("--repeats", type=positive, metavar="R", help="rounds, at most")
+    add("--threads", type=positive, metavar="T", help="of the CPU; default: torch's choice")
+    parser.set_defaults(run=run)
+
+
+def _plot_command(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("csv", nargs="*", type=Path, help=f"default: every results.csv under {RUNS}")
+    add("--out", type=Path, metavar="DIR", help="default: beside each CSV")
+    parser.set_defaults(run=plot)
+
+
+def run(args: argparse.Namespace) -> None:
+    from . import run as runner
+
+    suite = _suite(args)
+    device = args.device or suite.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is asked for, but there is no GPU here: give --device cpu")
+    out: Path = args.out or RUNS / args.suite
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+    env = records.environment(_device_name(device))
+    print(f"{env.device}; torch {env.torch}; triton {env.triton or '-'}; commit {env.commit}")
+    report, others = records.Report(env), measure.OtherProcesses()
+    current = runner.Run(suite, device, report)
+    try:
+        current.all()
+    finally:  # what was measured before an error or an interrupt is kept
+        if report.measurements:
+            runner.write(report, current.not_run, out)
+    print(f"\n{others}\n{time.perf_counter() - start:.0f} s in all; {out}/results.csv")
+
+
+def _suite(args: argparse.Namespace) -> Suite:
+    suite = SUITES[args.suite]
+    vocabularies = args.vocab or [shape.V for shape in suite.shapes]
+    first = suite.shapes[0]
+    shapes = (Shape(args.tokens or first.N, args.hidden or first.D, v) for v in vocabularies)
+    return suite._replace(
+        shapes=tuple(shapes),
+        dtypes=tuple(args.dtype or suite.dtypes),
+        providers=tuple(args.provider or suite.providers),
+        repeats=args.repeats or suite.repeats,
+    )
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    return f"{records.cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def plot(args: argparse.Namespace) -> None:
+    files = args.csv or sorted(RUNS.glob("*/results.csv"))
+    if not files:
+        raise ValueError(f"nothing to draw under {RUNS}: python -m bench run --suite cpu first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plot needs matplotlib: pip install 'chunked-ce[bench]'")
+    from . import figures
+
+    tables = {path: records.read_csv(path) for path in files}  # all read before one is drawn
+    for path, rows in tables.items():
+        for picture in figures.draw_all(rows, args.out or path.parent):
+            print(picture)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

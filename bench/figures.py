@@ -1,0 +1,186 @@
+"""Every figure, from the tidy CSV alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .providers import COMPILED, CUT, EAGER, FLASH, INDUCTOR, INPLACE, LIGER, OURS, QUACK, TORCH
+
+Row = dict[str, str]
+Point = tuple[float, float, float, float]  # x, value, q20, q80
+BOTH = "forward+backward"
+PEAK, PREDICTED = "peak_extra_bytes", "predicted_peak_extra_bytes"
+COLORS = {
+    EAGER: "#7f7f7f", COMPILED: "#e69f00", TORCH: "#b58900", CUT: "#56b4e9", LIGER: "#cc79a7",
+    QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INDUCTOR: "#009e73", INPLACE: "#d55e00",
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    label: str
+    color: str
+    style: str
+    points: list[Point]
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
+    """The pictures of one CSV; one for each device, dtype and N that it holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for device, dtype, n in _distinct(rows, "device", "dtype", "N"):
+        here = [r for r in rows if (r["device"], r["dtype"], r["N"]) == (device, dtype, n)]
+        predicted = device.startswith("predicted")
+        name = f"{dtype}_N{n}" + ("_predicted" if predicted else "")
+        of_head = [r for r in here if r["D"] and r["mode"] in (BOTH, "full")]
+        if of_head:
+            title = f"head and loss, {BOTH}: N = {n}, D = {of_head[0]['D']}, {dtype}\n{device}"
+            yield _vocabulary(of_head, title, folder / f"vocabulary_{name}.png")
+        of_logits = [r for r in here if not r["D"] and r["metric"] == "seconds"]
+        if of_logits:
+            title = f"the loss alone, from logits: N = {n}, {dtype}\n{device}"
+            yield _logits(of_logits, title, folder / f"logits_{name}.png")
+    if compared := list(_predicted_and_measured(rows)):
+        yield _scatter(compared, folder / "memory_predicted_and_measured.png")
+
+
+def _vocabulary(rows: Sequence[Row], title: str, path: Path) -> Path:
+    """Time and memory of training against the vocabulary."""
+    metrics = {r["metric"] for r in rows}
+    peak = PEAK if PEAK in metrics else PREDICTED
+    of_peak = "measured" if peak == PEAK else "predicted, exact tensor bytes"
+    panels = [("seconds", 1e-3, "time, ms")] if "seconds" in metrics else []
+    most = max((float(r["value"]) for r in rows if r["metric"] == peak), default=0.0)
+    unit, name = (2.0**30, "GiB") if most >= 2**30 else (2.0**20, "MiB")
+    panels.append((peak, unit, f"peak extra memory, {name}\n({of_peak})"))
+    figure, axes = _figure(len(panels), title)
+    for ax, (metric, unit, label) in zip(axes, panels, strict=True):
+        for line in _lines(rows, metric, "V", unit):
+            _plot(ax, line)
+        _against_vocabulary(ax, rows, label)
+    return _save(figure, axes, path)
+
+
+def _logits(rows: Sequence[Row], title: str, path: Path) -> Path:
+    figure, axes = _figure(2, title)
+    for ax, mode in zip(axes, ("forward", BOTH), strict=True):
+        for line in _lines([r for r in rows if r["mode"] == mode], "seconds", "V", 1e-3):
+            _plot(ax, line)
+        _against_vocabulary(ax, rows, f"time of {mode}, ms")
+    return _save(figure, axes, path)
+
+
+def tokens(rows: Sequence[Row], path: Path) -> Path:
+    """Time and memory of head and loss in training against N."""
+    rows = [r for r in rows if r["D"] and r["mode"] == BOTH]
+    shape = f"D = {rows[0]['D']}, V = {rows[0]['V']}" if rows else ""
+    panels = [("seconds", 1.0, "time, s"), (PEAK, 2.0**30, "peak extra memory, GiB")]
+    dtypes = [d for (d,) in _distinct(rows, "dtype")]
+    figure, axes = _figure(
+        2, f"head and loss, {BOTH}: {shape}\n{rows[0]['device'] if rows else ''}"
+    )
+    for ax, (metric, unit, label) in zip(axes, panels, strict=True):
+        for dtype, style in zip(dtypes, ("-", "--"), strict=False):
+            of_dtype = [r for r in rows if r["dtype"] == dtype]
+            for line in _lines(of_dtype, metric, "N", unit):
+                _plot(ax, line._replace(label=f"{line.label}, {dtype}", style=style))
+        _axes(ax, sorted({int(r["N"]) for r in rows}), "tokens N", label)
+    return _save(figure, axes, path)
+
+
+def _predicted_and_measured(rows: Iterable[Row]) -> Iterator[tuple[str, float, float]]:
+    """(provider, predicted, measured), of all that was both."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for r in rows:
+        key = tuple(r[c] for c in ("provider", "mode", "N", "D", "V", "dtype", "device"))
+        found.setdefault(key, {})[r["metric"]] = float(r["value"])
+    for (provider, *_), of in found.items():
+        if PEAK in of and PREDICTED in of:
+            yield provider, of[PREDICTED] / 2**30, of[PEAK] / 2**30
+
+
+def _scatter(compared: Sequence[tuple[str, float, float]], path: Path) -> Path:
+    figure, (ax,) = _figure(1, "peak extra memory of a step")
+    for provider in dict.fromkeys(p for p, _, _ in compared):
+        of = [(x, y) for p, x, y in compared if p == provider]
+        x, y = zip(*of, strict=True)
+        ax.scatter(x, y, s=22, color=COLORS.get(provider, "black"), label=provider, zorder=3)
+    ends = [
+        min(min(x, y) for _, x, y in compared) / 1.3,
+        max(max(x, y) for _, x, y in compared) * 1.3,
+    ]
+    ax.plot(ends, ends, color="#bbbbbb", linewidth=1, label="equal")
+    ax.set(xscale="log", yscale="log", xlabel="predicted, GiB", ylabel="measured, GiB")
+    ax.grid(alpha=0.3)
+    return _save(figure, [ax], path)
+
+
+def _distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
+
+
+def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Line]:
+    rows = [r for r in rows if r["metric"] == metric]
+    for provider, mode in _distinct(rows, "provider", "mode"):
+        points = sorted(
+            (
+                float(r[x]),
+                float(r["value"]) / unit,
+                float(r["q20"] or r["value"]) / unit,
+                float(r["q80"] or r["value"]) / unit,
+            )
+            for r in rows
+            if (r["provider"], r["mode"]) == (provider, mode)
+        )
+        behind_head = mode == "full"
+        label = f"{provider}, from logits" if behind_head else provider
+        yield Line(label, COLORS.get(provider, "black"), ":" if behind_head else "-", points)
+
+
+def _figure(panels: int, title: str) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels + 0.6, 4.8), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _plot(ax: Any, line: Line) -> None:
+    x, value, low, high = zip(*line.points, strict=True)
+    ax.plot(x, value, line.style, marker="o", markersize=4, color=line.color, label=line.label)
+    ax.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
+
+
+def _against_vocabulary(ax: Any, rows: Sequence[Row], label: str) -> None:
+    _axes(ax, sorted({int(r["V"]) for r in rows}), "vocabulary V", label)
+
+
+def _axes(ax: Any, ticks: Sequence[int], x_label: str, y_label: str) -> None:
+    ax.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.tick_params(axis="x", rotation=30)
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_locator(_decades())
+    ax.grid(alpha=0.3)
+
+
+def _decades() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(base=10, subs=(1.0, 2.0, 5.0))
+
+
+def _save(figure: Any, axes: Sequence[Any], path: Path) -> Path:
+    """One legend below all panels, each name once."""
+    handles = {
+        label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center",
+            ncols=min(len(handles), 2 * len(axes)), fontsize="small", frameon=False,
+        )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    return path

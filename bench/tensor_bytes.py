@@ -1,0 +1,151 @@
+"""Peak bytes of tensors, exactly, for any shape and device on any machine.
+
+Runs the code on fake tensors, which have shapes and no memory, and follows every storage from its
+making to its end. chunked_ce's operators are entered: their own Python runs, with kernels that do
+nothing, so that their buffers count. What libraries take beside tensors (a matrix product's
+workspace, an allocator's rounding) is not seen.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from chunked_ce import (
+    backend_torch,
+    chunks,
+    clusters,
+    functional,
+    gpu,
+    linear,
+    linear_ops,
+    one_pass,
+    ops,
+    row_blocks,
+)
+
+_OPERATORS = (ops, one_pass, linear_ops)
+_chosen = functional.choose_backend
+_KERNELS = ("token_stats", "finish", "token_grad", "loss_and_grad", "scale")
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: int = 0
+        self.peak: int = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # A fake tensor has no values. 0 leads the questions that the code asks of its data
+            # (a range of targets, of logits; any? all?) along the usual way, but for `all`.
+            if args[0].dtype.is_floating_point:
+                return 0.0
+            return 1 if hasattr(args[0], "of_all") else 0
+        if func.namespace == "chunked_ce":
+            name = "_" + func._schema.name.split("::")[1]
+            body = next(getattr(m, name) for m in _OPERATORS if hasattr(m, name))
+            with self:
+                return body(*args, **kwargs)
+        if func.namespace == "aten":
+            with self:  # below autograd, operators made of others come whole
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten.all.default:
+            out.of_all = True
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._alive and self._alive[key]() is storage:
+            return
+        size = storage.nbytes()
+
+        def ended(_: Any) -> None:
+            self.now -= size
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, ended)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def predicted_peak(
+    make: Callable[[], tuple[Any, ...]], step: Callable[..., Any], architecture: str = "sm_90"
+) -> int:
+    """Peak bytes of `step(*make())` beyond what `make` made, on fake tensors.
+
+    `make` decides on the device: "cpu", or "meta" for a GPU of that architecture, whose kernels
+    need Triton installed.
+    """
+    with _fake(architecture), FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        given = make()
+        with TensorBytes() as counter:
+            for leaf in tree_leaves(given):
+                if isinstance(leaf, torch.Tensor):  # a view or an alias of it is nothing new
+                    counter._follow(leaf.untyped_storage())
+            before = counter.peak = counter.now
+            kept = step(*given)
+            del kept
+    peak: int = counter.peak - before
+    return peak
+
+
+def _choose_backend(backend: str, device: torch.device) -> str:
+    return "triton" if backend == "auto" and device.type == "meta" else _chosen(backend, device)
+
+
+def _products_in_full(weight: torch.Tensor, acc_dtype: torch.dtype) -> bool:
+    return weight.device.type == "meta" and acc_dtype == torch.float32
+
+
+class _NoKernel:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **arguments: None
+
+
+@contextmanager
+def _fake(architecture: str) -> Iterator[None]:
+    """ "meta" is a GPU of that architecture whose kernels do nothing; scratch memory is new."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(row_blocks, "_kept", threading.local()))
+        stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
+        stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
+        stack.enter_context(mock.patch.object(linear, "_autocast", lambda *tensors: tensors))
+        stack.enter_context(mock.patch.object(backend_torch, "advise_huge_pages", lambda t: t))
+        for module in (functional, linear):
+            stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))
+        gpu_values = {"architecture": architecture, "processors": 132, "l2_bytes": 50 << 20}
+        for name, value in gpu_values.items():
+            stack.enter_context(mock.patch.object(gpu, name, lambda device, value=value: value))
+        stack.enter_context(mock.patch.object(gpu, "on", lambda device: nullcontext()))
+        try:
+            from chunked_ce import backend_triton
+        except ImportError:  # no Triton: then nothing asks for its kernels
+            pass
+        else:
+            for name in _KERNELS:
+                stack.enter_context(
+                    mock.patch.object(backend_triton, f"{name}_kernel", _NoKernel())
+                )
+        yield

@@ -1,0 +1,34 @@
+"""`chunked-ce doctor`: this machine, the backends, and a check of every operator."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..doctor import examine
+
+
+def add_command(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="versions, devices, backends; checks every operator",
+        description="Says what this machine has and which backend runs on it, and checks every "
+        "operator against eager torch. Exit code 1 where something is wrong. Paste the output "
+        "into a bug report.",
+    )
+    parser.add_argument(
+        "--inductor", action="store_true", help="checks backend='inductor' too, which compiles"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    section, wrong = "", 0
+    for finding in examine(inductor=args.inductor):
+        if finding.section != section:
+            print(("\n" if section else "") + finding.section, flush=True)
+            section = finding.section
+        print(f"  {finding.what}: {finding.result}", flush=True)
+        wrong += not finding.ok
+    print(f"\n{f'{wrong} findings are wrong' if wrong else 'nothing is wrong'}")
+    return 1 if wrong else 0

@@ -1,0 +1,140 @@
+"""What this machine has, which backend will run here and why, and whether every operator is right.
+
+For `chunked-ce doctor`, whose output goes into a bug report.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import clusters, functional, gpu
+from .functional import choose_backend
+from .self_check import CHECKS
+
+_PACKAGES = ("chunked-ce", "torch", "triton", "transformers", "numpy")
+_VARIABLES = (
+    "CHUNKED_CE_CACHE", "CHUNKED_CE_CHECK_TARGETS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY", "TRITON_INTERPRET",
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    section: str
+    what: str
+    result: str
+    ok: bool = True
+
+
+def examine(*, inductor: bool = False) -> Iterator[Finding]:
+    """Everything, as it is found out; seconds on a CPU, and what the kernels' compiling takes.
+
+    Args:
+        inductor: also checks backend="inductor", which compiles C++ for a minute.
+    """
+    yield from _versions()
+    for device in _devices():
+        yield from _device(device)
+    for device in _devices():
+        for backend in _backends(device, inductor):
+            yield from _operators(device, backend)
+
+
+def _versions() -> Iterator[Finding]:
+    for package in _PACKAGES:
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = "not installed"
+        yield Finding("versions", package, found)
+    yield Finding("versions", "python", platform.python_version())
+    yield Finding("versions", "system", f"{platform.system()} {platform.machine()}")
+    built_for = torch.version.cuda or torch.version.hip
+    yield Finding("versions", "torch built for", f"GPU runtime {built_for}" if built_for else "CPU")
+    for name in _VARIABLES:
+        if name in os.environ:
+            yield Finding("versions", name, os.environ[name])
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    for kind in ("cuda", "xpu"):
+        if torch.get_device_module(kind).is_available():
+            count = torch.get_device_module(kind).device_count()
+            found += [torch.device(kind, index) for index in range(count)]
+    return found
+
+
+def _device(device: torch.device) -> Iterator[Finding]:
+    section = f"device {device}"
+    backend = choose_backend("auto", device)
+    yield Finding(section, "backend", f"{backend}: {_reason(device, backend)}")
+    if device.type == "cpu":
+        yield Finding(section, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+        return
+    properties = torch.get_device_module(device).get_device_properties(device)
+    yield Finding(section, "name", properties.name)
+    yield Finding(section, "memory", f"{properties.total_memory / 2**30:.1f} GiB")
+    yield Finding(section, "processors", str(gpu.processors(device)))
+    if backend == "triton":
+        yield _attempt(section, "launch table", lambda: _launch_row(device))
+        yield _attempt(section, "clusters of CTAs", lambda: _clusters(device))
+
+
+def _reason(device: torch.device, backend: str) -> str:
+    if device.type == "cpu":
+        return "the kernels need a GPU" + (
+            ", or backend='triton' now that they are interpreted" if functional._INTERPRETED else ""
+        )
+    if backend == "triton":
+        return "a GPU, and triton is installed"
+    return "triton is not installed; with it (pip install 'chunked-ce[triton]') the kernels run"
+
+
+def _launch_row(device: torch.device) -> str:
+    from .kernels import launch
+
+    name = gpu.architecture(device)
+    row = launch.TABLE.get(name, launch.GENERIC)
+    return f"{name}: tiles of {row.groups} x 16 bytes, {row.num_warps} warps"
+
+
+def _clusters(device: torch.device) -> str:
+    if not clusters.supported(device):
+        return "not used: they need sm_90 and Triton 3.8"
+    return "agree, and are used" if clusters.check(device) else "disagree, and are not used"
+
+
+def _attempt(section: str, what: str, find_out: Callable[[], str]) -> Finding:
+    """Whatever goes wrong is what the report is for."""
+    start = time.perf_counter()
+    try:
+        result, ok = find_out(), True
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["-"]
+        result, ok = f"FAILED: {type(error).__name__}: {lines[0][:160]}", False
+    taken = time.perf_counter() - start
+    return Finding(section, what, result + (f" ({taken:.1f} s)" if taken >= 1 else ""), ok)
+
+
+def _backends(device: torch.device, inductor: bool) -> list[str]:
+    names = ["torch", "inductor"] if inductor else ["torch"]
+    if functional._TRITON_INSTALLED and (device.type != "cpu" or functional._INTERPRETED):
+        names.insert(0, "triton")
+    return names
+
+
+def _operators(device: torch.device, backend: str) -> Iterator[Finding]:
+    section = f"operators, {device}, {backend}"
+    for name, check in CHECKS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            what = f"{name}, {str(dtype).removeprefix('torch.')}"
+            yield _attempt(section, what, lambda c=check, d=dtype: c(device, backend, d))  # type: ignore[misc]

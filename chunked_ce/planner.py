@@ -1,0 +1,277 @@
+"""Peak memory of a language model's head and loss in training, predicted from shapes alone.
+
+From hidden states [N, D] and the head's weight [V, D] to the loss and both gradients. With L bytes
+of logits, X of hidden states, W of the weight, the tensors alive at the peak are
+
+    eager                 log-softmax, its gradient, the logits' gradient    3 L
+    eager, float32 loss   these in float32, and the logits                   3 L32 + L
+    torch.compile         the logits, which become their gradient            L + X + W
+    cross_entropy         the logits, their gradient                         2 L
+      inplace_backward    the gradient over the logits                       L + X + W
+    linear_cross_entropy  a chunk of logits, the gradients, and where chunks
+                          are added up in float32 that sum                   C + X + W + W32
+
+(where that is more, a logits path's peak is the product for the weight's gradient: L + X + W).
+Hidden states and weight themselves are not counted in a peak: any way of computing needs them. What
+an allocator rounds up and a matrix product's workspace come on top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checks
+from .blocks import compute_dtype
+from .chunks import PRODUCT_BYTES
+from .linear import default_chunk_bytes, padded_row_bytes
+
+CHUNKS = (None, 64 << 20, 1 << 30)  # bytes of logits at a time; None: the default
+_SCRATCH = 1 << 20  # elements of the CPU backend's block
+_MOST_TOKENS = 1 << 40
+
+
+class HeadShape(NamedTuple):
+    """A head: its sizes, its dtype, and what it does to logits."""
+
+    vocab_size: int
+    hidden_size: int
+    dtype: torch.dtype = torch.bfloat16
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.vocab_size * self.hidden_size * self.dtype.itemsize
+
+
+class Estimate(NamedTuple):
+    """One way to compute head and loss, and what it takes."""
+
+    name: str
+    peak_bytes: int  # of the batch asked for, beside hidden states and weight
+    largest_batch: int | None  # tokens that fit the memory; None: none was given
+    code: str
+
+
+class _Way(NamedTuple):
+    name: str
+    code: str
+    peak: Callable[[HeadShape, int, str], int]
+    bound: Callable[[HeadShape, int, str], int]  # of the peaks of all batches up to that
+
+
+def plan(
+    head: HeadShape,
+    tokens: int,
+    *,
+    memory: int | None = None,
+    device: str = "cuda",
+) -> list[Estimate]:
+    """What each way to compute head and loss takes at its peak, in training.
+
+    Args:
+        head: the head's sizes, see :func:`head_of_config`.
+        tokens: N, of a batch.
+        memory: bytes for hidden states, weight and all that the loss adds; by it `largest_batch`.
+        device: "cuda" or "cpu", whose defaults differ.
+
+    Returns:
+        An estimate for eager, compiled and this library's ways, in that order.
+
+    Raises:
+        TypeError, ValueError: a size that is not a positive int, an unknown device.
+    """
+    checks.plan_sizes(vocab_size=head.vocab_size, hidden_size=head.hidden_size, tokens=tokens)
+    checks.plan_device(device)
+    checks.plan_dtype(head.dtype)
+    if memory is not None:
+        checks.plan_sizes(memory=memory)
+    return [
+        Estimate(
+            way.name,
+            way.peak(head, tokens, device),
+            None if memory is None else _largest_batch(way, head, device, memory),
+            way.code,
+        )
+        for way in _ways(head)
+    ]
+
+
+def best(estimates: list[Estimate]) -> Estimate:
+    """The one of this library's that takes least, as exact as any, in chunks of the default size.
+
+    Plain `linear_cross_entropy` where another takes at most a tenth less: it grows least with the
+    batch. Smaller chunks take less, and more time.
+    """
+    chosen = ("acc_dtype", "chunk_bytes")
+    ours = [e for e in estimates if e.code and not any(c in e.code for c in chosen)]
+    least = min(e.peak_bytes for e in ours)
+    close = [e for e in ours if e.peak_bytes <= 1.1 * least]
+    return next((e for e in close if e.name == "linear_cross_entropy"), close[0])
+
+
+def head_of_config(config: Mapping[str, Any] | str | Path) -> HeadShape:
+    """The head of a Hugging Face config: its dict, its JSON file, or the folder that holds one.
+
+    Raises:
+        ValueError: no such file, no JSON, no vocabulary or hidden size in it.
+    """
+    if not isinstance(config, Mapping):
+        config = _read(Path(config))
+    nested = config.get("text_config")
+    text = {**config, **nested} if isinstance(nested, Mapping) else config
+    scale = text.get("logit_scale") or 1.0
+    if divisor := text.get("logits_scaling"):  # Granite's
+        scale /= divisor
+    return HeadShape(
+        checks.config_size(text, "vocabulary size", ("vocab_size",)),
+        checks.config_size(text, "hidden size", ("hidden_size", "n_embd", "d_model", "dim")),
+        checks.config_dtype(text.get("dtype") or text.get("torch_dtype")),
+        text.get("final_logit_softcapping"),
+        scale,
+    )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise checks.unreadable_config(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise checks.unreadable_config(path, "it holds no JSON") from error
+    if not isinstance(content, Mapping):
+        raise checks.unreadable_config(path, "it holds no JSON object")
+    return content
+
+
+# Peaks
+
+
+def _ways(head: HeadShape) -> Iterator[_Way]:
+    yield _Way("eager", "", _eager, _eager)
+    if head.dtype.itemsize < 4:
+        yield _Way("eager, float32 loss (transformers)", "", _eager_in_float32, _eager_in_float32)
+    yield _Way("torch.compile", "", _compiled, _compiled)
+    options = _head_options(head)
+    logits = "cross_entropy(lm_head(hidden), labels, dim=-1"
+    yield _Way("cross_entropy", f"{logits}{options})", _logits, _logits)
+    yield _Way(
+        "cross_entropy, in place", f"{logits}, inplace_backward=True{options})",
+        _logits_in_place, _logits_in_place,
+    )  # fmt: skip
+    linear = "linear_cross_entropy(hidden, lm_head.weight, labels"
+    for size in CHUNKS:
+        name = "linear_cross_entropy"
+        chunk = ""
+        if size is not None:
+            name, chunk = f"{name}, {size >> 20} MiB", f", chunk_bytes={size >> 20} << 20"
+        yield _Way(
+            name, f"{linear}{chunk}{options})",
+            partial(_linear, size, True, True), partial(_linear, size, True, False),
+        )  # fmt: skip
+    if head.dtype.itemsize < 4:
+        dtype = str(head.dtype)
+        yield _Way(
+            f"linear_cross_entropy, sums in {dtype.removeprefix('torch.')}",
+            f"{linear}, acc_dtype={dtype}{options})",
+            partial(_linear, None, False, True), partial(_linear, None, False, False),
+        )  # fmt: skip
+
+
+def _head_options(head: HeadShape) -> str:
+    softcap = "" if head.softcap is None else f", softcap={head.softcap}"
+    return softcap + ("" if head.logit_scale == 1.0 else f", logit_scale={head.logit_scale:g}")
+
+
+def _sizes(head: HeadShape, tokens: int) -> tuple[int, int]:
+    """Bytes of the logits, and of the gradients of hidden states and weight."""
+    size = head.dtype.itemsize
+    return (
+        tokens * head.vocab_size * size,
+        tokens * head.hidden_size * size + head.weight_bytes,
+    )
+
+
+def _eager(head: HeadShape, tokens: int, device: str) -> int:
+    logits, gradients = _sizes(head, tokens)
+    return max(3 * logits, logits + gradients) + _kept_for_tanh(head, logits)
+
+
+def _eager_in_float32(head: HeadShape, tokens: int, device: str) -> int:
+    logits, gradients = _sizes(head, tokens)
+    wide = logits * 4 // head.dtype.itemsize
+    peak = max(3 * wide + logits, 2 * logits + gradients)  # the model's output holds the logits
+    return peak + _kept_for_tanh(head, logits)
+
+
+def _kept_for_tanh(head: HeadShape, logits: int) -> int:
+    """Eager saves tanh's result for backward."""
+    return 0 if head.softcap is None else logits
+
+
+def _compiled(head: HeadShape, tokens: int, device: str) -> int:
+    logits, gradients = _sizes(head, tokens)
+    return logits + gradients
+
+
+def _logits(head: HeadShape, tokens: int, device: str) -> int:
+    logits, gradients = _sizes(head, tokens)
+    return max(2 * logits, logits + gradients) + _scratch(head, tokens, device)
+
+
+def _logits_in_place(head: HeadShape, tokens: int, device: str) -> int:
+    logits, gradients = _sizes(head, tokens)
+    return logits + gradients + _scratch(head, tokens, device)
+
+
+def _linear(
+    chunk_bytes: int | None, wide_sums: bool, even: bool, head: HeadShape, tokens: int, device: str
+) -> int:
+    """`even`: in chunks of like size; else the most that one may hold, a bound for fewer tokens."""
+    size = head.dtype.itemsize
+    row = padded_row_bytes(head.vocab_size, size)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(tokens * row if even else 0, device)
+    most = max(1, chunk_bytes // row)
+    chunks = -(-tokens // most)
+    rows = -(-tokens // chunks) if even else min(tokens, most)
+    buffer = rows * row + _scratch(head, rows, device)
+    of_input = tokens * head.hidden_size * size
+    added_up = chunks > 1 and size < 4 and wide_sums
+    in_float32 = head.vocab_size * head.hidden_size * 4 if added_up else 0
+    if device == "cpu":
+        return buffer + of_input + head.weight_bytes + in_float32
+    buffer += rows * head.hidden_size * size  # hidden states, those of ignored tokens zeroed
+    if not in_float32:
+        return buffer + of_input + head.weight_bytes
+    product = min(in_float32, PRODUCT_BYTES)
+    return of_input + in_float32 + buffer + max(product, head.weight_bytes)
+
+
+def _scratch(head: HeadShape, tokens: int, device: str) -> int:
+    """The block that the CPU's backend works in; two more for a softcap."""
+    elements = min(tokens * head.vocab_size, _SCRATCH) if device == "cpu" else 0
+    blocks = 1 if head.softcap is None else 3
+    return blocks * elements * compute_dtype(head.dtype).itemsize
+
+
+def _largest_batch(way: _Way, head: HeadShape, device: str, memory: int) -> int:
+    """The most tokens such that they, and all fewer ones, fit."""
+    of_token = head.hidden_size * head.dtype.itemsize
+
+    def fits(tokens: int) -> bool:
+        return head.weight_bytes + tokens * of_token + way.bound(head, tokens, device) <= memory
+
+    low, high = 0, _MOST_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,249 @@
+"""chunked_ce.planner against the exact count of tensor bytes, that against the process, and the command."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import chunked_ce
+from bench import measure
+from bench.tensor_bytes import predicted_peak
+from chunked_ce import planner
+from chunked_ce.cli import main
+
+MIB, GIB = 1 << 20, 1 << 30
+LLAMA = planner.HeadShape(128256, 4096)
+GEMMA = planner.HeadShape(256000, 4608, softcap=30.0)
+
+
+def make(head, tokens, device):
+    def of(*shape):
+        return torch.empty(shape, dtype=head.dtype, device=device, requires_grad=True)
+
+    def batch():
+        target = torch.zeros(tokens, dtype=torch.int64, device=device)
+        return of(tokens, head.hidden_size), of(head.vocab_size, head.hidden_size), target
+
+    return batch
+
+
+def loss_of(name, head):
+    """The function that an estimate speaks of."""
+    cap = {} if head.softcap is None else {"softcap": head.softcap}
+
+    def capped(z):
+        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+    def linear(x, w, t):
+        size = None if "MiB" not in name else int(name.split()[1]) * MIB
+        sums = head.dtype if "sums in" in name else torch.float32
+        return chunked_ce.linear_cross_entropy(x, w, t, chunk_bytes=size, acc_dtype=sums, **cap)
+
+    def logits(x, w, t):
+        inplace = "in place" in name
+        return chunked_ce.cross_entropy(F.linear(x, w), t, inplace_backward=inplace, **cap)
+
+    if name.startswith("linear"):
+        return linear
+    if name.startswith("cross_entropy"):
+        return logits
+    return lambda x, w, t: F.cross_entropy(capped(F.linear(x, w)), t)
+
+
+def step_of(name, head):
+    def transformers(x, w, t):
+        logits = F.linear(x, w)
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        grads = torch.autograd.grad(F.cross_entropy(logits.float(), t), (x, w))
+        return grads, logits  # the model's output holds them
+
+    loss = loss_of(name, head)
+    if name.startswith("eager, float32"):
+        return transformers
+    return lambda x, w, t: torch.autograd.grad(loss(x, w, t), (x, w))
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize(
+    ("head", "tokens", "device"),
+    [
+        (LLAMA, 8192, "cuda"),
+        (LLAMA._replace(dtype=torch.float32), 8192, "cuda"),
+        (GEMMA, 8192, "cuda"),
+        (planner.HeadShape(50257, 768, torch.float16), 2048, "cuda"),  # one chunk
+        (planner.HeadShape(50257, 768), 2048, "cpu"),
+        (planner.HeadShape(50257, 768, torch.float32, softcap=30.0), 2048, "cpu"),
+    ],
+)  # fmt: skip
+def test_agrees_with_the_tensors_that_the_code_makes(head, tokens, device):
+    if device == "cuda":
+        pytest.importorskip("triton")
+    batch = make(head, tokens, "meta" if device == "cuda" else device)
+    for estimate in planner.plan(head, tokens, device=device):
+        if estimate.name != "torch.compile":  # made by no code that can be entered
+            exact = predicted_peak(batch, step_of(estimate.name, head))
+            assert estimate.peak_bytes == pytest.approx(exact, rel=0.05), estimate.name
+
+
+def extra_of(name, head, tokens):
+    torch.set_num_threads(1)
+    loss = loss_of(name, head)
+    if name == "torch.compile":
+        loss = torch.compile(loss)
+    for n in (4, 8):
+        small = [t.detach().uniform_().requires_grad_() for t in make(head, n, "cpu")()[:2]]
+        loss(*small, torch.zeros(n, dtype=torch.int64)).backward()
+    x, w = (
+        t.detach().uniform_(-0.1, 0.1).requires_grad_() for t in make(head, tokens, "cpu")()[:2]
+    )
+    target = torch.arange(tokens)
+    extra, _ = measure.extra_peak_memory(lambda: torch.autograd.grad(loss(x, w, target), (x, w)))
+    return extra
+
+
+@pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
+@pytest.mark.parametrize(
+    "name", ["eager", "cross_entropy", "cross_entropy, in place", "linear_cross_entropy, 64 MiB"]
+)
+def test_agrees_with_what_the_process_takes(name):
+    # In bf16 the product for the weight's gradient takes an fp32 copy of it besides.
+    dtype = torch.float32 if name.startswith("linear") else torch.bfloat16
+    head, tokens = planner.HeadShape(50257, 64, dtype), 1500
+    estimates = {e.name: e for e in planner.plan(head, tokens, device="cpu")}
+    measured = measure.in_fresh_process(extra_of, name, head, tokens)
+    assert measured == pytest.approx(estimates[name].peak_bytes, rel=0.05)
+
+
+@pytest.mark.long
+def test_compiled_agrees_with_what_the_process_takes():
+    head, tokens = planner.HeadShape(50257, 64), 1500
+    estimates = {e.name: e for e in planner.plan(head, tokens, device="cpu")}
+    measured = measure.in_fresh_process(extra_of, "torch.compile", head, tokens)
+    assert measured == pytest.approx(estimates["torch.compile"].peak_bytes, rel=0.05)
+
+
+@pytest.mark.real_sizes
+def test_the_tracer_counts_what_is_alive_at_once():
+    def step(x):
+        y = x + 1  # 4 KiB
+        z = y.view(-1) * 2  # 8
+        del y
+        return z + x.view(-1), z  # 8
+
+    assert predicted_peak(lambda: (torch.empty(32, 32),), step) == 8 << 10
+
+
+def test_the_largest_batch_fits_and_no_more():
+    for memory in (3 * GIB, 24 * GIB):
+        for e in planner.plan(LLAMA, 8192, memory=memory):
+            n = e.largest_batch
+            if n == 0:
+                continue
+            of_token = LLAMA.hidden_size * 2
+            (same,) = (s for s in planner.plan(LLAMA, n) if s.name == e.name)
+            assert LLAMA.weight_bytes + n * of_token + same.peak_bytes <= memory
+            more = n + n // 3 + 4096  # beyond what chunks of like size may save
+            (same,) = (s for s in planner.plan(LLAMA, more) if s.name == e.name)
+            assert LLAMA.weight_bytes + more * of_token + same.peak_bytes > memory
+    assert planner.plan(LLAMA, 1, memory=1)[0].largest_batch == 0
+
+
+CONFIGS = {
+    "gpt2": ({"vocab_size": 50257, "n_embd": 768}, (50257, 768, torch.bfloat16, None, 1.0)),
+    "gemma2": (
+        {"vocab_size": 256000, "hidden_size": 4608, "torch_dtype": "float32", "final_logit_softcapping": 30.0},
+        (256000, 4608, torch.float32, 30.0, 1.0),
+    ),
+    "nested": (
+        {"dtype": "float16", "text_config": {"vocab_size": 7, "hidden_size": 3}},
+        (7, 3, torch.float16, None, 1.0),
+    ),
+    "granite": ({"vocab_size": 7, "hidden_size": 3, "logits_scaling": 8.0}, (7, 3, torch.bfloat16, None, 0.125)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_gives_the_head(name, tmp_path):
+    config, head = CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert planner.head_of_config(config) == head
+    assert (
+        planner.head_of_config(tmp_path) == planner.head_of_config(tmp_path / "config.json") == head
+    )
+
+
+def test_a_config_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    head = planner.head_of_config(transformers.Gemma2Config(hidden_size=64).to_dict())
+    assert (head.vocab_size, head.hidden_size, head.softcap) == (256000, 64, 30.0)
+
+
+def test_the_command(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gemma2"][0]))
+    command = ["plan", "--config", str(tmp_path), "--dtype", "bfloat16", "--memory", "24GiB"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    estimates = planner.plan(GEMMA, 8192, memory=24 * GIB)
+    for e in estimates:
+        (line,) = (x for x in printed.splitlines() if x.startswith(e.name + "  "))
+        peak, _, largest = line.removeprefix(e.name).split()
+        assert peak == f"{e.peak_bytes / GIB:.2f}" and int(largest) == e.largest_batch
+    assert f"loss = {planner.best(estimates).code}" in printed and "softcap=30.0" in printed
+
+
+@pytest.mark.parametrize("sizes", [(1000, 32, 64), (256000, 512, 4096), (50257, 4096, 512)])
+def test_the_line_of_code_runs_as_printed(sizes):
+    """On a small batch, whatever batch it was printed for."""
+    vocab, hidden_size, tokens = sizes
+    code = planner.best(
+        planner.plan(planner.HeadShape(vocab, hidden_size, softcap=9.0), tokens)
+    ).code
+    lm_head = torch.nn.Linear(16, 100, bias=False)
+    names = {
+        "lm_head": lm_head,
+        "hidden": torch.randn(2, 3, 16, requires_grad=True),
+        "labels": torch.randint(100, (2, 3)),
+        "cross_entropy": chunked_ce.cross_entropy,
+        "linear_cross_entropy": chunked_ce.linear_cross_entropy,
+    }
+    eval(code, names).backward()
+    assert lm_head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give --config, or --vocab and --hidden"),
+        (["--vocab", "0"], "expected a positive whole number, got '0'"),
+        (["--vocab", "9", "--hidden", "9", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--vocab", "9", "--hidden", "9", "--memory", "much"], "a size such as 24GiB, got 'much'"),
+        (["--config", "no/such/folder"], "cannot be read (No such file or directory)"),
+        (["--config", "{hidden_size}"], "config has no vocabulary size, expected one of vocab_size"),
+        (["--config", "{vocab_size}"], "config has no hidden size"),
+        (["--config", "{text}"], "it holds no JSON"),
+        (["--config", "{wrong}"], "config has vocab_size 'many', expected a positive int"),
+        (["--config", "{dtype}"], "config has dtype 'int4'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys):
+    contents = {
+        "{hidden_size}": '{"hidden_size": 3}',
+        "{vocab_size}": '{"vocab_size": 3}',
+        "{text}": "vocab_size = 3",
+        "{wrong}": '{"vocab_size": "many", "hidden_size": 3}',
+        "{dtype}": '{"vocab_size": 3, "hidden_size": 3, "dtype": "int4"}',
+    }
+    for name, content in contents.items():
+        (tmp_path / "config.json").write_text(content)
+        if name in arguments:
+            arguments = [a if a != name else str(tmp_path) for a in arguments]
+            break
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    *usage, error = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("chunked-ce") and said in error
