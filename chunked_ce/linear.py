@@ -14,7 +14,7 @@ from .ops import as_stats
 from .reduction import Reduction, reduction_of
 from .stats import TokenStats, token_loss
 
-_CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 256 << 20
 """Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
 
 _CPU_CHUNK_BYTES = 128 << 20
@@ -75,7 +75,7 @@ def linear_token_stats(
     checks.linear_target(input, linear_weight, target)
     checks.class_weight(weight)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
@@ -142,7 +142,7 @@ def linear_cross_entropy(
     checks.token_weight(token_weight, input, target)
     num_items = checks.num_items(num_items, reduction)
     ignore_index = -100 if ignore_index is None else ignore_index
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
@@ -205,8 +205,8 @@ def _shared(
     """The arguments that both operators share, checked."""
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = -(-classes * weight.element_size() // 128) * 128
-    whole = input.numel() // input.shape[-1] * row_bytes <= _CHUNK_BYTES
-    default = _CHUNK_BYTES if whole or input.device.type != "cpu" else _CPU_CHUNK_BYTES
+    whole = input.numel() // input.shape[-1] * row_bytes <= CHUNK_BYTES
+    default = CHUNK_BYTES if whole or input.device.type != "cpu" else _CPU_CHUNK_BYTES
     return (
         checks.ignore_index(ignore_index),
         classes,
@@ -234,7 +234,7 @@ def _stats(
     return TokenStats(*(None if s is None else s.view(target.shape) for s in stats))  # type: ignore[arg-type]
 
 
-def _autocast(
+def autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `F.linear` has them under autocast."""
