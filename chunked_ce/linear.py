@@ -239,7 +239,8 @@ def autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `F.linear` has them under autocast."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         bias = None if bias is None else bias.to(dtype)
         return input.to(dtype), weight.to(dtype), bias
