@@ -126,6 +126,9 @@ def cross_entropy(
     Unlike torch's, the loss is float32 for half-precision logits, a confident token's loss of 1e-8
     is 1e-8 and not 0, and an ignored row's gradient is exactly 0 whatever its logits hold.
 
+    Safe in a CUDA graph: on a GPU nothing waits for a value, and no size depends on one, unless
+    `CHUNKED_CE_CHECK_TARGETS=1` asks for it.
+
     Args:
         input: logits [N, V], [V], or [..., V] with `dim=-1`; float16, bfloat16, float32 or float64,
             any strides.

@@ -114,6 +114,11 @@ def linear_cross_entropy(
     loss scale saves that backward knows, through :func:`linear_token_stats`: 8 N D V. Else an
     upstream gradient other than 1 multiplies the rounded gradients.
 
+    Safe in a CUDA graph: unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for it, no
+    value on the device is read by the host and no size depends on one. The number of chunks follows
+    from shapes, divisor and upstream gradient stay on the device, and a target out of range makes
+    NaN, not an exception.
+
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
         linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].

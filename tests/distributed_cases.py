@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_gradient, fuse_multiply_add
+from helpers import assert_gradient, fuse_multiply_add, run_snippet
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -451,6 +451,24 @@ def perplexity_of_all_ranks():
 
 
 @case
+def evaluation_is_that_of_one_process():
+    """Ranks that score unequal numbers of tokens add up sums, not means."""
+    rank = dist.get_rank()
+    tokens, labels = unequal_batches()
+    model = Model()
+    with torch.no_grad():
+        mine = model(tokens[rank], labels[rank]), (labels[rank] != -100).sum()
+        whole = model(tokens.flatten(0, 1), labels.flatten(0, 1)), (labels != -100).sum()
+    for ours, expected in zip(mine, whole, strict=True):
+        dist.all_reduce(ours)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    meters = chunked_ce.Perplexity(), chunked_ce.Perplexity()
+    for meter, (nll, count) in zip(meters, (mine, whole), strict=True):
+        meter.update_nll(nll, count)
+    torch.testing.assert_close(meters[0].compute(), meters[1].compute(), rtol=1e-6, atol=0)
+
+
+@case
 def dtensors_bring_their_mesh():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -655,6 +673,35 @@ def fsdp2_is_one_process():
     hidden = torch.randn(3, D)
     with pytest.raises(TypeError, match="linear_weight is a DTensor.*module.unshard"):
         chunked_ce.linear_cross_entropy(hidden, model.head.linear.weight, labels[0, :, 0])
+
+
+@case
+def the_readmes_snippets():
+    world, rank = dist.get_world_size(), dist.get_rank()
+    names = dict(group=dist.group.WORLD, labels=torch.randint(0, 5 * world, (3,)))
+    logits, hidden, weight = torch.randn(3, 5 * world), torch.randn(3, D), torch.randn(5 * world, D)
+    here = slice(5 * rank, 5 * rank + 5)
+    names |= dict(hidden=hidden, local_logits=logits[:, here], local_weight=weight[here])
+    run_snippet("vocab_parallel_cross_entropy(", names)
+    assert_loss(names["loss"], truth(hidden @ weight.T, names["labels"])[0], torch.float32)
+    assert torch.equal(names["stats"].argmax, logits.argmax(1))
+
+    if world > 2:  # a head of real size, gathered on every rank
+        return
+
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Embedding(11, 256)
+
+        def forward(self, tokens, labels):
+            return self.head(self.body(tokens), labels)
+
+    model = Embedded()
+    names = dict(chunked_ce=chunked_ce, model=model, world=world, tokens_of_all_ranks=4 * world)
+    names |= dict(tokens=torch.randint(0, 11, (4,)), labels=torch.randint(0, 32000, (4,)))
+    run_snippet("fully_shard(model.head)", names)
+    assert model.head.linear.weight.grad.full_tensor().abs().sum() > 0
 
 
 def main():

@@ -1,6 +1,8 @@
 """What several test files need: batches, gradients of ours and of the oracle, tolerances from dtypes."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,3 +75,10 @@ def fuse_multiply_add() -> None:
             return TensorHandle(exact.astype(x.data.dtype), x.dtype)
 
     InterpreterBuilder.create_fma = create_fma
+
+
+def run_snippet(containing: str, names: dict[str, Any]) -> None:
+    """Runs the README's one piece of Python that contains a text, with and into `names`."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if containing in s)
+    exec(snippet, names)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
-from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_snippet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chunked_ce
@@ -118,7 +117,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_a_loss_of_predictions_and_labels_as_torchtitan_calls_it() -> None:
     """Micro-batches of unequal padding, each a sum over its tokens, by the tokens of all of them."""
-    loss_fn = partial(chunked_ce.cross_entropy, dim=-1, reduction="sum")
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 2, 6, 8), torch.randn(50, 8)
     labels = torch.randint(0, 50, (4, 2, 6))
@@ -127,7 +125,26 @@ def test_a_loss_of_predictions_and_labels_as_torchtitan_calls_it() -> None:
     global_valid_tokens = (labels != -100).sum()
     ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
     for h, y in zip(hidden, labels, strict=True):
-        (loss_fn(h @ ours.T, y) / global_valid_tokens).backward()
+        run_snippet(
+            "global_valid_tokens",
+            dict(
+                chunked_ce=chunked_ce,
+                pred=h @ ours.T,
+                labels=y,
+                global_valid_tokens=global_valid_tokens,
+            ),
+        )
     F.cross_entropy((hidden @ theirs.T).flatten(0, 2), labels.flatten()).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
-    assert math.isfinite(ours.grad.sum())
+
+
+def test_the_readmes_line_for_nanogpt() -> None:
+    torch.manual_seed(0)
+    head, x = torch.nn.Linear(4, 50304, bias=False), torch.randn(2, 3, 4)
+    targets = torch.tensor([[1, 2, -1], [50256, -1, 0]])
+    names = dict(chunked_ce=chunked_ce, self=SimpleNamespace(lm_head=head), x=x, targets=targets)
+    run_snippet("self.lm_head.weight, targets", names)
+    expected = oracle.cross_entropy(
+        head(x), targets, ignore_index=-1, softcap=15.0, vocab_size=50257
+    )
+    torch.testing.assert_close(names["loss"].double(), expected, rtol=1e-6, atol=0)
