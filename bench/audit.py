@@ -29,7 +29,7 @@ from torch import Tensor
 
 from chunked_ce import backend_triton, gpu
 from chunked_ce.blocks import Head
-from chunked_ce.stats import Coefficients
+from chunked_ce.stats import UNIFORM, Coefficients
 
 from . import sass
 from .compiled import TARGETS, Built, Launch, build, launches
@@ -95,7 +95,7 @@ def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[C
     nothing = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), False)
 
     def statistics() -> Any:
-        return backend_triton.row_statistics(x, target, -100, vocab, plain, **nothing)
+        return backend_triton.row_statistics(x, target, -100, vocab, plain, UNIFORM, **nothing)
 
     def gradient() -> Any:
         only_c = Coefficients(None, None, numbers, None)

@@ -19,7 +19,7 @@ import torch
 from chunked_ce import backend_triton, gpu
 from chunked_ce.blocks import Head
 from chunked_ce.kernels import launch
-from chunked_ce.stats import Coefficients
+from chunked_ce.stats import UNIFORM, Coefficients
 
 CANDIDATES = [
     launch.Row(groups, warps)
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def run() -> None:
             with mock.patch.dict(launch.TABLE, {architecture: row}):
                 stats, low, _ = backend_triton.row_statistics(
-                    x, target, -100, args.vocab, head, **wanted
+                    x, target, -100, args.vocab, head, UNIFORM, **wanted
                 )
                 backend_triton.logits_gradient(
                     x, target, stats.lse, stats.logprob, low,

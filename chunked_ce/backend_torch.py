@@ -33,7 +33,8 @@ from .stats import (
     Part,
     RowGradient,
     RowStatistics,
-    TokenStats,
+    blank,
+    concatenate,
     finish,
     finish_from_zero,
     is_scored,
@@ -58,6 +59,7 @@ class Options(NamedTuple):
     vocab_size: int
     head: Head
     compiled: bool
+    shard: bool = False  # a target outside of these classes lies in another shard
 
 
 def row_statistics(
@@ -70,7 +72,7 @@ def row_statistics(
 ) -> RowStatistics:
     """The statistics of every row, flat."""
     x = _flat(input, weights.prob)
-    target, skipped, broken = _targets(target, ignore_index, options.vocab_size)
+    target, skipped, broken = _targets(target, ignore_index, options)
     index = target[:, None] if x.dim() == 2 else target.view(*x.shape[:-1], 1)
     target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
     if broken is not None:
@@ -84,7 +86,25 @@ def row_statistics(
     if skipped is None:
         return rows
     low = rows.lse_low.masked_fill(skipped, 0.0)
-    return rows._replace(stats=_blank(rows.stats, skipped), lse_low=low)
+    return rows._replace(stats=blank(rows.stats, skipped), lse_low=low)
+
+
+def row_part(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    options: Options,
+    **wanted: bool,  # entropy, mean_logprob, rank, argmax
+) -> tuple[Part, Tensor]:
+    """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
+    x = flat(input)
+    target, _, _ = _targets(target, ignore_index, options)
+    index = target.clamp(min=0).view(*x.shape[:-1], 1)
+    target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
+    target_logit.masked_fill_(target < 0, -math.inf)
+    target_logit.masked_fill_(target_logit == math.inf, math.nan)  # as in _by_maximum
+    part = _sum_rows(x, target, target_logit, options, wanted, _on_host(x), by_maximum=True)
+    return part, target_logit
 
 
 def logits_gradient(
@@ -103,7 +123,7 @@ def logits_gradient(
     """dL/dinput, in a new tensor or over `input`."""
     out = input if inplace else advise_huge_pages(torch.empty_like(input))
     x, grad = _flat(input, out, weights.prob), _flat(out, input, weights.prob)
-    target, skipped, _ = _targets(target, ignore_index, options.vocab_size)
+    target, skipped, _ = _targets(target, ignore_index, options)
     rows = row_gradient(logprob, lse_low, coefficients)
     reference: Tensor | None = lse
     if _on_host(x) and not options.compiled and rows.slope is None:
@@ -345,7 +365,7 @@ def _merge_blocks(
         if block.stop == options.vocab_size:
             parts.append(row_part)
             row_part = None
-    return _concatenate(parts)
+    return concatenate(parts)
 
 
 def _write_gradient(
@@ -413,14 +433,17 @@ def _scratch(x: Tensor, options: Options) -> Scratch | None:
 
 
 def _targets(
-    target: Tensor, ignore_index: int, vocab_size: int
+    target: Tensor, ignore_index: int, options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(targets, the rows ignored, the rows out of range).
 
-    The targets have some class in every row, so that gather needs no branch.
-    All [rows]; None where there are none.
+    The targets have some class in every row, so that gather needs no branch; of a shard, -1 where
+    that lies elsewhere. All [rows]; None where there are none.
     """
-    target = target.reshape(-1).long()
+    target, vocab_size = target.reshape(-1).long(), options.vocab_size
+    if options.shard:
+        ignored = ~is_scored(target, ignore_index)
+        return target.masked_fill((target < 0) | (target >= vocab_size), -1), ignored, None
     if _on_host(target) and target.numel():  # looking costs nothing here
         low, high = map(int, target.aminmax())
         if low >= 0 and high < vocab_size and not low <= ignore_index <= high:
@@ -445,7 +468,7 @@ def _column(
 ) -> tuple[Tensor, Tensor | None]:
     """The targets' columns in a block, and which are inside it when it is a piece of a row."""
     column = block.of_rows(target)
-    if block.stop - block.start == options.vocab_size:
+    if block.stop - block.start == options.vocab_size and not options.shard:
         return column, None
     inside = (column >= block.start) & (column < block.stop)
     return (column - block.start).clamp(0, block.stop - block.start - 1), inside
@@ -467,27 +490,6 @@ def _sample(x: Tensor, reference: Tensor | None, options: Options) -> tuple[floa
         sample = sample - reference[::rows]
     lowest, highest = sample.aminmax()
     return float(lowest), float(highest)
-
-
-def _concatenate(parts: list[Part]) -> Part:
-    if len(parts) == 1:
-        return parts[0]
-    return Part(
-        *(
-            torch.cat(list(f)) if isinstance(f[0], Tensor) else f[0]
-            for f in zip(*parts, strict=True)
-        )
-    )  # type: ignore[arg-type]
-
-
-def _blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
-    """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
-    return TokenStats(
-        *(
-            s if s is None else s.masked_fill(ignored, 0 if s.is_floating_point() else -1)
-            for s in stats
-        )  # type: ignore[arg-type]
-    )
 
 
 @cache

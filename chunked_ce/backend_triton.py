@@ -35,71 +35,31 @@ def row_statistics(
 ) -> RowStatistics:
     """The statistics of every row, flat."""
     target = target.reshape(-1).contiguous()
-    dtype = compute_dtype(input.dtype)
 
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=input.device)
+    def new(dtype: torch.dtype) -> Tensor:
+        return torch.empty(target.shape, dtype=dtype, device=input.device)
 
-    n = target.numel()
-    lse, logprob, lse_low = new(n), new(n), new(n)
+    floats = compute_dtype(input.dtype)
+    lse, logprob, lse_low = new(floats), new(floats), new(floats)
     stats = TokenStats(
         lse,
         logprob,
-        entropy=new(n) if entropy else None,
-        mean_logprob=new(n) if mean_logprob else None,
-        rank=new(n, dtype=torch.int64) if rank else None,
-        argmax=new(n, dtype=torch.int64) if argmax else None,
+        entropy=new(floats) if entropy else None,
+        mean_logprob=new(floats) if mean_logprob else None,
+        rank=new(torch.int64) if rank else None,
+        argmax=new(torch.int64) if argmax else None,
     )
     if not mean_logprob:
         weights = UNIFORM
-    mass = None if weights.are_one else new(n)
-    contiguous = input.stride(-1) == 1
-    tile = launch.tile(
-        gpu.architecture(input.device),
-        vocab_size,
-        input.element_size(),
-        contiguous=contiguous,
-        plain=head.is_identity and not (entropy or mean_logprob or rank or argmax),
-    )
-    segments = launch.segments(vocab_size)
-    floats, integers = (6, 2) if entropy or mean_logprob or rank or argmax else (2, 0)
-    for flat, (x, *q) in _with_prob(weights, input):
-        rows = x.shape[0] * x.shape[1]
-        per_program = launch.segments_per_program(rows, segments, gpu.processors(input.device))
-        shared: dict[str, Any] = dict(
-            x_ptr=x.data,
-            target_ptr=target[flat],
-            floats_ptr=new(floats, rows, segments),
-            integers_ptr=new(integers, rows, segments, dtype=torch.int32),
-            rows=rows,
-            segments=segments,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            offset=x.offset,
-            inner_rows=x.shape[1],
-            stride_outer=x.stride[0],
-            stride_inner=x.stride[1],
-            stride_v=x.stride[2],
-            ENTROPY=entropy,
-            MEAN_LOGPROB=mean_logprob,
-            RANK=rank,
-            ARGMAX=argmax,
-            **_weight_arguments(weights, x, q),
-            **_head_arguments(head),
-        )
+    mass = None if weights.are_one else new(floats)
+    wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=rank, ARGMAX=argmax)
+    sums = launch_sums(input, target, ignore_index, vocab_size, head, weights, **wanted)
+    for flat, shared in sums:
         # One not asked for is not touched.
         outputs = (lse if out is None else out for out in stats[2:])
         entropy_out, mean_out, rank_out, argmax_out = (out[flat] for out in outputs)
         with gpu.on(input.device):
-            token_stats_kernel[(rows, -(-segments // per_program))](
-                **shared,
-                **_weight_layout(weights, x, q),
-                segments_per_program=per_program,
-                CONTIGUOUS=contiguous,
-                SEGMENT=launch.SEGMENT,
-                **tile.arguments(),
-            )
-            finish_kernel[(-(-rows // launch.FINISH_ROWS),)](
+            finish_kernel[(-(-shared["rows"] // launch.FINISH_ROWS),)](
                 **shared,
                 lse_ptr=lse[flat],
                 logprob_ptr=logprob[flat],
@@ -113,6 +73,60 @@ def row_statistics(
                 num_warps=max(1, launch.FINISH_ROWS // 32),
             )
     return RowStatistics(stats, lse_low, mass)
+
+
+def launch_sums(
+    input: Tensor,
+    target: Tensor,  # [rows], contiguous
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    weights: ClassWeights = UNIFORM,
+    **wanted: bool,  # ENTROPY, MEAN_LOGPROB, RANK, ARGMAX
+) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """The sums of rows, a segment at a time: (which rows, the arguments that say where)."""
+    dtype = compute_dtype(input.dtype)
+    contiguous = input.stride(-1) == 1
+    tile = launch.tile(
+        gpu.architecture(input.device),
+        vocab_size,
+        input.element_size(),
+        contiguous=contiguous,
+        plain=head.is_identity and not any(wanted.values()),
+    )
+    segments = launch.segments(vocab_size)
+    floats, integers = (6, 2) if any(wanted.values()) else (2, 0)
+    for flat, (x, *q) in _with_prob(weights, input):
+        rows = x.shape[0] * x.shape[1]
+        per_program = launch.segments_per_program(rows, segments, gpu.processors(input.device))
+        shared: dict[str, Any] = dict(
+            x_ptr=x.data,
+            target_ptr=target[flat],
+            floats_ptr=input.new_empty(floats, rows, segments, dtype=dtype),
+            integers_ptr=input.new_empty(integers, rows, segments, dtype=torch.int32),
+            rows=rows,
+            segments=segments,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            offset=x.offset,
+            inner_rows=x.shape[1],
+            stride_outer=x.stride[0],
+            stride_inner=x.stride[1],
+            stride_v=x.stride[2],
+            **wanted,
+            **_weight_arguments(weights, x, q),
+            **_head_arguments(head),
+        )
+        with gpu.on(input.device):
+            token_stats_kernel[(rows, -(-segments // per_program))](
+                **shared,
+                **_weight_layout(weights, x, q),
+                segments_per_program=per_program,
+                CONTIGUOUS=contiguous,
+                SEGMENT=launch.SEGMENT,
+                **tile.arguments(),
+            )
+        yield flat, shared
 
 
 def logits_gradient(

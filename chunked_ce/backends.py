@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import backend_torch
 from .blocks import Head
-from .stats import UNIFORM, ClassWeights, Coefficients, RowStatistics
+from .stats import UNIFORM, ClassWeights, Coefficients, Part, RowStatistics
 
 
 def row_statistics(
@@ -30,6 +30,24 @@ def row_statistics(
     return backend_torch.row_statistics(input, target, ignore_index, options, weights, **wanted)
 
 
+def row_part(
+    backend: str,
+    input: Tensor,  # [..., C], some classes of a larger vocabulary
+    target: Tensor,  # counted from the first of them; outside of [0, vocab_size): not among them
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    **wanted: bool,  # entropy, mean_logprob, argmax
+) -> tuple[Part, Tensor]:
+    """Of every row the sums over these classes, and the target's logit, -inf if elsewhere."""
+    if backend == "triton":
+        from . import triton_part
+
+        return triton_part.row_part(input, target, ignore_index, vocab_size, head, **wanted)
+    options = _options(backend, vocab_size, head)._replace(shard=True)
+    return backend_torch.row_part(input, target, ignore_index, options, rank=False, **wanted)
+
+
 def logits_gradient(
     backend: str,
     input: Tensor,
@@ -44,14 +62,15 @@ def logits_gradient(
     weights: ClassWeights = UNIFORM,
     *,
     inplace: bool,
+    shard: bool = False,
 ) -> Tensor:
-    """dL/dinput, in a new tensor or over `input`."""
+    """dL/dinput, in a new tensor or over `input`; `shard`: both given as to `row_part`."""
     given = (input, target, lse, logprob, lse_low, coefficients, ignore_index)
     if backend == "triton":
         from . import backend_triton
 
         return backend_triton.logits_gradient(*given, vocab_size, head, weights, inplace=inplace)
-    options = _options(backend, vocab_size, head)
+    options = _options(backend, vocab_size, head)._replace(shard=shard)
     return backend_torch.logits_gradient(*given, options, weights, inplace=inplace)
 
 

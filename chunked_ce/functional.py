@@ -132,6 +132,9 @@ def cross_entropy(
     is 1e-8 and not 0, an ignored row's gradient is exactly 0 whatever its logits hold, and a class
     of probability or weight 0 adds nothing, even where its logit is -inf.
 
+    Safe in a CUDA graph: on a GPU nothing waits for a value, and no size depends on one, unless
+    `CHUNKED_CE_CHECK_TARGETS=1` asks for it.
+
     Args:
         input: logits [N, V], [V], [N, V, d1, ...], or [..., V] with `dim=-1`; float16, bfloat16,
             float32 or float64, any strides.

@@ -16,7 +16,7 @@ from .reduction import Reduction, reduction_of
 from .stats import TokenStats, with_z_loss
 from .targets import AnyTarget, ClassIndices, Target, answer_of, target_of, with_token_weight
 
-_CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 256 << 20
 """Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
 
 _CPU_CHUNK_BYTES = 128 << 20
@@ -76,7 +76,7 @@ def linear_token_stats(
     checks.target_indices(target)
     checks.linear_target(input, linear_weight, target)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
@@ -119,6 +119,11 @@ def linear_cross_entropy(
     loss scale saves that backward knows, through :func:`linear_token_stats`: 8 N D V. Else an
     upstream gradient other than 1 multiplies the rounded gradients.
 
+    Safe in a CUDA graph: unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for it, no
+    value on the device is read by the host and no size depends on one. The number of chunks follows
+    from shapes, divisor and upstream gradient stay on the device, and a target out of range makes
+    NaN, not an exception.
+
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
         linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
@@ -147,7 +152,7 @@ def linear_cross_entropy(
     checks.token_weight(token_weight, input.shape[:-1] + linear_weight.shape[1:-1], input)
     num_items = checks.num_items(num_items, reduction)
     ignore_index = -100 if ignore_index is None else ignore_index
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
@@ -242,8 +247,8 @@ def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
 
 def default_chunk_bytes(logits_bytes: int, device_type: str) -> int:
     """Of logits at a time, where all of them take `logits_bytes`."""
-    whole = logits_bytes <= _CHUNK_BYTES
-    return _CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
+    whole = logits_bytes <= CHUNK_BYTES
+    return CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
 
 
 def _outputs(
@@ -268,12 +273,13 @@ def _outputs(
     return [o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs]
 
 
-def _autocast(
+def autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `F.linear` has them under autocast."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         bias = None if bias is None else bias.to(dtype)
         return input.to(dtype), weight.to(dtype), bias

@@ -47,10 +47,11 @@ State = dict[str, Any]  # sums and counts by name; None, or absent: not known
 def _sums(input: Tensor, target: Tensor, ignore_index: int, dim: int, rank: bool) -> State:
     """Of a batch, on the device: float64 sums and int64 counts."""
     checks.logits(input)
+    dim = checks.class_dimension(input, dim)
     checks.target_indices(target)
-    checks.class_dimension(input, target, dim)
+    checks.target(input, target, dim)
     checks.flags(rank=rank)
-    logits = input if input.dim() == 1 else input.movedim(dim, -1)
+    logits = input.movedim(dim, -1)
     stats = token_stats(logits, target, ignore_index=ignore_index, rank=rank)
     nll = -stats.logprob.double()
     sums: State = {

@@ -135,6 +135,18 @@ def _move(m: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
     return shift, shift.exp().masked_fill(empty, 0.0)
 
 
+def concatenate(parts: list[Part]) -> Part:
+    """The sums of all rows, from those of some rows after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return Part(
+        *(
+            torch.cat(list(f)) if isinstance(f[0], Tensor) else f[0]
+            for f in zip(*parts, strict=True)
+        )
+    )  # type: ignore[arg-type]
+
+
 class RowStatistics(NamedTuple):
     """What a backend finds out about rows; the gradient wants more of it than users do."""
 
@@ -203,6 +215,16 @@ def finish_from_zero(part: Part, e_target: Tensor) -> RowStatistics:
     lse = total.log()
     lse_low = lse.neg().exp_().mul_(total).sub_(1.0)  # exp(true lse - lse) - 1
     return RowStatistics(TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low)
+
+
+def blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
+    """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
+    return TokenStats(
+        *(
+            s if s is None else s.masked_fill(ignored, 0 if s.is_floating_point() else -1)
+            for s in stats
+        )  # type: ignore[arg-type]
+    )
 
 
 class Coefficients(NamedTuple):

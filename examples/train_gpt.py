@@ -2,6 +2,7 @@
 
     python examples/train_gpt.py                    # minutes on two CPU cores; uses a CUDA GPU
     python examples/train_gpt.py --fused            # the lm_head and the loss in one
+    python examples/train_gpt.py --fused --compile  # model and loss through torch.compile
     python examples/train_gpt.py --text war.txt peace.txt --steps 1000 --name tolstoy
     python examples/train_gpt.py --layers 12 --heads 12 --width 768 --context 1024 --dtype bfloat16
 
@@ -134,6 +135,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", type=at_least(1), default=4)
     add("--width", type=at_least(1), default=256)
     add("--fused", action="store_true", help="head and loss in one: no logits")
+    add("--compile", action="store_true", help="model and loss in one graph of torch.compile")
     add("--lr", type=float, default=7e-4, help="highest learning rate")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
@@ -301,13 +303,15 @@ def train(
     order = RandomSampler(windows, num_samples=args.steps * args.batch_size, generator=generator)
     batches = DataLoader(windows, args.batch_size, sampler=order)
     model.train()
+    # One graph from tokens to loss, and one back; AdamW is one operator as it is.
+    loss_in_steps = torch.compile(loss_of, fullgraph=True) if args.compile else loss_of
+    loss_function = fused_loss if args.fused else chunked_ce_loss
     with tqdm(batches, "train", unit="step") as progress:
         for step, (inputs, targets) in enumerate(progress, 1):
             start = time.perf_counter()
             lr = float(scheduler.get_last_lr()[0])
             inputs, targets = inputs.to(args.device), targets.to(args.device)
-            loss_function = fused_loss if args.fused else chunked_ce_loss
-            loss = loss_of(model, inputs, targets, loss_function, args.dtype)
+            loss = loss_in_steps(model, inputs, targets, loss_function, args.dtype)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

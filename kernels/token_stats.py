@@ -266,6 +266,11 @@ def token_stats_kernel(
     )  # fmt: skip
     # Sums of z are taken from the target's logit, so that a large common offset cancels.
     origin = tl.where(z_target == float("-inf"), 0.0, z_target)
+    if MEAN_LOGPROB:  # a target in another shard is NaN here: then from the first class's logit
+        first = tl.load(x_ptr + start, mask=scored, other=0.0).to(DTYPE)
+        first = head_transform(first, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
+        first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+        origin = tl.where(origin == origin, origin, first)
     columns = tl.where(scored, vocab_size, 0)  # an ignored row is not read
     head, body = row_window(start, columns, WIDTH, CONTIGUOUS)
     target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)

@@ -11,6 +11,7 @@ if (
 
 import pytest
 import torch
+from helpers import fuse_multiply_add
 
 SANITIZED = "ttsem" in sys.modules
 ON_GPU = torch.cuda.is_available() and not SANITIZED
@@ -80,16 +81,5 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True, scope="session")
 def fused_multiply_add() -> None:
-    """The interpreter rounds twice where every GPU rounds once."""
-    if not INTERPRETED:
-        return
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_fma(self, x, y, z):
-        wide = np.longdouble if x.data.dtype == np.float64 else np.float64
-        with np.errstate(all="ignore"):
-            exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-            return TensorHandle(exact.astype(x.data.dtype), x.dtype)
-
-    InterpreterBuilder.create_fma = create_fma
+    if INTERPRETED:
+        fuse_multiply_add()

@@ -1,6 +1,8 @@
 """What several test files need: batches, gradients of ours and of the oracle, tolerances from dtypes."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +61,24 @@ def assert_gradient(
     torch.testing.assert_close(
         ours.double(), truth, rtol=ULP[dtype], atol=float(largest * noise), equal_nan=True
     )
+
+
+def fuse_multiply_add() -> None:
+    """Triton's interpreter rounds twice where every GPU rounds once."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):
+        wide = np.longdouble if x.data.dtype == np.float64 else np.float64
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+            return TensorHandle(exact.astype(x.data.dtype), x.dtype)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
+def run_snippet(containing: str, names: dict[str, Any]) -> None:
+    """Runs the README's one piece of Python that contains a text, with and into `names`."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if containing in s)
+    exec(snippet, names)

@@ -320,6 +320,12 @@ def test_autocast_as_linear_has_it():
         assert (a - e).abs().max() <= 2e-2 * e.abs().max()
 
 
+def test_shapes_on_a_device_without_autocast():
+    tensors = leaves(*(t.to("meta") for t in head()[:2]))
+    linear_cross_entropy(*tensors, torch.zeros(N, dtype=torch.int64, device="meta")).backward()
+    assert tensors[1].grad.shape == (V, D)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(backend, device, reduction):
     x, w, b, target = head(torch.float64, device, n=4)

@@ -94,6 +94,18 @@ def test_fused_trains_to_the_same_losses(
     assert max(abs(a - b) for a, b in zip(logits, fused, strict=True)) < 1e-3
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("loss", [[], ["--fused"]], ids=str)
+def test_compiled_trains_to_the_same_losses(
+    train_gpt: ModuleType, texts: list[Path], tmp_path: Path, loss: list[str]
+) -> None:
+    for name, options in (("eager", []), ("compiled", ["--compile"])):
+        assert train_gpt.main([*arguments(texts, tmp_path, name), *loss, *options]) == 0
+    eager, compiled = (losses(tmp_path / name) for name in ("eager", "compiled"))
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 1e-3
+
+
 def test_the_same_seed_gives_the_same_losses(
     train_gpt: ModuleType, texts: list[str], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ The only place that words an error; a file for each kind of argument.
 
 from .backend import *
 from .backward import *
+from .distributed import *
 from .evaluation import *
 from .huggingface import *
 from .labels import *

@@ -1,0 +1,148 @@
+"""A vocabulary over ranks: what each knows of a row, exchanged once and merged as any two parts.
+
+Every rank sums over its own classes, the target left out; the owner of the target adds its logit.
+One all-gather carries these few numbers a row, every rank merges them in the order of the classes,
+and all hold the same bits. (Megatron-LM, arXiv:1909.08053, section 3, reduces a maximum, a sum and
+the target's logit one after the other.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import backends, checks
+from .blocks import Head, compute_dtype
+from .checks.values import LOGIT_DTYPES
+from .stats import Part, TokenStats, blank, finish, is_scored, merge
+
+IGNORED, ELSEWHERE = -100, -1  # among local targets, which are classes of the shard otherwise
+
+
+class Shard(NamedTuple):
+    """This rank's classes: `columns` from `start` on, of `vocab_size` in all."""
+
+    group: dist.ProcessGroup
+    start: int
+    columns: int
+    vocab_size: int
+
+    def local(self, target: Tensor, ignore_index: int) -> Tensor:
+        """[rows] targets counted from `start`."""
+        target = target.reshape(-1).long()
+        column = target - self.start
+        column = column.masked_fill((column < 0) | (column >= self.columns), ELSEWHERE)
+        return column.masked_fill(~is_scored(target, ignore_index), IGNORED)
+
+
+class Wanted(NamedTuple):
+    entropy: bool = False
+    mean_logprob: bool = False
+    argmax: bool = False
+
+
+def shard_of(
+    columns: int, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
+) -> Shard:
+    """The shard of a rank that holds `columns` columns, padding included."""
+    group = checks.process_group(group)
+    start, size = checks.shard(
+        columns, vocab_start, vocab_size, dist.get_rank(group), dist.get_world_size(group)
+    )
+    return Shard(group, start, min(max(size - start, 0), columns), size)
+
+
+def check_agreement(shard: Shard, columns: int, input: Tensor, rows: int, wanted: Wanted) -> None:
+    """Whether all ranks bring the same rows, and together every class.
+
+    Where that is not free, but means waiting for a GPU, the user says when to.
+    """
+    if input.device.type != "cpu" and os.environ.get("CHUNKED_CE_CHECK_TARGETS") != "1":
+        return
+    dtype = LOGIT_DTYPES.index(input.dtype)
+    fields = [rows, shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
+    mine = torch.tensor(fields, device=input.device)
+    reports = _gather(mine, shard.group).tolist()
+    checks.shards_agree([checks.ShardReport(*report) for report in reports])
+
+
+def _gather(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]"""
+    received = sent.new_empty(dist.get_world_size(group), *sent.shape)
+    if sent.numel():
+        # Its name since torch 2.13, and before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(received.view(-1), sent.view(-1), group=group)
+    return received
+
+
+def fields(
+    backend: str,
+    logits: Tensor,  # [..., C]
+    target: Tensor,  # [rows], local
+    shard: Shard,
+    head: Head,
+    wanted: Wanted,
+) -> Tensor:
+    """[fields, rows]: what this rank knows of its rows, in the form that is sent."""
+    dtype = compute_dtype(logits.dtype)
+    if shard.columns == 0 or target.numel() == 0:
+        zeros = torch.zeros(target.shape, dtype=dtype, device=target.device)
+        nothing = zeros - math.inf
+        best = zeros.long() if wanted.argmax else None
+        part, target_logit = Part(nothing, zeros, zeros, zeros, zeros, None, best), nothing
+    else:
+        part, target_logit = backends.row_part(
+            backend, logits, target, IGNORED, shard.columns, head, **wanted._asdict()
+        )
+    assert part.m is not None
+    sent = [part.m, part.s, target_logit]
+    if wanted.entropy:
+        assert part.weighted is not None
+        sent.append(part.weighted)
+    if wanted.mean_logprob:
+        assert part.total is not None and isinstance(part.mass, Tensor)
+        sent += [part.total, part.mass]
+    if wanted.argmax:
+        assert part.argmax is not None
+        integers = torch.int64 if dtype == torch.float64 else torch.int32
+        sent.append((part.argmax + shard.start).to(integers).view(dtype))  # its bits
+    return torch.stack([field.to(dtype) for field in sent])
+
+
+def merged(
+    sent: Tensor,  # [fields, rows]
+    target: Tensor,  # [rows], of the whole vocabulary
+    ignore_index: int,
+    shard: Shard,
+    wanted: Wanted,
+) -> tuple[TokenStats, Tensor]:
+    """The statistics of whole rows, and what rounding took from lse: the collective."""
+    received = _gather(sent, shard.group)
+    part = reduce(merge, (_part(of_rank, wanted) for of_rank in received))
+    target = target.long()
+    ignored = ~is_scored(target, ignore_index)
+    target_logit = received[:, 2].amax(0)
+    outside = (target < 0) | (target >= shard.vocab_size)  # on a GPU: unchecked
+    target_logit = target_logit.masked_fill(outside, math.nan)
+    stats, lse_low, _ = finish(part, target_logit, target, shard.vocab_size)
+    return blank(stats, ignored), lse_low.masked_fill(ignored, 0.0)
+
+
+def _part(sent: Tensor, wanted: Wanted) -> Part:
+    m, s, _, *others = sent.unbind(0)
+    weighted = total = columns = argmax = None
+    if wanted.entropy:
+        weighted, *others = others
+    if wanted.mean_logprob:
+        total, columns, *others = others
+    if wanted.argmax:
+        bits = torch.int64 if m.dtype == torch.float64 else torch.int32
+        argmax = others[0].view(bits).long()
+    return Part(m, s, weighted, total, columns, None, argmax)
