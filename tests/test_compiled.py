@@ -34,7 +34,8 @@ def spilled(built: list[dict]) -> list[dict]:
 def test_fp16_compiles_and_spills_nothing(target):
     built = build_all(target, "float16")
     assert {b["kernel"] for b in built} == {
-        "token_stats_kernel", "finish_kernel", "token_grad_kernel", "loss_and_grad_kernel"
+        "token_stats_kernel", "finish_kernel", "token_grad_kernel", "loss_and_grad_kernel",
+        "binary_kernel",
     }  # fmt: skip
     assert not spilled(built)
 

@@ -493,7 +493,7 @@ X, W, T = torch.randn(3, D), torch.randn(V, D), torch.tensor([0, 5, -100])
         ((X, W, T), dict(acc_dtype="float32"), TypeError, "acc_dtype must be a floating dtype"),
         ((X, W, T), dict(drop_ignored=1), TypeError, "drop_ignored must be True or False"),
         ((X, W, T), dict(vocab_size=102), ValueError, "linear_weight of shape .* has 101 classes"),
-        ((X, W, T), dict(weight=torch.ones(V)), NotImplementedError, "class weights"),
+        ((X, W, T), dict(weight=torch.ones(V - 1)), ValueError, "one weight per class"),
         ((X, W.to("meta"), T), {}, ValueError, "linear_weight is on meta"),
         ((X, W, T.to("meta")), {}, ValueError, "target is on meta"),
         ((X[None], W.view(V, 1, D), T[None]), {}, ValueError, "more than two dimensions"),

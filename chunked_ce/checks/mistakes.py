@@ -23,8 +23,7 @@ def _say_once(which: str, message: str) -> None:
 
 def _some_rows(which: str, values: Tensor) -> Tensor | None:
     """A few rows of `values` [..., V], where looking at them makes nothing wait; else None."""
-    free = values.device.type == "cpu" or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
-    if which in _said or not free or torch.compiler.is_compiling():
+    if which in _said or torch.compiler.is_compiling() or not _is_free(values):
         return None
     # A tensor of another type may have no values to look at.
     if type(values) not in (Tensor, torch.nn.Parameter) or values.is_meta or not values.numel():
@@ -32,6 +31,10 @@ def _some_rows(which: str, values: Tensor) -> Tensor | None:
     while values.dim() > 2:
         values = values[0]
     return values.detach()[:_ROWS] if values.dim() == 2 else values.detach()[None]
+
+
+def _is_free(values: Tensor) -> bool:
+    return values.device.type == "cpu" or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
 
 
 def looks_like_logits(input: Tensor) -> None:
