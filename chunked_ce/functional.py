@@ -130,7 +130,7 @@ def cross_entropy(
 
     Unlike torch's, the loss is float32 for half-precision logits, a confident token's loss of 1e-8
     is 1e-8 and not 0, an ignored row's gradient is exactly 0 whatever its logits hold, and a class
-    of probability or weight 0 adds nothing, even where its logit is -inf.
+    of probability 0, or of weight 0 in label smoothing, adds nothing, even where its logit is -inf.
 
     Safe in a CUDA graph: on a GPU nothing waits for a value, and no size depends on one, unless
     `CHUNKED_CE_CHECK_TARGETS=1` asks for it.

@@ -84,6 +84,7 @@ class BCEWithLogitsLoss(nn.Module):
     Args:
         weight, size_average, reduce, reduction, pos_weight: as torch's, in its order.
         ignore_index: what class indices are padded with, where the target is that.
+        backend: see :func:`chunked_ce.binary_cross_entropy_with_logits`.
 
     Raises:
         TypeError, ValueError: as the function, already when it is made.
@@ -98,13 +99,15 @@ class BCEWithLogitsLoss(nn.Module):
         pos_weight: Tensor | None = None,
         *,
         ignore_index: int = -100,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         checks.deprecated(size_average=size_average, reduce=reduce)
         checks.reduction(reduction)
+        checks.backend_name(backend)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
-        self.reduction = reduction
+        self.reduction, self.backend = reduction, backend
         self.ignore_index = checks.ignore_index(ignore_index)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -116,10 +119,12 @@ class BCEWithLogitsLoss(nn.Module):
             reduction=self.reduction,
             pos_weight=self.pos_weight,  # type: ignore[arg-type]
             ignore_index=self.ignore_index,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(_said(self, dict(reduction="mean", ignore_index=-100), {}))
+        defaults = dict(reduction="mean", ignore_index=-100, backend="auto")
+        return ", ".join(_said(self, defaults, {}))
 
 
 class LinearCrossEntropyLoss(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, floating, names, same_device, shape
+from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, floating, names, same_device, shape, with_k
 
 
 def label_logits(input: Tensor) -> None:
@@ -49,7 +49,7 @@ def labels(input: Tensor, target: Any) -> None:
 def _no_indices(input: Tensor, target: Tensor) -> None:
     raise ValueError(
         f"target has dtype {target.dtype} and shape {shape(target)}, but class indices for input "
-        f"of shape {shape(input)} have shape {[*input.shape[:-1], 'K']}, K at least 1 (for labels "
+        f"of shape {shape(input)} have shape {with_k(input.shape[:-1])}, K at least 1 (for labels "
         "of input's shape use target.float())"
     )
 

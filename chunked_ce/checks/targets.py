@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..stats import is_scored
-from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, is_int, names, same_device, shape
+from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, is_int, names, same_device, shape, with_k
 
 
 def deprecated(**values: object) -> None:
@@ -162,7 +162,7 @@ def _top_k(input: Tensor, target: Any, dim: int) -> None:
         if t.shape[:-1] != rows or t.dim() == 0 or t.shape[-1] == 0:
             raise ValueError(
                 f"target {name} have shape {shape(t)}, expected K at least 1 for each row of input "
-                f"of shape {shape(input)}: {[*rows, 'K']}"
+                f"of shape {shape(input)}: {with_k(rows)}"
             )
         same_device(f"target {name}", t, input)
     if indices.shape != prob.shape:

@@ -19,6 +19,11 @@ def shape(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
+def with_k(rows: torch.Size) -> str:
+    """[rows, K]"""
+    return "[" + "".join(f"{size}, " for size in rows) + "K]"
+
+
 def names(values: tuple[object, ...]) -> str:
     return ", ".join(str(value).removeprefix("torch.") for value in values)
 
