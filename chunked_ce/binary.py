@@ -105,7 +105,8 @@ def _binary_loss(
     check_targets(target, x.shape[-1], ignore_index, free=target.device.type == "cpu")
     classes, given = _positives(target, x, ignore_index)
     z = x.gather(-1, classes).to(compute_dtype(x.dtype))
-    terms = logsigmoid(z).neg_().mul_(_factors(classes, z, w, v))
+    factors = _factors(classes, z, w, v)
+    terms = (logsigmoid(z).neg_() * factors).masked_fill_(factors == 0, 0.0)
     if by_element:
         loss = _elementwise(run, x, None, w, None)
         return _put(loss, classes, given, terms).view(input.shape)
@@ -181,9 +182,9 @@ def _positives(target: Tensor, x: Tensor, ignore_index: int) -> tuple[Tensor, Te
 
 def _factors(
     classes: Tensor, z: Tensor, weight: Tensor | None, pos_weight: Tensor | None
-) -> Tensor | float:
+) -> Tensor:
     """[..., K] what the terms of positive labels are multiplied by."""
-    factors: Tensor | float = 1.0
+    factors = torch.ones_like(z)
     for t in (weight, pos_weight):
         if t is not None:
             factors = factors * t.gather(-1, classes).to(z.dtype)

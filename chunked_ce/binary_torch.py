@@ -68,7 +68,7 @@ def losses(
         loss = logsigmoid(-z).neg_()
     elif _are_hard(labels):
         loss = logsigmoid(labels.to(z.dtype).mul(2.0).sub_(1.0).mul_(z)).neg_()
-        loss = loss if pos_weight is None else loss.mul_(_of_label(labels, pos_weight))
+        loss = loss if pos_weight is None else _times(loss, _of_label(labels, pos_weight))
     else:
         y = labels.to(z.dtype)
         positive, negative = y if pos_weight is None else y * pos_weight, 1.0 - y
@@ -76,7 +76,12 @@ def losses(
         below = (small - z.clamp(max=0.0)).mul_(positive).masked_fill_(positive == 0, 0.0)
         above = small.add_(z.clamp(min=0.0)).mul_(negative).masked_fill_(negative == 0, 0.0)
         loss = above.add_(below)
-    return loss if weight is None else loss.mul_(weight)
+    return loss if weight is None else _times(loss, weight)
+
+
+def _times(loss: Tensor, weight: Tensor) -> Tensor:
+    """In place; what has no weight costs nothing, even if that is infinite."""
+    return loss.mul_(weight).masked_fill_(weight == 0, 0.0)
 
 
 def slopes(

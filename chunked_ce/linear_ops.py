@@ -27,6 +27,7 @@ from .ops import (
     UPSTREAM_SCHEMA,
     Classes,
     at_classes,
+    check_classes,
     check_targets,
     library,
     new_outputs,
@@ -35,6 +36,7 @@ from .ops import (
     rows_gradient,
     upstream_of,
 )
+from .reduction import weighted
 from .stats import is_scored, token_loss
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
@@ -96,7 +98,7 @@ def _linear_loss(
                 entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
             )  # fmt: skip
             loss = token_loss(stats, label_smoothing, z_loss_weight)
-        total += (loss if of_tokens is None else loss * of_tokens).sum()
+        total += (loss if of_tokens is None else weighted(loss, of_tokens)).sum()
     value = total if divisor is None else total / divisor
     return value, *gradients.finish()
 
@@ -111,6 +113,7 @@ def _linear_stats(
     classes, shared, flags = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
     ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _ = shared
     check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    check_classes(classes, vocab_size)
     wanted = dict(zip(FLAGS, flags, strict=True))
     outputs = new_outputs(input, target, classes, *flags)
     for out in outputs:
@@ -122,9 +125,10 @@ def _linear_stats(
     for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
         of_chunk, labels = classes.of_rows(index), target[index]
         found = backends.row_statistics(
-            backend, logits, labels, ignore_index, vocab_size, head, of_chunk.weights, **wanted
-        )
-        at = at_classes(logits, labels, of_chunk, ignore_index, head)
+            backend, logits, labels, ignore_index, vocab_size, head,
+            of_chunk.weights(vocab_size), **wanted,
+        )  # fmt: skip
+        at = at_classes(logits, labels, of_chunk, ignore_index, vocab_size, head)
         for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
             if value.numel():
                 out[index] = value

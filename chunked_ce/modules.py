@@ -37,7 +37,7 @@ class CrossEntropyLoss(nn.Module):
             `z_loss_weight`.
 
     Raises:
-        TypeError, ValueError: as the function, already when it is made.
+        TypeError, ValueError: as the function; of its own arguments already when it is made.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class BCEWithLogitsLoss(nn.Module):
         backend: see :func:`chunked_ce.binary_cross_entropy_with_logits`.
 
     Raises:
-        TypeError, ValueError: as the function, already when it is made.
+        TypeError, ValueError: as the function; of its own arguments already when it is made.
     """
 
     def __init__(

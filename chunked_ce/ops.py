@@ -47,6 +47,7 @@ UPSTREAM_SCHEMA = (
     "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? at_classes"
 )
 _GRADIENT = f"Tensor target, {CLASSES_SCHEMA}, {UPSTREAM_SCHEMA}, {SHARED_SCHEMA}"
+NO_CLASS = -100
 INTEGERS = 7  # outputs from here on have no gradient
 
 library.define(
@@ -58,17 +59,23 @@ library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
 
 
 class Classes(NamedTuple):
-    """What an operator is told about classes: weights of `mean_logprob`, and which to read."""
+    """What an operator is told about classes: weights of `mean_logprob`, and which to read.
+
+    `mean_logprob` is sum_j weight_j (prob_scale prob_j + prob_shift / V) (z_j - lse).
+    """
 
     weight: Tensor | None = None  # [V]
     prob: Tensor | None = None  # [..., V]
     prob_scale: float = 1.0
     prob_shift: float = 0.0
-    at: Tensor | None = None  # [..., K]
+    at: Tensor | None = None  # [..., K]; NO_CLASS where there are fewer
+
+    def weights(self, vocab_size: int) -> ClassWeights:
+        return ClassWeights(self.weight, self.prob, vocab_size * self.prob_scale, self.prob_shift)
 
     @property
-    def weights(self) -> ClassWeights:
-        return ClassWeights(self.weight, self.prob, self.prob_scale, self.prob_shift)
+    def are_weighted(self) -> bool:
+        return self.weight is not None or self.prob is not None
 
     def of_rows(self, index: slice | Tensor) -> Classes:
         """Those of some of the rows [N]."""
@@ -82,30 +89,52 @@ def _token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor
     check_targets(target, vocab_size, ignore_index)
     if target.numel() == 0:
         return new_outputs(input, target, classes, *flags)
+    check_classes(classes, vocab_size)
     head, wanted = Head(softcap, logit_scale), dict(zip(FLAGS, flags, strict=True))
     input = input.detach()
     rows = backends.row_statistics(
-        backend, input, target, ignore_index, vocab_size, head, classes.weights, **wanted
-    )
-    return outputs_of(rows, at_classes(input, target, classes, ignore_index, head), target.shape)
+        backend, input, target, ignore_index, vocab_size, head, classes.weights(vocab_size),
+        **wanted,
+    )  # fmt: skip
+    at = at_classes(input, target, classes, ignore_index, vocab_size, head)
+    return outputs_of(rows, at, target.shape)
 
 
 def at_classes(
-    input: Tensor, target: Tensor, classes: Classes, ignore_index: int, head: Head
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
 ) -> Tensor | None:
-    """[..., K], 0 in rows that are ignored."""
+    """[..., K], 0 in rows that are ignored, NaN where there is no such class."""
     if classes.at is None:
         return None
+    existing, broken = existing_classes(classes.at, vocab_size)
     ignored = ~is_scored(target, ignore_index)
-    return logits_at(input, classes.at, head).masked_fill_(ignored[..., None], 0.0)
+    z = logits_at(input, existing, head).masked_fill_(broken, float("nan"))
+    return z.masked_fill_(ignored[..., None], 0.0)
+
+
+def existing_classes(at: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(classes to read, which entries name none that exists, and are no padding)."""
+    existing = at.clamp(0, vocab_size - 1)
+    return existing, (at != existing) & (at != NO_CLASS)
+
+
+def check_classes(classes: Classes, vocab_size: int) -> None:
+    if classes.at is not None:
+        free, k = classes.at.device.type == "cpu", classes.at.shape[-1]
+        check_targets(classes.at, vocab_size, NO_CLASS, free=free, per_row=k)
 
 
 def check_targets(
-    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False
+    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False, per_row: int = 1
 ) -> None:
     """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
     if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
-        checks.targets_in_range(target, vocab_size, ignore_index)
+        checks.targets_in_range(target, vocab_size, ignore_index, per_row)
 
 
 def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -137,7 +166,7 @@ def new_outputs(
 
     return (
         *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
-        new(floats, mean_logprob and not classes.weights.are_one),
+        new(floats, mean_logprob and classes.are_weighted),
         input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
         *(new(integers, rank), new(integers, argmax)),
     )
@@ -166,11 +195,11 @@ def upstream_of(
     An output that was not asked for is empty, and a tracer may give it an empty gradient.
     """
     lse, logprob, _, of_entropy, of_mean_logprob, _, of_classes, *_ = grads
-    weighted = wants_mean_logprob and not classes.weights.are_one
+    weighted = wants_mean_logprob and classes.are_weighted
     at_target = None
     if weighted:
         existing = target.long().clamp(0, vocab_size - 1)
-        at_target = classes.weights.at(existing.reshape(-1), mass.dtype)
+        at_target = classes.weights(vocab_size).at(existing.reshape(-1), mass.dtype)
     numbers = coefficients(
         lse,
         logprob,
@@ -225,21 +254,23 @@ def rows_gradient(
     if classes.at is not None and at_classes is not None and classes.at.numel():
         assert classes.prob is None
         k = classes.at.shape[-1]
+        existing, broken = existing_classes(classes.at, vocab_size)
         weights_at = None
         if u is not None and classes.weight is not None:
-            weights_at = classes.weight.to(lse.dtype)[classes.at].view(-1, k)
+            weights_at = classes.weight.to(lse.dtype)[existing].view(-1, k)
         values = gradient_at(
-            input.gather(-1, classes.at).view(-1, k), classes.at.reshape(-1, k),
+            input.gather(-1, existing).view(-1, k), existing.reshape(-1, k),
             at_classes.reshape(-1, k), target.long().reshape(-1), *stats, numbers, weights_at,
             is_scored(target, ignore_index).reshape(-1), head,
         )  # fmt: skip
     grad = backends.logits_gradient(
-        backend, input, target, *stats, numbers, ignore_index, vocab_size, head, classes.weights,
-        inplace=inplace,
+        backend, input, target, *stats, numbers, ignore_index, vocab_size, head,
+        classes.weights(vocab_size), inplace=inplace,
     )  # fmt: skip
     if values is not None:
         assert classes.at is not None
-        grad.scatter_(-1, classes.at, values.view(classes.at.shape).to(grad.dtype))
+        values = values.view(existing.shape).masked_fill(broken, float("nan"))
+        grad.scatter_(-1, existing, values.to(grad.dtype))
     return grad
 
 
@@ -256,7 +287,7 @@ def prob_gradient(
     assert classes.prob is not None
     x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
     z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None])
-    grad = z.mul_((mean_logprob_grad * (classes.prob_scale / vocab_size))[..., None])
+    grad = z.mul_((mean_logprob_grad * classes.prob_scale)[..., None])
     grad = grad if classes.weight is None else grad.mul_(classes.weight)
     return grad.to(classes.prob.dtype)
 
@@ -296,6 +327,8 @@ class _TokenStats(torch.autograd.Function):
         arguments = (input, target, *classes, *stats, *upstream, *ctx.shared)
         of_prob = None
         if ctx.needs_input_grad[3] and grads[4] is not None:
+            if torch.is_grad_enabled():
+                checks.double_backward()
             of_prob = prob_gradient(input, classes, stats[0], grads[4], *ctx.shared[1:4])
         no_gradient = (None, None, of_prob, *(None,) * 13)
         if not ctx.needs_input_grad[0]:

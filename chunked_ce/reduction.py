@@ -18,7 +18,7 @@ class Reduction(NamedTuple):
     def of(self, loss: Tensor) -> Tensor:
         """The loss, from those of the tokens (0 where ignored)."""
         if self.weight is not None:
-            loss = loss * self.weight
+            loss = weighted(loss, self.weight)
         if self.name == "none":
             return loss + 0.0  # an ignored token's -0 becomes 0
         return loss.sum() if self.divisor is None else loss.sum() / self.divisor
@@ -31,6 +31,11 @@ class Reduction(NamedTuple):
         """
         given = (self.weight, self.divisor)
         return dtype != torch.float16 and not any(t is not None and t.requires_grad for t in given)
+
+
+def weighted(loss: Tensor, weight: Tensor) -> Tensor:
+    """Their product; what has no weight costs nothing, even if that is infinite."""
+    return (loss * weight).masked_fill((weight == 0) & loss.isinf(), 0.0)
 
 
 def reduction_of(

@@ -193,6 +193,8 @@ def finish(
         of_others = part.total - part.mass * above_m if vocab_size > 1 else 0.0
         of_target = loss
         if target_weight is not None:
+            if isinstance(part.mass, Tensor) and isinstance(of_others, Tensor):
+                of_others = of_others.masked_fill((part.mass == 0) & above_m.isinf(), 0.0)
             of_target = (target_weight * loss).masked_fill(target_weight == 0, 0.0)
         mean_logprob = (of_others - of_target) / vocab_size
     if part.beaten_by is not None:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from . import checks
 from .at_classes import is_first
-from .ops import Classes
+from .ops import NO_CLASS, Classes
+from .reduction import weighted
 from .stats import is_scored, smoothed
 
 AnyTarget = Tensor | tuple[Tensor, Tensor]
 
-NEVER = -100
+NEVER = NO_CLASS
 """An ignore_index that is no class."""
 
 
@@ -96,8 +97,8 @@ class ClassIndices:
 
     def cross_entropy(self, answer: Answer) -> Tensor:
         loss, counts = -answer.logprob, self.counts
-        if counts is not None:  # a class without weight costs nothing, not 0 * inf
-            loss = (loss * counts).masked_fill((counts == 0) & loss.isinf(), 0.0)
+        if counts is not None:
+            loss = weighted(loss, counts.to(loss.dtype))
         return smoothed(loss, answer.mean_logprob, self.label_smoothing)
 
 
@@ -130,7 +131,7 @@ class ClassProbabilities:
     @property
     def classes(self) -> Classes:
         s = self.label_smoothing
-        return Classes(self.weight, self.prob, self.prob.shape[-1] * (1.0 - s), s)
+        return Classes(self.weight, self.prob, 1.0 - s, s)
 
     def cross_entropy(self, answer: Answer) -> Tensor:
         return -answer.mean_logprob
@@ -166,7 +167,7 @@ class TopK:
     @property
     def likeliest(self) -> Tensor:
         """[..., 1] which of the K."""
-        return self.prob.detach().masked_fill(~self.given, -1.0).argmax(-1, keepdim=True)
+        return self.prob.detach().masked_fill(~self.given, -torch.inf).argmax(-1, keepdim=True)
 
     @property
     def index(self) -> Tensor:
@@ -175,7 +176,7 @@ class TopK:
     @property
     def classes(self) -> Classes:
         weight = self.weight if self.wants_mean_logprob else None
-        return Classes(weight=weight, at=self.indices.clamp(min=0))
+        return Classes(weight=weight, at=self.indices)
 
     @property
     def wants_mean_logprob(self) -> bool:
@@ -185,22 +186,26 @@ class TopK:
         z = answer.at_classes
         dtype, s = z.dtype, self.label_smoothing
         q = self.prob.to(dtype).masked_fill(~self.given, 0.0)
-        floor: Tensor | float = s / self.vocab_size  # of every class
+        floor = torch.full_like(answer.lse, s / self.vocab_size)  # of every class
         if self.spread_rest:
             first = self.given & is_first(self.indices)
-            others = (self.vocab_size - first.sum(-1)).clamp(min=1)
-            share = ((1.0 - q.sum(-1)) / others).masked_fill(others == 0, 0.0)
+            others = self.vocab_size - first.sum(-1)
+            rest = 1.0 - q.sum(-1)
+            # Less than the probabilities' own rounding is no rest, and nobody's where no class is.
+            none = (rest <= torch.finfo(self.prob.dtype).eps) | (others == 0)
+            share = (rest / others.clamp(min=1)).masked_fill(none, 0.0)
             q = q - share[..., None] * first
             floor = (1.0 - s) * share + floor
         if self.weight is not None:
-            q = q * self.weight.to(dtype)[self.indices.clamp(min=0)]
+            q = q * self.weight.to(dtype)[self.indices.clamp(0, self.vocab_size - 1)]
         # From the likeliest class, for that has all digits; unless its logit is -inf.
         at_index = z.gather(-1, self.likeliest)
         near = (z - at_index) + answer.logprob[..., None]
         logprob = torch.where(at_index.isfinite(), near, z - answer.lse[..., None])
         loss = -(1.0 - s) * (q * logprob).masked_fill(q == 0, 0.0).sum(-1)
         if self.wants_mean_logprob:
-            loss = loss - floor * self.vocab_size * answer.mean_logprob
+            even = floor * self.vocab_size * answer.mean_logprob
+            loss = loss - (even if s > 0 else even.masked_fill(floor == 0, 0.0))
         return loss
 
 
@@ -215,8 +220,6 @@ def target_of(
 ) -> Target:
     if not isinstance(target, Tensor):
         indices, prob = target
-        if indices.device.type == "cpu" and not torch.compiler.is_compiling():
-            checks.targets_in_range(indices, vocab_size, ignore_index)
         indices = indices.long()
         return TopK(
             indices.masked_fill(indices == ignore_index, NEVER), prob, vocab_size, weight,
@@ -230,7 +233,7 @@ def target_of(
 
 
 def with_token_weight(
-    target: Target, token_weight: Tensor | None, z_loss_weight: float
+    target: Target, token_weight: Tensor | None, z_loss_weight: float, dtype: torch.dtype
 ) -> tuple[Target, Tensor | None]:
     """Class weights as token weights, where they scale a token's whole loss."""
     if not isinstance(target, ClassIndices) or target.label_smoothing or z_loss_weight:
@@ -238,5 +241,6 @@ def with_token_weight(
     counts = target.counts
     if counts is None:
         return target, token_weight
-    both = counts if token_weight is None else counts * token_weight
+    counts = counts.to(dtype)
+    both = counts if token_weight is None else counts * token_weight.to(dtype)
     return replace(target, weight=None), both

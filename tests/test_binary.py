@@ -52,6 +52,8 @@ def test_labels(backend, device, dtype, shape, labels):
     x = (torch.randn(shape, dtype=torch.float64, device=device) * 4).to(dtype)
     y = torch.rand(shape) if labels == "soft" else (torch.rand(shape) < 0.1).float()
     target = by_index(y) if labels == "indices" else y
+    if labels == "indices" and target.shape == shape:
+        target = torch.cat([target, target], -1)  # as many entries as logits would look multi-hot
     y, target = y.to(device), target.to(device)
     for reduction, weight, pos_weight in itertools.product(
         ("mean", "sum", "none"),
@@ -117,6 +119,19 @@ def test_infinite_logits(backend, device):
     ):
         loss = binary_cross_entropy_with_logits(z, y, reduction="none", backend=backend)
         assert loss[:4].tolist() == [0, 0, inf, inf] and loss[4].isnan()
+    x = torch.tensor([[inf, -inf, 1.0]], device=device)
+    last = torch.tensor([0.0, 0.0, 1.0], device=device)
+    exact = F.softplus(torch.tensor(-1.0))
+    for target in (
+        torch.tensor([[1.0, 1, 1]], device=device),
+        torch.tensor([[0, 1, 2, -100]], device=device),
+    ):
+        for weights in (dict(weight=last), dict(pos_weight=last)):
+            loss = binary_cross_entropy_with_logits(
+                x, target, reduction="none", backend=backend, **weights
+            )
+            assert loss[0, :2].tolist() == [0, 0]
+            torch.testing.assert_close(loss[0, 2].cpu(), exact)
 
 
 def test_rows_without_labels_and_without_anything(backend, device):

@@ -480,3 +480,86 @@ def test_compile_fullgraph(kind):
         results.append((loss.detach(), leaf.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- what a review broke --------------------------------------------------------------------------
+
+
+def test_second_derivative_through_learned_probabilities_raises(backend, device):
+    x = torch.randn(2, 4, device=device, requires_grad=True)
+    prob = torch.randn(2, 4, device=device).softmax(-1).requires_grad_()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(cross_entropy(x, prob, backend=backend), prob, create_graph=True)
+
+
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss_weight=0.1)])
+def test_the_loss_is_float32_whatever_the_weights_are(device, options):
+    x, t = torch.randn(3, 5, device=device), torch.tensor([0, 1, 2], device=device)
+    weight = torch.rand(5, device=device)
+    for dtype in (torch.float64, torch.bfloat16):
+        w = weight.to(dtype)
+        assert cross_entropy(x, t, w, **options).dtype == torch.float32
+        assert linear_cross_entropy(x, x, t, weight=w[:3], **options).dtype == torch.float32
+    low = dict(weight=weight.bfloat16(), token_weight=weight[:3].bfloat16(), reduction="sum")
+    high = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in low.items()}
+    exact = cross_entropy(x.double(), t, **high, **options)
+    torch.testing.assert_close(
+        cross_entropy(x, t, **low, **options).double(), exact, rtol=1e-6, atol=0
+    )
+
+
+def test_a_teachers_rest_that_is_rounding_is_none(backend, device):
+    x = torch.tensor([[0.0, 1.0, -torch.inf]], device=device)
+    exact = -(0.6 * x.log_softmax(1)[0, 0] + 0.4 * x.log_softmax(1)[0, 1])
+    for last in (0.4, 0.40000001, 0.39999998):
+        top = torch.tensor([[0, 1]], device=device), torch.tensor([[0.6, last]], device=device)
+        loss = cross_entropy(x, top, spread_rest=True, backend=backend)
+        torch.testing.assert_close(loss, exact)
+    whole = torch.tensor([[0, 1, 2]], device=device), torch.tensor([[0.5, 0.3, 0]], device=device)
+    assert cross_entropy(x, whole, spread_rest=True, backend=backend).isfinite()
+
+
+def test_what_has_no_weight_costs_nothing(backend, device):
+    inf = torch.inf
+    x = torch.tensor([[0.0, -inf, -inf]], device=device)
+    hot, weight = torch.tensor([[1.0, 0, 0]], device=device), torch.tensor([1.0, 0, 0], device=device)  # fmt: skip
+    first, last = (torch.tensor([i], device=device) for i in (0, 2))
+    assert cross_entropy(x, hot, backend=backend) == 0
+    assert cross_entropy(x, first, weight, label_smoothing=0.1, backend=backend) == 0
+    for options in ({}, dict(label_smoothing=0.1), dict(z_loss_weight=0.1)):
+        loss = cross_entropy(x, last, weight, reduction="sum", backend=backend, **options)
+        assert loss.isfinite()
+    nothing = torch.zeros(1, device=device)
+    assert cross_entropy(x, last, token_weight=nothing, reduction="sum", backend=backend) == 0
+
+
+def test_a_teachers_classes_are_checked_where_they_are_read(monkeypatch, device):
+    """Compiled too; and on a GPU that row is NaN, without an access outside of it."""
+    x, prob = torch.randn(2, 6), torch.tensor([[0.3, 0.7]] * 2)
+    compiled = torch.compile(
+        lambda x, i: cross_entropy(x, (i, prob), vocab_size=4), backend="aot_eager", fullgraph=True
+    )
+    for wrong in (-5, 4, 9):
+        indices = torch.tensor([[2, 1], [wrong, 1]])
+        for call in (compiled, lambda x, i: cross_entropy(x, (i, prob), vocab_size=4)):
+            with pytest.raises(IndexError, match=f"target {wrong} in row 1 is out of range"):
+                call(x, indices)
+        monkeypatch.setattr(ops, "check_classes", lambda *a: None)
+        loss = cross_entropy(x, (indices, prob), vocab_size=4, reduction="none")
+        assert loss[0].isfinite() and loss[1].isnan()
+        monkeypatch.undo()
+
+
+@pytest.mark.framework
+def test_another_vocabulary_compiles_no_more_than_with_indices():
+    torch._dynamo.reset()
+    compiles = []
+
+    def count(graph, inputs):
+        compiles.append(1)
+        return graph
+
+    step = torch.compile(lambda x, p: cross_entropy(x, p), backend=count, fullgraph=True)
+    for shape in [(4, 7), (6, 7), (9, 7), (5, 11), (8, 13), (12, 17)]:
+        step(torch.randn(shape), torch.rand(shape).softmax(1))
+    assert len(compiles) <= 3

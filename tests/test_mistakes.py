@@ -93,6 +93,10 @@ OURS = {
     "probabilities of the linear form": (lambda: linear_cross_entropy(X, torch.randn(9, 6), P), ValueError, r"target has dtype torch.float32.*shape \[4, 6\].*\[4, 9\]"),
     "probabilities of several heads": (lambda: linear_cross_entropy(X, torch.randn(9, 2, 6), torch.rand(4, 9, 2)), ValueError, "call it once for each head"),
     "probabilities that learn, in the linear form": (lambda: linear_cross_entropy(X, torch.randn(9, 6), torch.rand(4, 9, requires_grad=True)), ValueError, "target.detach"),
+    "top-k with the classes last": (lambda: cross_entropy(BTV, (BT[..., None], torch.ones(2, 3, 1))), ValueError, "pass dim=-1"),
+    "integers for one question": (lambda: binary_cross_entropy_with_logits(X[:, :1], T[:, None]), ValueError, "use target.float"),
+    "explain several losses": (lambda: explain_loss(torch.ones(2), 10), ValueError, r"loss has shape \[2\]"),
+    "explain a list": (lambda: explain_loss(1.0, 10, [0, 1]), TypeError, "target must be a Tensor"),
     "explain without classes": (lambda: explain_loss(1.0, 1), ValueError, "vocab_size is 1"),
 }  # fmt: skip
 
@@ -131,8 +135,11 @@ def test_logits_do_not_warn(x):
 @pytest.mark.usefixtures("nothing_said")
 def test_several_labels_a_row_warn_once():
     labels = torch.tensor([[1.0, 1.0, 1.0, 0, 0, 0]] * 4)
-    with pytest.warns(UserWarning, match="rows that sum to 3.*binary_cross_entropy_with_logits"):
-        cross_entropy(X, labels)
+    with pytest.warns(
+        UserWarning, match="rows that sum to 3.*binary_cross_entropy_with_logits"
+    ) as said:
+        chunked_ce.CrossEntropyLoss()(X, labels)
+    assert said[0].filename == __file__  # the user's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cross_entropy(X, labels)

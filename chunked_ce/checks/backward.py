@@ -62,5 +62,5 @@ def second_backward() -> None:
 def double_backward() -> None:
     raise RuntimeError(
         "chunked_ce computes first derivatives only: for a second derivative of the loss use "
-        "torch.nn.functional.cross_entropy"
+        "torch.nn.functional's"
     )

@@ -36,7 +36,7 @@ def labels(input: Tensor, target: Any) -> None:
         )
     elif input.dim() == 0 or target.dim() != input.dim() or target.shape[-1] == 0:
         _no_indices(input, target)
-    elif target.shape == input.shape and input.shape[-1] > 1:
+    elif target.shape == input.shape:
         raise ValueError(
             f"target of dtype {target.dtype} has input's shape {shape(input)}, like a multi-hot "
             "matrix, but integers are taken for class indices [..., K]: use target.float()"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
+from types import FrameType
 
 import torch
 from torch import Tensor
 
 from ..stats import is_scored
+from .targets import target_indices
 from .values import integer, shape
 
 _said: set[str] = set()
@@ -17,8 +20,16 @@ _ROWS = 8  # to look at
 
 
 def _say_once(which: str, message: str) -> None:
+    """A warning that points at the user's line."""
     _said.add(which)
-    warnings.warn(message, UserWarning, stacklevel=4)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package(frame) in ("chunked_ce", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _some_rows(which: str, values: Tensor) -> Tensor | None:
@@ -59,10 +70,11 @@ def sums_to_one(prob: Tensor) -> None:
     if rows is None:
         return
     sums = rows.float().sum(1)
-    if bool(((sums - 1).abs() > 0.5).any()):
+    farthest = float(sums[(sums - 1).abs().argmax()])
+    if abs(farthest - 1) > 0.5:
         _say_once(
             "sums",
-            f"target of shape {shape(prob)} has rows that sum to {float(sums.max()):.3g}, but "
+            f"target of shape {shape(prob)} has rows that sum to {farthest:.3g}, but "
             "class probabilities sum to 1: for several labels a row use "
             "binary_cross_entropy_with_logits; where the classes are in another dimension, pass "
             "dim",
@@ -86,8 +98,13 @@ def explain_loss(
         ignore_index: target value of tokens that are not scored.
 
     Raises:
-        TypeError, ValueError: `vocab_size` is no int, or below 2.
+        TypeError, ValueError: a loss that is no number, a `vocab_size` that is no int or below 2,
+            a target that is no Tensor of class indices.
     """
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"loss has shape {shape(loss)}, expected one number: take its mean first")
+    if target is not None:
+        target_indices(target)
     value, classes = float(loss), integer("vocab_size", vocab_size, "an int")
     if classes < 2:
         raise ValueError(f"vocab_size is {classes}, expected at least 2")

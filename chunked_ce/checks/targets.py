@@ -158,6 +158,7 @@ def _top_k(input: Tensor, target: Any, dim: int) -> None:
             "pass probabilities.detach()"
         )
     rows = _without(input, dim)
+    _classes_last(input, indices.shape[:-1], input.shape[:-1], indices, dim)
     for name, t in (("indices", indices), ("probabilities", prob)):
         if t.shape[:-1] != rows or t.dim() == 0 or t.shape[-1] == 0:
             raise ValueError(
@@ -182,15 +183,15 @@ def spread_rest(value: object, target: object) -> None:
         )
 
 
-def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """`IndexError` that names the first offending row."""
+def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int, per_row: int = 1) -> None:
+    """`IndexError` that names the first offending row, of so many targets each."""
     rows = target.reshape(-1).long()
     bad = ((rows < 0) | (rows >= vocab_size)) & is_scored(rows, ignore_index)
     if not bad.any():
         return
-    row = int(bad.long().argmax())
+    first = int(bad.long().argmax())
     raise IndexError(
-        f"target {int(rows[row])} in row {row} is out of range: "
+        f"target {int(rows[first])} in row {first // per_row} is out of range: "
         f"expected a class from 0 to {vocab_size - 1} or ignore_index={ignore_index} "
         "(use ignore_index for padding)"
     )

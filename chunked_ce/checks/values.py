@@ -79,7 +79,7 @@ def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .fl
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
             f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
-            "derivatives only: use torch.nn.functional.cross_entropy"
+            "derivatives only: use torch.nn.functional's losses"
         )
 
 
