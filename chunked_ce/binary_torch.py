@@ -3,16 +3,20 @@ result."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .backend_torch import CACHED_ELEMENTS, DEVICE_ELEMENTS
+from .backend_torch import DEVICE_ELEMENTS
 from .blocks import compute_dtype
 from .huge_pages import advise_huge_pages
 from .row_blocks import Block, blocks, two_dimensional
+
+# 512 KiB of fp32: what a block's operations allocate comes from memory just freed.
+CACHED_ELEMENTS = 1 << 17
 
 
 def total(
@@ -63,51 +67,51 @@ def gradient(
 def losses(
     z: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """w [(1 - y) softplus(z) + v y softplus(-z)], of which no term cancels for y 0 or 1."""
+    """w [(1 - y) softplus(z) + v y softplus(-z)], of which no term cancels for y 0 or 1.
+
+    softplus(z) = max(z, 0) + small, small = log(1 + exp(-|z|)), and without v the rest is
+    z (1 - y) where z >= 0, -z y where z < 0: z times 0 for a right answer.
+    """
+    size = z.abs()
+    infinite = z.device.type != "cpu" or not bool(size.amax() < math.inf)  # 0 inf would be NaN
+    small = logsigmoid(size).neg_()
     if labels is None:
-        loss = logsigmoid(-z).neg_()
-    elif _are_hard(labels):
-        loss = logsigmoid(labels.to(z.dtype).mul(2.0).sub_(1.0).mul_(z)).neg_()
-        loss = loss if pos_weight is None else _times(loss, _of_label(labels, pos_weight))
+        loss = small.add_(z.clamp(min=0.0))
+    elif pos_weight is None:
+        factor = _error_of_sign(z, labels)
+        rest = z * factor
+        loss = small.add_(rest.masked_fill_(factor == 0, 0.0) if infinite else rest)
     else:
         y = labels.to(z.dtype)
-        positive, negative = y if pos_weight is None else y * pos_weight, 1.0 - y
-        small = z.abs().neg_().exp_().log1p_()
-        below = (small - z.clamp(max=0.0)).mul_(positive).masked_fill_(positive == 0, 0.0)
-        above = small.add_(z.clamp(min=0.0)).mul_(negative).masked_fill_(negative == 0, 0.0)
-        loss = above.add_(below)
+        positive, negative = y * pos_weight, 1.0 - y
+        below = _times(small - z.clamp(max=0.0), positive)
+        loss = _times(small.add_(z.clamp(min=0.0)), negative).add_(below)
     return loss if weight is None else _times(loss, weight)
-
-
-def _times(loss: Tensor, weight: Tensor) -> Tensor:
-    """In place; what has no weight costs nothing, even if that is infinite."""
-    return loss.mul_(weight).masked_fill_(weight == 0, 0.0)
 
 
 def slopes(
     z: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """w [(1 - y) sigmoid(z) - v y sigmoid(-z)]"""
+    """w [(1 - y) sigmoid(z) - v y sigmoid(-z)], of which no term cancels for y 0 or 1."""
     if labels is None:
         slope = z.sigmoid()
-    elif _are_hard(labels):
-        sign = labels.to(z.dtype).mul(-2.0).add_(1.0)
-        slope = (sign * z).sigmoid_().mul_(sign)
-        slope = slope if pos_weight is None else slope.mul_(_of_label(labels, pos_weight))
+    elif pos_weight is None:
+        small = z.abs().neg_().sigmoid_()
+        slope = _error_of_sign(z, labels).sub_(small.copysign_(z))
     else:
         y = labels.to(z.dtype)
-        positive = y if pos_weight is None else y * pos_weight
-        slope = z.sigmoid().mul_(1.0 - y).sub_(z.neg().sigmoid_().mul_(positive))
+        slope = z.sigmoid().mul_(1.0 - y).sub_(z.neg().sigmoid_().mul_(y * pos_weight))
     return slope if weight is None else slope.mul_(weight)
 
 
-def _are_hard(labels: Tensor) -> bool:
-    """Whether all are 0 or 1, which takes one exponential each; as far as looking is free."""
-    return labels.device.type == "cpu" and bool(((labels == 0) | (labels == 1)).all())
+def _error_of_sign(z: Tensor, labels: Tensor) -> Tensor:
+    """[z >= 0] - y: 0 where the sign of z says what y says."""
+    return (1.0 - labels.to(z.dtype)).sub_(z.signbit().to(z.dtype))
 
 
-def _of_label(labels: Tensor, pos_weight: Tensor) -> Tensor:
-    return torch.where(labels == 0, 1.0, pos_weight)
+def _times(loss: Tensor, weight: Tensor) -> Tensor:
+    """In place; what has no weight costs nothing, even if that is infinite."""
+    return loss.mul_(weight).masked_fill_(weight == 0, 0.0)
 
 
 def _walk(
