@@ -25,7 +25,7 @@ from .blocks import (
     lowest_exponent,
 )
 from .huge_pages import advise_huge_pages
-from .row_blocks import Block, Scratch, blocks, flat, two_dimensional
+from .row_blocks import Block, Scratch, blocks, flat, mergeable, two_dimensional
 from .stats import (
     UNIFORM,
     ClassWeights,
@@ -138,7 +138,10 @@ def logits_gradient(
         grad[..., options.vocab_size :].zero_()
     # Compiled, a comparison per element costs more than writing the targets afterwards.
     apart = options.compiled and x.dim() == 2 and options.head.is_identity
-    for block in blocks(x.shape[:-1], options.vocab_size, _elements_per_block(x, options)):
+    together = mergeable(x, grad)
+    for block in blocks(
+        x.shape[:-1], options.vocab_size, _elements_per_block(x, options), together
+    ):
         column, inside = _column(target, block, options)
         skip = None if skipped is None else block.of_rows(skipped)[:, None]
         of_rows = RowGradient(*(None if r is None else block.of_rows(r) for r in rows))  # type: ignore[arg-type]
@@ -359,7 +362,7 @@ def _merge_blocks(
     """The sums of every row, from those of its blocks."""
     parts: list[Part] = []
     row_part: Part | None = None
-    for block in blocks(x.shape[:-1], options.vocab_size, elements):
+    for block in blocks(x.shape[:-1], options.vocab_size, elements, mergeable(x)):
         part = of_block(block, two_dimensional(block.of(x)))
         row_part = part if row_part is None else merge(row_part, part)
         if block.stop == options.vocab_size:
@@ -404,17 +407,17 @@ def _weights_by_block(
     if weights.are_one:
         return lambda block: None
     dtype = compute_dtype(x.dtype)
-    rows, one = x.shape[:-1], torch.ones((), dtype=dtype, device=x.device)
-    classes = (one if weights.weight is None else weights.weight).expand(*rows, options.vocab_size)
-    prob = None if weights.prob is None else weights.prob.view(*rows, -1)
+    weight = None if weights.weight is None else weights.weight.to(dtype)
+    prob = None if weights.prob is None else weights.prob.view(*x.shape[:-1], -1)
 
     def of_block(block: Block) -> Tensor:
-        w = two_dimensional(block.of(classes)).to(dtype, copy=True)
+        of_classes = None if weight is None else weight[block.start : block.stop]
         if prob is None:
-            return w
-        return w.mul_(
-            two_dimensional(block.of(prob)).to(dtype).mul(weights.scale).add_(weights.shift)
-        )
+            assert of_classes is not None
+            return of_classes.expand(two_dimensional(block.of(x)).shape).clone()
+        w = two_dimensional(block.of(prob)).to(dtype, copy=True).mul_(weights.scale)
+        w = w.add_(weights.shift) if weights.shift else w
+        return w if of_classes is None else w.mul_(of_classes)
 
     return of_block
 

@@ -28,18 +28,22 @@ class Block(NamedTuple):
         return t if self.where is None else t[self.rows]
 
 
-def blocks(leading: torch.Size, columns: int, elements: int) -> Iterator[Block]:
+def blocks(
+    leading: torch.Size, columns: int, elements: int, together: int | None = None
+) -> Iterator[Block]:
     """Blocks of at most `elements` of [*leading, columns].
 
-    The pieces of a row follow one another.
+    The pieces of a row follow one another. `together`: how many of the leading dimensions, from
+    the last, a block may span; None: all.
     """
-    if leading.numel() * columns <= elements:
+    outermost = 0 if together is None else len(leading) - together
+    if outermost == 0 and leading.numel() * columns <= elements:
         yield Block(None, slice(None), 0, columns)
         return
     width = -(-columns // -(-columns // elements))  # pieces of like size
     limit = elements // width
     dim, inner = len(leading) - 1, 1
-    while dim > 0 and inner * leading[dim] <= limit:
+    while dim > outermost and inner * leading[dim] <= limit:
         inner *= leading[dim]
         dim -= 1
     step = max(1, limit // inner)
@@ -61,6 +65,19 @@ def flat(x: Tensor) -> Tensor:
         return x.view(-1, x.shape[-1])
     except RuntimeError:
         return x
+
+
+def mergeable(*tensors: Tensor) -> int:
+    """How many leading dimensions of [..., V], from the last, are one in all of these tensors."""
+    count = 1
+    for dim in range(tensors[0].dim() - 3, -1, -1):
+        if any(
+            t.shape[dim] != 1 and t.stride(dim) != t.stride(dim + 1) * t.shape[dim + 1]
+            for t in tensors
+        ):
+            break
+        count += 1
+    return min(count, tensors[0].dim() - 1)
 
 
 def two_dimensional(block: Tensor) -> Tensor:
@@ -89,6 +106,8 @@ class Scratch:
         self._memory = kept
 
     def like(self, block: Tensor) -> Tensor:
-        """[rows, columns] for a block of that many."""
+        """[rows, columns] for a block of that many, in its order of memory."""
         columns = block.shape[-1]
-        return self._memory.as_strided((block.numel() // columns, columns), (columns, 1))
+        rows = block.numel() // columns
+        by_column = block.stride(-1) != 1 and block.dim() > 1 and block.stride(-2) == 1
+        return self._memory.as_strided((rows, columns), (1, rows) if by_column else (columns, 1))

@@ -126,7 +126,7 @@ class ClassProbabilities:
 
     @property
     def index(self) -> Tensor:
-        return self.prob.detach().argmax(-1)
+        return self.prob.detach().max(-1).indices  # argmax is slow along a strided dimension
 
     @property
     def classes(self) -> Classes:
