@@ -84,8 +84,12 @@ def _loss_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
+    target, *_, ignore_index, vocab_size, _, _, backend = arguments
+    free = backend != "triton" and target.device.type == "cpu"
+    check_targets(target, vocab_size, ignore_index, free=free)
+    # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
+    torch.autograd.graph.increment_version(input)
     loss, _ = _loss_and_gradient(True, input, *arguments)
-    torch.autograd.graph.increment_version(input)  # a kernel's write is not seen by autograd
     return loss
 
 

@@ -297,8 +297,9 @@ def _token_grad(*arguments: Any) -> Tensor:
 
 
 def _token_grad_(input: Tensor, *arguments: Any) -> None:
+    # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
+    torch.autograd.graph.increment_version(input)
     _gradient(True, input, *arguments)
-    torch.autograd.graph.increment_version(input)  # a kernel's write is not seen by autograd
 
 
 class _TokenStats(torch.autograd.Function):

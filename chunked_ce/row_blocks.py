@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
@@ -90,20 +91,24 @@ _kept = threading.local()
 class Scratch:
     """Memory for the work on one block after another.
 
-    The CPU keeps the largest so far, one per thread: touching fresh pages would cost more than the
-    arithmetic.
+    The CPU keeps the latest, one per thread: touching fresh pages would cost more than the
+    arithmetic. Whoever works in it has it alone: a signal handler or a finalizer that computes a
+    loss in the midst of another's block gets memory of its own.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cpu" or dtype != torch.float32:
             self._memory = torch.empty(elements, dtype=dtype, device=device)
             return
-        kept: Tensor | None = getattr(_kept, "memory", None)
-        if kept is None or kept.numel() < elements:
-            # Else it could not be written to outside of inference mode.
+        kept: tuple[Tensor, weakref.ref[Scratch]] | None = getattr(_kept, "memory", None)
+        if kept is not None and kept[0].numel() >= elements and kept[1]() is None:
+            memory = kept[0]
+        else:  # outside of inference mode it could not be written to, had it been made within
             with torch.inference_mode(False):
-                kept = _kept.memory = torch.empty(elements, dtype=dtype)
-        self._memory = kept
+                memory = torch.empty(elements, dtype=dtype)
+        # Not returned by a __del__, which would swallow a Ctrl-C.
+        _kept.memory = (memory, weakref.ref(self))
+        self._memory = memory
 
     def like(self, block: Tensor) -> Tensor:
         """[rows, columns] for a block of that many, in its order of memory."""

@@ -36,9 +36,11 @@ class Scoring:
     ) -> None:
         self.model, self.documents, self.windows = model, documents, windows
         self.device, self.rank, self.backend = device, rank, backend
-        self.table = torch.zeros(len(windows), 5, dtype=torch.float64, device=device)
         longest = max(window.length for window in windows)
-        self.positions = self.table.new_zeros(longest, 5)
+        # Of windows and, below them, of positions: one tensor, for an interruption to find both
+        # with a batch or both without.
+        self.sums = torch.zeros(len(windows) + longest, 5, dtype=torch.float64, device=device)
+        self.table, self.positions = self.sums.split([len(windows), longest])
 
     def run(self, plan: list[list[int]], group: Any, progress: bool) -> bool:
         """Whether it was interrupted. Ranks run equally many batches: a sharded model waits."""
@@ -56,8 +58,7 @@ class Scoring:
                 raise  # the others wait for this rank
             return True
         if size > 1:
-            both = all_reduce(torch.cat([self.table, self.positions]), group)
-            self.table, self.positions = both.split([len(self.table), len(self.positions)])
+            self.sums.copy_(all_reduce(self.sums, group))
         return False
 
     def _batch(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
@@ -85,8 +86,9 @@ class Scoring:
 
     def _keep(self, chosen: list[int], rows: Tensor, positions: Tensor) -> int:
         """How many tokens that scored."""
-        self.table[torch.tensor(chosen, device=self.device)] = rows
-        self.positions[: len(positions)] += positions
+        below = range(len(self.windows), len(self.windows) + len(positions))
+        where = torch.tensor([*chosen, *below], device=self.device)
+        self.sums.index_add_(0, where, torch.cat([rows, positions]))
         return sum(self.windows[i].scored for i in chosen)
 
     def report(

@@ -102,15 +102,14 @@ class _ShardStats(torch.autograd.Function):
         numbers = _coefficients(ctx, grads, entropy)
         if options.shard.columns == 0 or target.numel() == 0:
             return torch.zeros_like(input), None, None
+        if options.inplace:  # before the write: what an interruption leaves is not used
+            torch.autograd.graph.increment_version(input)
         grad = backends.logits_gradient(
             options.backend, input, options.shard.local(target, options.ignore_index),
             lse, logprob, lse_low, numbers, IGNORED, options.shard.columns, options.head,
             inplace=options.inplace, shard=True,
         )  # fmt: skip
-        if options.inplace:
-            torch.autograd.graph.increment_version(input)
-            grad = input.detach()
-        return grad, None, None
+        return input.detach() if options.inplace else grad, None, None
 
 
 class _LinearShardStats(torch.autograd.Function):

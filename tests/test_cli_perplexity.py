@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,15 @@ def test_positions_are_binned_without_losing_any(tokens, first):
         ("{t}/good --text {t}/good", "is a file, expected the folder of a model"),
         ("{t}/hollow --text {t}/good", "cannot be loaded as a causal LM"),
         ("{t}/pickled --text {t}/good", "cannot be loaded as a causal LM"),
+        ("{t}/adapter --text {t}/good", "has an adapter without adapter_model.safetensors"),
+        ("{t}/kernel --text {t}/good", "config.json has attn_implementation 'someone/kernel'"),
+        ("{t}/nested --text {t}/good", "'someone/kernel'}, code from elsewhere, and none is run"),
         ("no-one/no-model --text {t}/good", "nothing is downloaded"),
+        ("{m} --text /dev/zero", "/dev/zero: a device; expected a file of text"),
+        ("{m} --text {t}/good --json {t}/good", "good' is a file of --text, which it would overwrite"),
+        ("{m} --text {t}/good --json {t}/link", "link' is a file of --text, which it would overwrite"),
+        ("{m} --text {t}/good --json {m}/config.json", "is a file of the model, which it would overwrite"),
+        ("{m} --text {t}/good --json {t}/a.png --plot {t}/x/../a.png", "is that of --json"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capfd, bad, says):
@@ -146,9 +155,46 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capfd, bad, say
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "pickled" / name).write_bytes((folder / name).read_bytes())
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "link").symlink_to(tmp_path / "good")
+    (tmp_path / "x").mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    code = dict(attn_implementation="someone/kernel")
+    nested = dict(text_config=dict(_attn_implementation={"": "someone/kernel"}))
+    for name, extra in dict(kernel=code, nested=nested, adapter={}).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | extra))
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["perplexity", *bad.format(m=folder, t=tmp_path).split()]) == 2
     out, err = capfd.readouterr()
     assert err.startswith("chunked-ce: ") and err.count("\n") == 1 and says in err and not out
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_output_is_whole_or_what_it_was(folder, tmp_path, monkeypatch, capsys):
+    out, link = tmp_path / "out.json", tmp_path / "link.json"
+    out.write_text("before")
+    link.symlink_to(out)
+    argv = ["perplexity", str(folder), "--text", texts(folder)[0], "--device", "cpu", "--json"]
+
+    def stopped(self, text):
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise error
+
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", stopped)
+            if isinstance(error, OSError):
+                assert main([*argv, str(out)]) == 2
+                assert "out.json: No space left on device" in capsys.readouterr().err
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    main([*argv, str(out)])
+        assert out.read_text() == "before" and sorted(tmp_path.iterdir()) == [link, out]
+    assert main([*argv, str(link)]) == 0
+    assert link.is_symlink() and json.loads(out.read_text())["tokens"] > 0
+    assert main([*argv, "/dev/null"]) == 0
 
 
 @pytest.mark.parametrize("bad", ["--context x", "--bos perhaps", "--unknown", "--dtype int8"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_gradient, batch, gradient
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from chunked_ce import cross_entropy, ops, token_stats
 from chunked_ce.checks import mistakes
@@ -347,7 +348,7 @@ def test_modes(backend, device):
     leaf = x.clone().requires_grad_()
     with torch.no_grad():
         assert not cross_entropy(leaf, target, backend=backend).requires_grad
-    checkpointed = torch.utils.checkpoint.checkpoint(
+    checkpointed = checkpoint(
         lambda z: cross_entropy(z, target, backend=backend), leaf, use_reentrant=False
     )
     checkpointed.backward()

@@ -1,6 +1,9 @@
 """evaluate_perplexity and loglikelihood against loops over stock cross-entropy in fp64."""
 
 import math
+import random
+import signal
+import time
 
 import pytest
 import torch
@@ -267,6 +270,42 @@ def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
     monkeypatch.undo()
     expected = brute_force(gpt2, ids[0][: 4 * CONTEXT + 1], CONTEXT, CONTEXT)
     assert report.nll_sum == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_and_positions_of_a_partial_report_agree(gpt2):
+    """Signals strike between any two steps of a batch."""
+    ids = torch.randint(3, 300, (1, 12 * CONTEXT))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before, draw, seen = signal.signal(signal.SIGALRM, stop), random.Random(0), 0
+    start = time.monotonic()
+    evaluate_perplexity(gpt2, ids, batch_size=1, per_position=True)
+    taken = time.monotonic() - start
+    try:
+        for _ in range(5):
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 0.9) * taken)
+            try:
+                report = evaluate_perplexity(
+                    gpt2, ids, batch_size=1, per_position=True, per_window=True
+                )
+            except EvaluationInterrupted as interruption:
+                report = interruption.report
+                seen += 1
+            except KeyboardInterrupt:
+                continue  # before the first window
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for parts in (report.per_position, report.per_window):
+                assert sum(part.tokens for part in parts) == report.tokens
+                assert sum(part.nll_sum for part in parts) == pytest.approx(
+                    report.nll_sum, rel=1e-9
+                )
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert seen
 
 
 def test_progress_shows_the_running_perplexity(gpt2, capfd):

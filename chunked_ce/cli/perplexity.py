@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ..evaluation import evaluate_perplexity
 from ..report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import UsageError
+from .files import check_files, read_text, whole
 from .perplexity_report import draw, table
 
 DTYPES = {
@@ -70,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     print(table(report, args.model))
     if args.json:
-        args.json.write_text(as_json(report, args))
+        whole(args.json, "--json", lambda path: path.write_text(as_json(report, args)))
     if args.plot and report.tokens:
-        draw(report, args.model, args.plot)
+        whole(args.plot, "--plot", lambda path: draw(report, args.model, path))
     return INTERRUPTED if report.partial else 0
 
 
@@ -124,33 +126,6 @@ def _special(text: str) -> bool | int | None:
     return int(text)
 
 
-def check_files(args: argparse.Namespace) -> None:
-    """Before the work rather than after it."""
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UsageError(f"--{name}: no file can be written at {str(path)!r}")
-    if args.plot is not None:
-        if args.plot.suffix.lower() != ".png":
-            raise UsageError(f"--plot: expected a name that ends in .png, got {str(args.plot)!r}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("--plot needs matplotlib: pip install 'chunked-ce[bench]'")
-
-
-def read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise UsageError(f"--text: {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--text: {path}: not UTF-8 at byte {error.start}: convert it to UTF-8 first"
-        ) from error
-    if not text:
-        raise UsageError(f"--text: {path}: empty; expected a file of text")
-    return text
-
-
 def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -162,6 +137,33 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def check_folder(folder: Path) -> None:
+    """What transformers would do with this folder that is not promised here.
+
+    A configuration may name a repository of kernels, whose code would be fetched and run; an
+    adapter may come as a pickle.
+    """
+    try:
+        nested = [json.loads((folder / "config.json").read_bytes())]
+    except (OSError, ValueError):
+        nested = []  # transformers says what is wrong
+    while nested:
+        found = nested.pop()
+        for key, value in found.items() if isinstance(found, dict) else ():
+            if key.endswith("_implementation") and "/" in str(value):
+                raise UsageError(
+                    f"{str(folder)!r}: config.json has {key} {value!r}, code from elsewhere, and "
+                    "none is run: remove that line"
+                )
+            nested.append(value)
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UsageError(
+                f"{str(folder)!r} has an adapter without adapter_model.safetensors, and no pickle "
+                "is read: save it with safe_serialization=True"
+            )
+
+
 def load(name: str, dtype: Any, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer) from safetensors and JSON alone, without a network."""
     if importlib.util.find_spec("transformers") is None:
@@ -170,6 +172,8 @@ def load(name: str, dtype: Any, device: torch.device) -> tuple[Any, Any]:
         raise UsageError(f"{name!r} is no model folder: it has no config.json")
     if Path(name).is_file():
         raise UsageError(f"{name!r} is a file, expected the folder of a model")
+    check_folder(Path(name))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what transformers imports and calls by itself
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
