@@ -242,6 +242,15 @@ def test_gradient_of_probabilities(backend, device):
     torch.testing.assert_close(*grads)
 
 
+def test_gradient_of_probabilities_under_a_common_offset(device):
+    """log p_j, though lse is rounded by 0.0005."""
+    x = torch.tensor([[1e4, 1e4 + 1, 1e4 - 2]], device=device)
+    prob = torch.full((1, 3), 1 / 3, device=device, requires_grad=True)
+    cross_entropy(x, prob).backward()
+    exact = -(x.double() - 1e4).log_softmax(-1)
+    torch.testing.assert_close(prob.grad.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_a_teachers_padding_and_repetitions(backend, device):
     """Padded entries are none, a row of padding is ignored, a class named twice adds up."""
     x = torch.randn(3, 20, device=device)
