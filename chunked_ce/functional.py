@@ -193,11 +193,11 @@ def cross_entropy(
     weight = checks.class_weight(weight, input, vocab_size)
     checks.looks_like_logits(input)
     goal = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
-    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight)
+    dtype = compute_dtype(input.dtype)
+    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight, dtype)
     index = goal.index
     how = reduction_of(
-        reduction, index, goal.ignore_index, token_weight, num_items, compute_dtype(input.dtype),
-        goal.counts,
+        reduction, index, goal.ignore_index, token_weight, num_items, dtype, goal.counts
     )  # fmt: skip
     # A tracer plans reads and writes itself.
     one_pass = grad_in_forward and _wants_gradient(input) and not torch.compiler.is_compiling()

@@ -160,11 +160,11 @@ def linear_cross_entropy(
     ignore_index, classes, *_ = shared
     weight = checks.class_weight(weight, linear_weight[..., 0].movedim(0, -1), classes)
     goal = target_of(target, -1, weight, label_smoothing, ignore_index, classes, spread_rest)
-    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight)
+    dtype = compute_dtype(input.dtype)
+    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight, dtype)
     index = goal.index
     how = reduction_of(
-        reduction, index, goal.ignore_index, token_weight, num_items, compute_dtype(input.dtype),
-        goal.counts,
+        reduction, index, goal.ignore_index, token_weight, num_items, dtype, goal.counts
     )  # fmt: skip
     shared = (goal.ignore_index, *shared[1:])
     fused = reduction != "none" and goal.is_plain and how.known_before_backward(input.dtype)

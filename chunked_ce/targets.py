@@ -97,7 +97,7 @@ class ClassIndices:
     def cross_entropy(self, answer: Answer) -> Tensor:
         loss, counts = -answer.logprob, self.counts
         if counts is not None:  # a class without weight costs nothing, not 0 * inf
-            loss = (loss * counts).masked_fill((counts == 0) & loss.isinf(), 0.0)
+            loss = (loss * counts.to(loss.dtype)).masked_fill((counts == 0) & loss.isinf(), 0.0)
         return smoothed(loss, answer.mean_logprob, self.label_smoothing)
 
 
@@ -230,13 +230,15 @@ def target_of(
 
 
 def with_token_weight(
-    target: Target, token_weight: Tensor | None, z_loss_weight: float
+    target: Target, token_weight: Tensor | None, z_loss_weight: float, dtype: torch.dtype
 ) -> tuple[Target, Tensor | None]:
-    """Class weights as token weights, where they scale a token's whole loss."""
+    """Class weights as token weights in `dtype`, where they scale a token's whole loss."""
     if not isinstance(target, ClassIndices) or target.label_smoothing or z_loss_weight:
         return target, token_weight
     counts = target.counts
     if counts is None:
         return target, token_weight
-    both = counts if token_weight is None else counts * token_weight
-    return replace(target, weight=None), both
+    if token_weight is None:
+        return replace(target, weight=None), counts
+    # Of two weights in half precision the product would be rounded to that.
+    return replace(target, weight=None), counts.to(dtype) * token_weight.to(dtype)

@@ -251,6 +251,22 @@ def test_gradient_of_probabilities_under_a_common_offset(device):
     torch.testing.assert_close(prob.grad.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss_weight=1e-3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_weights_in_another_dtype(backend, device, dtype, options):
+    """Not their product's rounding in fp16, nor a loss in fp64."""
+    x, target = torch.randn(4, 7, device=device), torch.tensor([0, 3, -100, 6], device=device)
+    weight, of_token = (torch.rand(n, device=device).to(dtype) for n in (7, 4))
+    given = dict(weight=weight, token_weight=of_token, reduction="none", **options)
+    loss = cross_entropy(x, target, backend=backend, **given)
+    linear = linear_cross_entropy(x, torch.eye(7, device=device), target, backend=backend, **given)
+    given |= dict(weight=weight.double(), token_weight=of_token.double())
+    exact = cross_entropy(x.double(), target, backend=backend, **given)
+    assert loss.dtype == linear.dtype == torch.float32
+    for ours in (loss, linear):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-7)
+
+
 def test_a_teachers_padding_and_repetitions(backend, device):
     """Padded entries are none, a row of padding is ignored, a class named twice adds up."""
     x = torch.randn(3, 20, device=device)
