@@ -200,7 +200,10 @@ class TopK:
         logprob = torch.where(at_index.isfinite(), near, z - answer.lse[..., None])
         loss = -(1.0 - s) * (q * logprob).masked_fill(q == 0, 0.0).sum(-1)
         if self.wants_mean_logprob:
-            loss = loss - floor * self.vocab_size * answer.mean_logprob
+            of_all = floor * self.vocab_size * answer.mean_logprob
+            if isinstance(floor, Tensor):  # where nothing was left to spread, masked classes too
+                of_all = of_all.masked_fill(floor == 0, 0.0)
+            loss = loss - of_all
         return loss
 
 

@@ -214,6 +214,23 @@ def test_masked_classes_of_probability_0_add_nothing(backend, device):
     compare(smooth, exact, x.dtype)
 
 
+def test_nothing_left_to_spread_over_masked_classes(backend, device):
+    x = torch.tensor([[1.0, 2.0, float("-inf"), 0.5]], device=device)
+    indices, prob = (
+        torch.tensor([[1, 3]], device=device),
+        torch.tensor([[0.75, 0.25]], device=device),
+    )
+    dense = torch.tensor([[0.0, 0.75, 0.0, 0.25]], device=device)
+    for target, spread in [((indices, prob), True), (dense, False)]:
+        grad = gradient(lambda x, t=target, s=spread: cross_entropy(x, t, spread_rest=s, backend=backend), x)  # fmt: skip
+        exact = x.double().softmax(-1) - dense
+        torch.testing.assert_close(grad.double(), exact, rtol=2e-6, atol=1e-7)
+        loss = cross_entropy(x, target, spread_rest=spread, backend=backend)
+        kept = [0, 1, 3]
+        truth = F.cross_entropy(x[:, kept].double(), dense[:, kept].double())
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["probabilities", "top k"])
 def test_confident_rows_keep_their_digits(backend, device, kind):
     """A one-hot target whose class has logit 20 above the others: 1e-8, as with an index."""
