@@ -278,6 +278,7 @@ def prob_gradient(
     input: Tensor,
     classes: Classes,
     lse: Tensor,
+    lse_low: Tensor,
     mean_logprob_grad: Tensor,
     vocab_size: int,
     softcap: float | None,
@@ -286,7 +287,7 @@ def prob_gradient(
     """d mean_logprob / d prob = weight scale (z - lse) / V, for targets that are learned."""
     assert classes.prob is not None
     x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
-    z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None])
+    z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None]).sub_(lse_low[..., None])
     grad = z.mul_((mean_logprob_grad * classes.prob_scale)[..., None])
     grad = grad if classes.weight is None else grad.mul_(classes.weight)
     return grad.to(classes.prob.dtype)
@@ -330,7 +331,8 @@ class _TokenStats(torch.autograd.Function):
         if ctx.needs_input_grad[3] and grads[4] is not None:
             if torch.is_grad_enabled():
                 checks.double_backward()
-            of_prob = prob_gradient(input, classes, stats[0], grads[4], *ctx.shared[1:4])
+            lse, _, lse_low = stats
+            of_prob = prob_gradient(input, classes, lse, lse_low, grads[4], *ctx.shared[1:4])
         no_gradient = (None, None, of_prob, *(None,) * 13)
         if not ctx.needs_input_grad[0]:
             return None, *no_gradient

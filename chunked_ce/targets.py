@@ -235,7 +235,7 @@ def target_of(
 def with_token_weight(
     target: Target, token_weight: Tensor | None, z_loss_weight: float, dtype: torch.dtype
 ) -> tuple[Target, Tensor | None]:
-    """Class weights as token weights, where they scale a token's whole loss."""
+    """Class weights as token weights in `dtype`, where they scale a token's whole loss."""
     if not isinstance(target, ClassIndices) or target.label_smoothing or z_loss_weight:
         return target, token_weight
     counts = target.counts

@@ -214,6 +214,23 @@ def test_masked_classes_of_probability_0_add_nothing(backend, device):
     compare(smooth, exact, x.dtype)
 
 
+def test_nothing_left_to_spread_over_masked_classes(backend, device):
+    x = torch.tensor([[1.0, 2.0, float("-inf"), 0.5]], device=device)
+    indices, prob = (
+        torch.tensor([[1, 3]], device=device),
+        torch.tensor([[0.75, 0.25]], device=device),
+    )
+    dense = torch.tensor([[0.0, 0.75, 0.0, 0.25]], device=device)
+    for target, spread in [((indices, prob), True), (dense, False)]:
+        grad = gradient(lambda x, t=target, s=spread: cross_entropy(x, t, spread_rest=s, backend=backend), x)  # fmt: skip
+        exact = x.double().softmax(-1) - dense
+        torch.testing.assert_close(grad.double(), exact, rtol=2e-6, atol=1e-7)
+        loss = cross_entropy(x, target, spread_rest=spread, backend=backend)
+        kept = [0, 1, 3]
+        truth = F.cross_entropy(x[:, kept].double(), dense[:, kept].double())
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["probabilities", "top k"])
 def test_confident_rows_keep_their_digits(backend, device, kind):
     """A one-hot target whose class has logit 20 above the others: 1e-8, as with an index."""
@@ -240,6 +257,31 @@ def test_gradient_of_probabilities(backend, device):
               lambda q: F.cross_entropy(x, q, weight, label_smoothing=0.1)):  # fmt: skip
         grads.append(gradient(lambda q, f=f: 3.7 * f(q), prob))
     torch.testing.assert_close(*grads)
+
+
+def test_gradient_of_probabilities_under_a_common_offset(device):
+    """log p_j, though lse is rounded by 0.0005."""
+    x = torch.tensor([[1e4, 1e4 + 1, 1e4 - 2]], device=device)
+    prob = torch.full((1, 3), 1 / 3, device=device, requires_grad=True)
+    cross_entropy(x, prob).backward()
+    exact = -(x.double() - 1e4).log_softmax(-1)
+    torch.testing.assert_close(prob.grad.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss_weight=1e-3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_weights_in_another_dtype(backend, device, dtype, options):
+    """Not their product's rounding in fp16, nor a loss in fp64."""
+    x, target = torch.randn(4, 7, device=device), torch.tensor([0, 3, -100, 6], device=device)
+    weight, of_token = (torch.rand(n, device=device).to(dtype) for n in (7, 4))
+    given = dict(weight=weight, token_weight=of_token, reduction="none", **options)
+    loss = cross_entropy(x, target, backend=backend, **given)
+    linear = linear_cross_entropy(x, torch.eye(7, device=device), target, backend=backend, **given)
+    given |= dict(weight=weight.double(), token_weight=of_token.double())
+    exact = cross_entropy(x.double(), target, backend=backend, **given)
+    assert loss.dtype == linear.dtype == torch.float32
+    for ours in (loss, linear):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-7)
 
 
 def test_a_teachers_padding_and_repetitions(backend, device):

@@ -186,6 +186,18 @@ def test_accuracy_under_a_common_offset(backend, device, dtype, offset):
     assert_gradient(got, exact, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_entropy_under_a_common_offset(backend, device, dtype):
+    """Where all logits are near 1e4, lse is rounded by 0.0005: no gradient may see that."""
+    x, target = batch(6, 100, device=device)
+    x = (x.double() + 1e4).to(dtype)
+    g = torch.randn(6, device=device)
+    centred = x.double() - 1e4  # exact, and the truth's gradient with it
+    exact = gradient(lambda x: oracle.token_stats(x, target)["entropy"], centred, upstream=g)
+    got = gradient(lambda x: token_stats(x, target, entropy=True, backend=backend).entropy, x, upstream=g)  # fmt: skip
+    assert_gradient(got, exact, dtype, 20.0 if dtype == torch.float64 else 1.0)
+
+
 @pytest.mark.parametrize("gap", [1, 10, 18.42, 40, 80, 200])
 def test_confident_token_keeps_its_digits(backend, device, gap):
     """A loss of 1e-8 is 1e-8, where torch gives 0; so is the gradient at the target."""
