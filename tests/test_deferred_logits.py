@@ -1,11 +1,13 @@
 """Deferred logits are the logits, whatever is done to them; a loss reads off what was recorded."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import chunked_ce
 from chunked_ce.huggingface import DeferredLogits, causal_lm_loss
 from chunked_ce.huggingface.deferred import Head
 
@@ -31,6 +33,8 @@ RECORDED = {
     "a row": lambda z: z[0],
     "one token": lambda z: z[:, -1],
     "slices of slices": lambda z: z[:, 1:][:1, ..., :],
+    "a last ellipsis": lambda z: z[:, 1:, :, ...],
+    "a number of numpy": lambda z: np.float64(2) * z,
 }
 COMPUTED = {
     "sum": lambda z: z.sum(),
@@ -43,6 +47,11 @@ COMPUTED = {
     "times True": lambda z: z * True,
     "rounded": lambda z: z.div(0.3, rounding_mode="floor"),
     "by classes": lambda z: z[..., :7],
+    "by classes and a last ellipsis": lambda z: z[:, :, :5, ...],
+    "a class and a last ellipsis": lambda z: z[0, 1, 2, ...],
+    "by classes and two ellipses": lambda z: z[..., :, :5, ...],
+    "a keyword of a recorded function": lambda z: torch.mul(z, other=2.0),
+    "a smaller number of numpy": lambda z: np.float32(2) * z,
     "by a mask": lambda z: z[torch.tensor([[True] * 3 + [False] * 2] * 2)],
     "view": lambda z: z.view(-1, 29),
     "in bfloat16": lambda z: z.to(torch.bfloat16),
@@ -156,3 +165,37 @@ def test_the_loss_outside_of_the_heads_autocast():
     expected = oracle.cross_entropy(F.linear(x, w.bfloat16()), target)
     ours = causal_lm_loss(logits, None, shift_labels=target)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=0)
+
+
+def test_into_a_tensor_that_exists():
+    logits, leaves = deferred()
+    real, buffer = F.linear(*leaves).detach(), torch.empty(2, 5, 29)
+    with torch.no_grad():
+        assert torch.equal(torch.mul(logits, 2, out=buffer), real * 2)
+        assert torch.equal(torch.tanh(logits, out=buffer), real.tanh())
+        for copy in (torch.as_tensor, torch.tensor, torch.asarray, torch.from_dlpack):
+            assert torch.equal(copy(deferred_again(leaves)), real)
+    with pytest.raises(BufferError, match="require gradient"):
+        torch.as_tensor(deferred_again(leaves))
+
+
+def deferred_again(leaves):
+    return DeferredLogits(Head.of(*leaves, lambda: None), leaves[0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z, target: chunked_ce.cross_entropy(z, target, dim=-1),
+        chunked_ce.token_stats,
+        chunked_ce.perplexity,
+        lambda z, target: chunked_ce.Perplexity().update(z, target),
+    ],
+)
+def test_our_functions_ask_for_the_tensor(function):
+    logits, _ = deferred()
+    target = torch.randint(0, 29, (2, 5))
+    with pytest.raises(TypeError, match=r"got DeferredLogits: pass its \.tensor\(\)$"):
+        function(logits, target)
+    assert logits._real is None, "computed"
+    function(logits.tensor(), target)

@@ -193,8 +193,8 @@ class DeferredLogits:
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         recorded = _RECORDED.get(function)
-        if recorded is not None and args and isinstance(args[0], cls):
-            return recorded(*args, **(kwargs or {}))
+        if recorded is not None and not kwargs and args and isinstance(args[0], cls):
+            return recorded(*args)
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -205,6 +205,7 @@ class DeferredLogits:
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
 
     __hash__ = object.__hash__
+    __array_priority__ = 1000  # as Tensor's: numpy's numbers leave `number * logits` to us
 
 
 def _is_factor(value: object) -> bool:
@@ -218,8 +219,11 @@ def _is_of_tokens(index: Any, dims: int) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     if any(isinstance(i, bool) or not (isinstance(i, (slice, int)) or i is ...) for i in items):
         return False
-    reaches = len(items) == dims or (... in items and items[-1] is not ...)
-    return not reaches or items[-1] == slice(None)
+    named = [i for i in items if i is not ...]
+    if len(items) - len(named) > 1:  # torch has rules of its own for two ellipses
+        return False
+    reaches = len(named) == dims or (... in items and items[-1] is not ...)
+    return not reaches or named[-1] == slice(None)
 
 
 def _as_tensor(value: Any) -> Any:
@@ -237,8 +241,8 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
 
 
 def _of_the_tensor(name: str) -> Callable[..., Any]:
-    def operator(self: DeferredLogits, *others: Any) -> Any:
-        return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others))
+    def operator(self: DeferredLogits, *others: Any, **options: Any) -> Any:
+        return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others), **options)
 
     operator.__name__ = name
     return operator
@@ -247,7 +251,7 @@ def _of_the_tensor(name: str) -> Callable[..., Any]:
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = (
     *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "len", "iter", "contains"),
-    *("setitem", "array", "dlpack", "bool", "int", "float", "index", "complex"),
+    *("setitem", "array", "dlpack", "dlpack_device", "bool", "int", "float", "index", "complex"),
 )
 for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
     _operator = f"__{_name}__"  # looked up on the class, past __getattr__
