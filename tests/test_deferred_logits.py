@@ -199,3 +199,15 @@ def test_our_functions_ask_for_the_tensor(function):
         function(logits, target)
     assert logits._real is None, "computed"
     function(logits.tensor(), target)
+
+
+@pytest.mark.parametrize("which", ["hidden states", "weight", "bias"])
+def test_other_memory_through_data(which):
+    """The version stays, the address does not."""
+    logits, leaves = deferred()
+    given = dict(zip(("hidden states", "weight", "bias"), leaves, strict=True))[which]
+    before = given._version
+    given.data = given.data + 1.0
+    assert given._version == before
+    with pytest.raises(RuntimeError, match="had changed or been freed: read it before"):
+        logits.tensor()

@@ -26,6 +26,16 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def address(tensor: Tensor) -> int:
+    """Where the data is; 0 where that means nothing: subclasses, torch.func, while compiling."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # torch.func's tensors have none
+        return 0
+
+
 class Head(NamedTuple):
     """Where deferred logits come from, and what `F.linear` must find again to compute them."""
 
@@ -33,6 +43,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     hidden: Tensor
     versions: tuple[int, ...]
+    addresses: tuple[int, ...]
     autocast: torch.dtype | None
     with_grad: bool
     on_use: Callable[[], None]
@@ -43,15 +54,20 @@ class Head(NamedTuple):
     ) -> Head:
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        versions = tuple(version(t) for t in (hidden, weight, bias) if t is not None)
-        return cls(weight, bias, hidden, versions, autocast, torch.is_grad_enabled(), on_use)
+        given = [t for t in (hidden, weight, bias) if t is not None]
+        versions, addresses = tuple(map(version, given)), tuple(map(address, given))
+        with_grad = torch.is_grad_enabled()
+        return cls(weight, bias, hidden, versions, addresses, autocast, with_grad, on_use)
 
     def logits(self) -> Tensor:
         """As the head would have given them, whatever the modes of whoever asks."""
         self.on_use()
         given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         freed = any(t.numel() and not t.untyped_storage().size() for t in given)
-        checks.head_unchanged(not freed and tuple(map(version, given)) == self.versions)
+        addresses = zip(self.addresses, map(address, given), strict=True)
+        moved = any(then and then != now for then, now in addresses)
+        written = tuple(map(version, given)) != self.versions
+        checks.head_unchanged(not (freed or moved or written))
         with self.autocast_then():
             return F.linear(self.hidden, self.weight, self.bias)
 
@@ -70,7 +86,8 @@ class DeferredLogits:
 
     Raises:
         RuntimeError: the logits are asked for after the head's weight or the hidden states changed,
-            as by `optimizer.step()`.
+            as by `optimizer.step()`: by a write that autograd counts, or to other memory. A write
+            in place through `.data` is not noticed. Or a hook on logits whose loss is taken.
     """
 
     def __init__(
