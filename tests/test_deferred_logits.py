@@ -183,6 +183,25 @@ def deferred_again(leaves):
     return DeferredLogits(Head.of(*leaves, lambda: None), leaves[0])
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input):
+        ctx.save_for_backward(input)
+        return input * input
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_the_tensor_keeps_its_gradient_where_the_object_cannot():
+    logits, leaves = deferred()
+    ours = torch.autograd.grad(Square.apply(logits.tensor()).sum(), leaves)
+    theirs = torch.autograd.grad(F.linear(*leaves).square().sum(), leaves)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -199,6 +218,35 @@ def test_our_functions_ask_for_the_tensor(function):
         function(logits, target)
     assert logits._real is None, "computed"
     function(logits.tensor(), target)
+
+
+WANTS_A_GRADIENT = {
+    "retain_grad": lambda z: z.retain_grad(),
+    "register_hook": lambda z: z.register_hook(lambda grad: None),
+    "requires_grad_": lambda z: z.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("of", ["itself", "what it was made of"])
+@pytest.mark.parametrize("name", WANTS_A_GRADIENT)
+def test_no_gradient_of_a_loss_that_was_taken(name, of):
+    logits, _ = deferred()
+    scaled = torch.tanh(logits * 0.3)
+    causal_lm_loss(scaled, torch.randint(0, 29, (2, 5)))
+    with pytest.raises(RuntimeError, match=f"{name} would see no gradient of the loss.*without"):
+        WANTS_A_GRADIENT[name](scaled if of == "itself" else logits)
+    assert scaled._real is None, "computed"
+    WANTS_A_GRADIENT[name](scaled.tensor())
+
+
+def test_a_gradient_that_is_asked_for_before_the_loss():
+    logits, leaves = deferred(dtype=torch.float64)
+    logits.retain_grad()
+    target = torch.randint(0, 29, (2, 5))
+    causal_lm_loss(logits, None, shift_labels=target).backward()
+    real = F.linear(*leaves).detach().requires_grad_()
+    oracle.cross_entropy(real, target).backward()
+    torch.testing.assert_close(logits.grad, real.grad)
 
 
 @pytest.mark.parametrize("which", ["hidden states", "weight", "bias"])

@@ -162,6 +162,16 @@ def head_unchanged(unchanged: bool) -> None:
         )
 
 
+def gradient_of_logits(name: str, loss_taken: bool) -> None:
+    """The loss of deferred logits goes past them, and so does its gradient."""
+    if loss_taken and name in ("retain_grad", "register_hook", "requires_grad_"):
+        raise RuntimeError(
+            f"outputs.logits.{name} would see no gradient of the loss, which was taken without "
+            "computing the logits: call the model without labels and take the loss of "
+            "outputs.logits, or call outputs.logits.tensor() for the logits' other uses"
+        )
+
+
 def causal_lm_labels(logits: Any, labels: Any, shift_labels: Any) -> None:
     """Labels that fit the logits, before they are shifted or after."""
     if labels is None and shift_labels is None:

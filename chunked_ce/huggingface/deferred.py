@@ -82,7 +82,12 @@ class DeferredLogits:
 
     Multiplication and division by a number, tanh, `float()` and slices of the tokens give deferred
     logits again. Every other use, as a method, an operator or an argument of a torch function,
-    computes the logits, once, and goes on with them; they are differentiable as the head's are.
+    computes the logits, once, and goes on with them; they are differentiable as the head's are. But
+    `torch.autograd.Function.apply` does not see a tensor in this object, and would lose its
+    gradient without a word: call `tensor()` first.
+
+    A loss read off the recording leaves no gradient on the logits, so `retain_grad`,
+    `register_hook` and `requires_grad_` are refused once it is taken.
 
     Raises:
         RuntimeError: the logits are asked for after the head's weight or the hidden states changed,
@@ -104,6 +109,7 @@ class DeferredLogits:
         self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self._real: Tensor | None = None
+        self._loss_taken = False
 
     def tensor(self) -> Tensor:
         """The logits. Computed at the first call, and part of autograd's graph."""
@@ -122,6 +128,7 @@ class DeferredLogits:
         """
         if self._computed():
             return None
+        self._take_loss()
         scale, cap = self._factors
         if cap is None:
             return self._hidden, self.head, scale, None
@@ -130,6 +137,11 @@ class DeferredLogits:
 
     def _computed(self) -> bool:
         return self._real is not None or (self._parent is not None and self._parent._computed())
+
+    def _take_loss(self) -> None:
+        self._loss_taken = True
+        if self._parent is not None:
+            self._parent._take_loss()
 
     def _then(
         self, operation: Callable[[Tensor], Tensor], **changes: Any
@@ -201,6 +213,7 @@ class DeferredLogits:
         return self.shape if dim is None else self.shape[dim]
 
     def __getattr__(self, name: str) -> Any:
+        checks.gradient_of_logits(name, self._loss_taken)
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         return getattr(self.tensor(), name)
