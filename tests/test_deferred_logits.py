@@ -1,11 +1,13 @@
 """Deferred logits are the logits, whatever is done to them; a loss reads off what was recorded."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import chunked_ce
 from chunked_ce.huggingface import DeferredLogits, causal_lm_loss
 from chunked_ce.huggingface.deferred import Head
 
@@ -31,6 +33,8 @@ RECORDED = {
     "a row": lambda z: z[0],
     "one token": lambda z: z[:, -1],
     "slices of slices": lambda z: z[:, 1:][:1, ..., :],
+    "a last ellipsis": lambda z: z[:, 1:, :, ...],
+    "a number of numpy": lambda z: np.float64(2) * z,
 }
 COMPUTED = {
     "sum": lambda z: z.sum(),
@@ -43,6 +47,11 @@ COMPUTED = {
     "times True": lambda z: z * True,
     "rounded": lambda z: z.div(0.3, rounding_mode="floor"),
     "by classes": lambda z: z[..., :7],
+    "by classes and a last ellipsis": lambda z: z[:, :, :5, ...],
+    "a class and a last ellipsis": lambda z: z[0, 1, 2, ...],
+    "by classes and two ellipses": lambda z: z[..., :, :5, ...],
+    "a keyword of a recorded function": lambda z: torch.mul(z, other=2.0),
+    "a smaller number of numpy": lambda z: np.float32(2) * z,
     "by a mask": lambda z: z[torch.tensor([[True] * 3 + [False] * 2] * 2)],
     "view": lambda z: z.view(-1, 29),
     "in bfloat16": lambda z: z.to(torch.bfloat16),
@@ -156,3 +165,97 @@ def test_the_loss_outside_of_the_heads_autocast():
     expected = oracle.cross_entropy(F.linear(x, w.bfloat16()), target)
     ours = causal_lm_loss(logits, None, shift_labels=target)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=0)
+
+
+def test_into_a_tensor_that_exists():
+    logits, leaves = deferred()
+    real, buffer = F.linear(*leaves).detach(), torch.empty(2, 5, 29)
+    with torch.no_grad():
+        assert torch.equal(torch.mul(logits, 2, out=buffer), real * 2)
+        assert torch.equal(torch.tanh(logits, out=buffer), real.tanh())
+        for copy in (torch.as_tensor, torch.tensor, torch.asarray, torch.from_dlpack):
+            assert torch.equal(copy(deferred_again(leaves)), real)
+    with pytest.raises(BufferError, match="require gradient"):
+        torch.as_tensor(deferred_again(leaves))
+
+
+def deferred_again(leaves):
+    return DeferredLogits(Head.of(*leaves, lambda: None), leaves[0])
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input):
+        ctx.save_for_backward(input)
+        return input * input
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_the_tensor_keeps_its_gradient_where_the_object_cannot():
+    logits, leaves = deferred()
+    ours = torch.autograd.grad(Square.apply(logits.tensor()).sum(), leaves)
+    theirs = torch.autograd.grad(F.linear(*leaves).square().sum(), leaves)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z, target: chunked_ce.cross_entropy(z, target, dim=-1),
+        chunked_ce.token_stats,
+        chunked_ce.perplexity,
+        lambda z, target: chunked_ce.Perplexity().update(z, target),
+    ],
+)
+def test_our_functions_ask_for_the_tensor(function):
+    logits, _ = deferred()
+    target = torch.randint(0, 29, (2, 5))
+    with pytest.raises(TypeError, match=r"got DeferredLogits: pass its \.tensor\(\)$"):
+        function(logits, target)
+    assert logits._real is None, "computed"
+    function(logits.tensor(), target)
+
+
+WANTS_A_GRADIENT = {
+    "retain_grad": lambda z: z.retain_grad(),
+    "register_hook": lambda z: z.register_hook(lambda grad: None),
+    "requires_grad_": lambda z: z.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("of", ["itself", "what it was made of"])
+@pytest.mark.parametrize("name", WANTS_A_GRADIENT)
+def test_no_gradient_of_a_loss_that_was_taken(name, of):
+    logits, _ = deferred()
+    scaled = torch.tanh(logits * 0.3)
+    causal_lm_loss(scaled, torch.randint(0, 29, (2, 5)))
+    with pytest.raises(RuntimeError, match=f"{name} would see no gradient of the loss.*without"):
+        WANTS_A_GRADIENT[name](scaled if of == "itself" else logits)
+    assert scaled._real is None, "computed"
+    WANTS_A_GRADIENT[name](scaled.tensor())
+
+
+def test_a_gradient_that_is_asked_for_before_the_loss():
+    logits, leaves = deferred(dtype=torch.float64)
+    logits.retain_grad()
+    target = torch.randint(0, 29, (2, 5))
+    causal_lm_loss(logits, None, shift_labels=target).backward()
+    real = F.linear(*leaves).detach().requires_grad_()
+    oracle.cross_entropy(real, target).backward()
+    torch.testing.assert_close(logits.grad, real.grad)
+
+
+@pytest.mark.parametrize("which", ["hidden states", "weight", "bias"])
+def test_other_memory_through_data(which):
+    """The version stays, the address does not."""
+    logits, leaves = deferred()
+    given = dict(zip(("hidden states", "weight", "bias"), leaves, strict=True))[which]
+    before = given._version
+    given.data = given.data + 1.0
+    assert given._version == before
+    with pytest.raises(RuntimeError, match="had changed or been freed: read it before"):
+        logits.tensor()

@@ -1,6 +1,7 @@
 """Models of transformers with our loss: with their logits, and enabled to do without."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -155,6 +156,36 @@ def test_a_deep_copy_runs_on_itself():
         for p in model.parameters():
             p.mul_(1.5)
     torch.testing.assert_close(loss, model(**batch()).loss)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """On GPUs nn.DataParallel calls it on every module at each forward of two devices or more."""
+    model = build("Llama")
+    parallel = nn.DataParallel(model)
+    handle = enable(model)
+    for of in (model, copy.deepcopy(model)):
+        with pytest.raises(TypeError, match="replicated by DataParallel.*one process per GPU"):
+            [m._replicate_for_data_parallel() for m in nn.DataParallel(of).modules()]
+    assert isinstance(model(**batch()).logits, DeferredLogits)
+    handle.disable()
+    replicas = [m._replicate_for_data_parallel() for m in parallel.modules()]
+    assert replicas[1]._is_replica and "forward" not in vars(replicas[1])
+
+
+def test_an_enabled_model_is_not_pickled(tmp_path):
+    """What is saved can be loaded: an enabled model's methods could not."""
+    model = build("Llama")
+    expected = model(**batch()).loss
+    handle = enable(model)
+    for save in (pickle.dumps, lambda m: torch.save(m, tmp_path / "model.pt")):
+        with pytest.raises(pickle.PicklingError, match=r"state_dict\(\).*disable\(\) first"):
+            save(model)
+    loaded = build("Llama")
+    loaded.load_state_dict(pickle.loads(pickle.dumps(model.state_dict())))
+    handle.disable()
+    for restored in (loaded, pickle.loads(pickle.dumps(model))):
+        with enable(restored):
+            torch.testing.assert_close(restored(**batch()).loss, expected)
 
 
 def test_what_others_wrap_around_it_stays_when_it_goes():

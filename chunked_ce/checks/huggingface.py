@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,23 @@ def causal_lm(model: Any) -> nn.Module:
 def not_enabled(already: bool) -> None:
     if already:
         raise ValueError("model is enabled already: call disable() on the handle you have first")
+
+
+def no_replica() -> NoReturn:
+    """Replicas share the methods of the model they copy, and so would run on its weights."""
+    raise TypeError(
+        "an enabled model is replicated by DataParallel, whose replicas cannot defer their logits: "
+        "run one process per GPU (torchrun, DistributedDataParallel), let one GPU be visible, or "
+        "disable() it and set model.loss_function = chunked_ce.huggingface.causal_lm_loss"
+    )
+
+
+def not_pickled() -> NoReturn:
+    """What replaced the forwards of model and head could not be loaded again."""
+    raise pickle.PicklingError(
+        "an enabled model cannot be pickled: save its state_dict() or save_pretrained(), or call "
+        "disable() first, and enable it again once it is loaded"
+    )
 
 
 def output_head(model: Any) -> nn.Linear:
@@ -141,6 +159,16 @@ def head_unchanged(unchanged: bool) -> None:
             "outputs.logits was asked for after the output head's weight (or the hidden states) "
             "had changed or been freed: read it before optimizer.step(), or call the model again "
             "under torch.no_grad() without labels"
+        )
+
+
+def gradient_of_logits(name: str, loss_taken: bool) -> None:
+    """The loss of deferred logits goes past them, and so does its gradient."""
+    if loss_taken and name in ("retain_grad", "register_hook", "requires_grad_"):
+        raise RuntimeError(
+            f"outputs.logits.{name} would see no gradient of the loss, which was taken without "
+            "computing the logits: call the model without labels and take the loss of "
+            "outputs.logits, or call outputs.logits.tensor() for the logits' other uses"
         )
 
 

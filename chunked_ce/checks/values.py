@@ -70,7 +70,8 @@ def dense(name: str, tensor: Tensor) -> None:
 def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .float()") -> None:
     """A dense Tensor of a dtype we compute with, and no forward-mode tangent."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor{what}, got {type(tensor).__name__}")
+        mend = ": pass its .tensor()" if hasattr(type(tensor), "tensor") else ""  # deferred logits
+        raise TypeError(f"{name} must be a Tensor{what}, got {type(tensor).__name__}{mend}")
     dense(name, tensor)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(

@@ -26,6 +26,16 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def address(tensor: Tensor) -> int:
+    """Where the data is; 0 where that means nothing: subclasses, torch.func, while compiling."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # torch.func's tensors have none
+        return 0
+
+
 class Head(NamedTuple):
     """Where deferred logits come from, and what `F.linear` must find again to compute them."""
 
@@ -33,6 +43,7 @@ class Head(NamedTuple):
     bias: Tensor | None
     hidden: Tensor
     versions: tuple[int, ...]
+    addresses: tuple[int, ...]
     autocast: torch.dtype | None
     with_grad: bool
     on_use: Callable[[], None]
@@ -43,15 +54,20 @@ class Head(NamedTuple):
     ) -> Head:
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        versions = tuple(version(t) for t in (hidden, weight, bias) if t is not None)
-        return cls(weight, bias, hidden, versions, autocast, torch.is_grad_enabled(), on_use)
+        given = [t for t in (hidden, weight, bias) if t is not None]
+        versions, addresses = tuple(map(version, given)), tuple(map(address, given))
+        with_grad = torch.is_grad_enabled()
+        return cls(weight, bias, hidden, versions, addresses, autocast, with_grad, on_use)
 
     def logits(self) -> Tensor:
         """As the head would have given them, whatever the modes of whoever asks."""
         self.on_use()
         given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         freed = any(t.numel() and not t.untyped_storage().size() for t in given)
-        checks.head_unchanged(not freed and tuple(map(version, given)) == self.versions)
+        addresses = zip(self.addresses, map(address, given), strict=True)
+        moved = any(then and then != now for then, now in addresses)
+        written = tuple(map(version, given)) != self.versions
+        checks.head_unchanged(not (freed or moved or written))
         with self.autocast_then():
             return F.linear(self.hidden, self.weight, self.bias)
 
@@ -66,11 +82,17 @@ class DeferredLogits:
 
     Multiplication and division by a number, tanh, `float()` and slices of the tokens give deferred
     logits again. Every other use, as a method, an operator or an argument of a torch function,
-    computes the logits, once, and goes on with them; they are differentiable as the head's are.
+    computes the logits, once, and goes on with them; they are differentiable as the head's are. But
+    `torch.autograd.Function.apply` does not see a tensor in this object, and would lose its
+    gradient without a word: call `tensor()` first.
+
+    A loss read off the recording leaves no gradient on the logits, so `retain_grad`,
+    `register_hook` and `requires_grad_` are refused once it is taken.
 
     Raises:
         RuntimeError: the logits are asked for after the head's weight or the hidden states changed,
-            as by `optimizer.step()`.
+            as by `optimizer.step()`: by a write that autograd counts, or to other memory. A write
+            in place through `.data` is not noticed. Or a hook on logits whose loss is taken.
     """
 
     def __init__(
@@ -87,6 +109,7 @@ class DeferredLogits:
         self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self._real: Tensor | None = None
+        self._loss_taken = False
 
     def tensor(self) -> Tensor:
         """The logits. Computed at the first call, and part of autograd's graph."""
@@ -105,6 +128,7 @@ class DeferredLogits:
         """
         if self._computed():
             return None
+        self._take_loss()
         scale, cap = self._factors
         if cap is None:
             return self._hidden, self.head, scale, None
@@ -113,6 +137,11 @@ class DeferredLogits:
 
     def _computed(self) -> bool:
         return self._real is not None or (self._parent is not None and self._parent._computed())
+
+    def _take_loss(self) -> None:
+        self._loss_taken = True
+        if self._parent is not None:
+            self._parent._take_loss()
 
     def _then(
         self, operation: Callable[[Tensor], Tensor], **changes: Any
@@ -184,6 +213,7 @@ class DeferredLogits:
         return self.shape if dim is None else self.shape[dim]
 
     def __getattr__(self, name: str) -> Any:
+        checks.gradient_of_logits(name, self._loss_taken)
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         return getattr(self.tensor(), name)
@@ -193,8 +223,8 @@ class DeferredLogits:
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         recorded = _RECORDED.get(function)
-        if recorded is not None and args and isinstance(args[0], cls):
-            return recorded(*args, **(kwargs or {}))
+        if recorded is not None and not kwargs and args and isinstance(args[0], cls):
+            return recorded(*args)
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -205,6 +235,7 @@ class DeferredLogits:
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
 
     __hash__ = object.__hash__
+    __array_priority__ = 1000  # as Tensor's: numpy's numbers leave `number * logits` to us
 
 
 def _is_factor(value: object) -> bool:
@@ -218,8 +249,11 @@ def _is_of_tokens(index: Any, dims: int) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     if any(isinstance(i, bool) or not (isinstance(i, (slice, int)) or i is ...) for i in items):
         return False
-    reaches = len(items) == dims or (... in items and items[-1] is not ...)
-    return not reaches or items[-1] == slice(None)
+    named = [i for i in items if i is not ...]
+    if len(items) - len(named) > 1:  # torch has rules of its own for two ellipses
+        return False
+    reaches = len(named) == dims or (... in items and items[-1] is not ...)
+    return not reaches or named[-1] == slice(None)
 
 
 def _as_tensor(value: Any) -> Any:
@@ -237,8 +271,8 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
 
 
 def _of_the_tensor(name: str) -> Callable[..., Any]:
-    def operator(self: DeferredLogits, *others: Any) -> Any:
-        return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others))
+    def operator(self: DeferredLogits, *others: Any, **options: Any) -> Any:
+        return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others), **options)
 
     operator.__name__ = name
     return operator
@@ -247,7 +281,7 @@ def _of_the_tensor(name: str) -> Callable[..., Any]:
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = (
     *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "len", "iter", "contains"),
-    *("setitem", "array", "dlpack", "bool", "int", "float", "index", "complex"),
+    *("setitem", "array", "dlpack", "dlpack_device", "bool", "int", "float", "index", "complex"),
 )
 for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
     _operator = f"__{_name}__"  # looked up on the class, past __getattr__

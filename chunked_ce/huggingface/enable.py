@@ -1,11 +1,12 @@
 """Teaching a model of transformers to defer its logits, and to forget it again.
 
-Three attributes of two instances are set, none of a class: the model's `forward`, which knows
-whether there are labels, its loss function, and the output head's `forward`.
+Attributes of two instances are set, none of a class: the model's `forward`, which knows whether
+there are labels, its loss function, its refusal of DataParallel, and the output head's `forward`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -45,6 +46,9 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
             head, quantised, sharded).
         ValueError: nothing would change (no output head, no labels, a loss of its own), or the
             model is enabled already.
+
+    While it is enabled, pickling the model and replicating it for DataParallel raise; a deep
+    copy, `state_dict` and `save_pretrained` are as ever.
     """
     model = checks.causal_lm(model)
     checks.not_enabled(_STATE in vars(model))
@@ -67,6 +71,7 @@ class Enabled:
             (model, _STATE, self),
             (model, "forward", MethodType(_model_forward(model), model)),
             (model, "_loss_function", causal_lm_loss),
+            (model, "_replicate_for_data_parallel", checks.no_replica),
             (head, _STATE, self),
             (head, "forward", MethodType(_head_forward, head)),
         ]
@@ -84,6 +89,15 @@ class Enabled:
                 del vars(module)[name]
                 vars(module).update(before)
         self._changes = []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A method pickles as its name, which the unpickled module would look up and not find.
+        checks.not_pickled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Enabled:
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def __enter__(self) -> Enabled:
         return self
