@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: train test long lint types docs sanitize package clean
+.PHONY: train test long fuzz lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -16,6 +16,12 @@ test: .venv/dev
 
 long: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
+
+# N random cases against the truth, from a seed that is printed: `make fuzz N=20000 SEED=7` tries the same ones again.
+N ?= 20000
+SEED ?= $(shell date +%s)
+fuzz: .venv/dev
+	FUZZ_CASES=$(N) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -52,6 +52,8 @@ def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) 
     if label_smoothing == 0:
         return loss
     assert mean_logprob is not None
+    if label_smoothing == 1:  # else 0 * inf where the target is masked
+        return -mean_logprob
     return (1.0 - label_smoothing) * loss - label_smoothing * mean_logprob
 
 

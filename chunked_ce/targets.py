@@ -202,7 +202,8 @@ class TopK:
         at_index = z.gather(-1, self.likeliest)
         near = (z - at_index) + answer.logprob[..., None]
         logprob = torch.where(at_index.isfinite(), near, z - answer.lse[..., None])
-        loss = -(1.0 - s) * (q * logprob).masked_fill(q == 0, 0.0).sum(-1)
+        q = (1.0 - s) * q
+        loss = -(q * logprob).masked_fill(q == 0, 0.0).sum(-1)
         if self.wants_mean_logprob:
             even = floor * self.vocab_size * answer.mean_logprob
             loss = loss - (even if s > 0 else even.masked_fill(floor == 0, 0.0))

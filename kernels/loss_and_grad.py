@@ -36,7 +36,9 @@ def token_loss(loss, lse, total, z_target, smoothing, z_loss_weight, vocab_size,
     """The token's loss, before its weight. `total`: sum of z less the target's, where SMOOTHING."""
     if SMOOTHING:
         mean = total / vocab_size + tl.where(z_target == float("-inf"), -lse, -loss)
-        loss = (1.0 - smoothing) * loss - smoothing * mean
+        # All smoothed: else 0 * inf where the target is masked.
+        of_target = tl.where(smoothing == 1.0, 0.0, (1.0 - smoothing) * loss)
+        loss = of_target - smoothing * mean
     return loss + z_loss_weight * lse * lse
 
 

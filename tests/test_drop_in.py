@@ -231,6 +231,20 @@ def test_nothing_left_to_spread_over_masked_classes(backend, device):
         torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("schedule", [{}, dict(grad_in_forward=True)])
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "top k"])
+def test_all_smoothed_with_the_target_masked(backend, device, kind, schedule):
+    """No weight is left to the target, but 1/V to a class that cannot be: inf, not NaN."""
+    x = torch.tensor([[1.0, float("-inf"), 0.5]], device=device, requires_grad=True)
+    target = torch.tensor([1], device=device)
+    if kind == "probabilities":
+        target = F.one_hot(target, 3).float()
+    elif kind == "top k":
+        target = target[:, None], torch.ones(1, 1, device=device)
+    loss = cross_entropy(x, target, label_smoothing=1.0, backend=backend, **schedule)
+    assert loss == float("inf")
+
+
 @pytest.mark.parametrize("kind", ["probabilities", "top k"])
 def test_confident_rows_keep_their_digits(backend, device, kind):
     """A one-hot target whose class has logit 20 above the others: 1e-8, as with an index."""

@@ -1,0 +1,213 @@
+"""linear_cross_entropy and linear_token_stats: any target, options and chunks, against the truth.
+
+Hidden states, weights and biases are multiples of 1/8: logits are exact before they are rounded to the dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import pytest
+import torch
+import truth
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chunked_ce import linear_cross_entropy, linear_token_stats
+
+pytestmark = pytest.mark.filterwarnings("ignore:target of shape")
+
+
+class _Rounded(torch.autograd.Function):
+    """As logits are, in the dtype of the product; not their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, dtype: torch.dtype) -> Tensor:
+        return z.to(dtype).double()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@dataclass
+class Call:
+    x: Tensor  # [..., D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None
+    view: str  # of weight
+    goal: cases.Goal
+    options: dict[str, Any]
+    head: dict[str, Any]
+    chunks: dict[str, Any]
+    vocab: int
+    upstream: Tensor
+    wanted: list[bool]
+    statistics: bool  # the loss from linear_token_stats
+    block: int
+
+
+@st.composite
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
+    g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
+    dtype, hidden = draw(st.sampled_from(cases.DTYPES)), draw(st.sampled_from([1, 3, 8, 17]))
+    size = draw(st.sampled_from([4, 8, 30]))  # in eighths
+
+    def grid(*shape: int) -> Tensor:
+        return (torch.randint(-size, size + 1, shape, generator=g) / 8).to(dtype)
+
+    padding = draw(st.sampled_from([0, 0, 3]))
+    x, weight = grid(*shape, hidden), grid(vocab + padding, hidden)
+    bias = grid(vocab + padding) if draw(st.booleans()) else None
+    if bias is not None and draw(st.booleans()):
+        bias = bias.masked_fill(
+            torch.rand(bias.shape, generator=g) < 0.1, -torch.inf
+        )  # masked classes
+    statistics = draw(st.integers(0, 3)) == 0
+    goal = (cases.indices_goal if statistics else cases.goals)(draw, g, shape, vocab)
+    options = cases.loss_options(draw, g, shape, vocab)
+    if statistics:
+        options = dict(reduction="none")
+    if padding:
+        options["vocab_size"] = vocab
+        if goal.kind == "probabilities":
+            goal.target = torch.nn.functional.pad(goal.target, (0, padding))
+    if not goal.counted.all() and draw(st.booleans()):  # what is ignored is not read
+        x = torch.where(goal.counted[..., None], x, torch.nan)
+    chunks = dict(
+        token_chunk_size=draw(st.sampled_from([None, 1, 2, 5])),
+        drop_ignored=draw(st.sampled_from([None, True, False])),
+        acc_dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+    )
+    view = draw(st.sampled_from(["whole", "offset", "classes outermost", "every other row"]))
+    upstream = cases.upstreams(draw, g, shape if options["reduction"] == "none" else ())
+    wanted = draw(st.lists(st.booleans(), min_size=3, max_size=3))
+    return Call(
+        x, weight, bias, view, goal, options, cases.heads(draw), chunks, vocab, upstream, wanted, statistics,
+        draw(cases.BLOCKS),
+    )  # fmt: skip
+
+
+def ours(call: Call, backend: str) -> tuple[Tensor, list[Tensor | None]]:
+    given = (call.x, call.weight, call.bias)
+    leaves = [
+        None if t is None else t.clone().requires_grad_(w)
+        for t, w in zip(given, call.wanted, strict=True)
+    ]
+    x, weight, bias = leaves
+    weight = cases.seen(weight, call.view)
+    shared = call.goal.options | call.options | call.head | call.chunks
+    with cases.block_size(call.block):
+        if call.statistics:
+            shared.pop("reduction")
+            loss = -linear_token_stats(
+                x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared
+            ).logprob
+        else:
+            loss = linear_cross_entropy(
+                x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared
+            )
+        if loss.requires_grad:
+            loss.backward(call.upstream.to(loss))
+    return loss.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def check(call: Call, backend: str = "torch") -> None:
+    loss, grads = ours(call, backend)
+    dtype, counted = call.x.dtype, call.goal.counted
+    x = torch.where(counted[..., None], call.x, 0.0).double().requires_grad_()
+    weight = call.weight.double().requires_grad_()
+    bias = (
+        (torch.zeros(weight.shape[0]) if call.bias is None else call.bias).double().requires_grad_()
+    )
+    logits = x @ weight.t() + torch.where(bias == -torch.inf, -torch.inf, bias)
+    rounded = _Rounded.apply(logits, dtype)
+    rounded.retain_grad()
+    z = truth.head_of(rounded, call.head, call.vocab)
+    indices = call.goal.kind == "indices"
+    exact = truth.cross_entropy(z, call.goal.prob, counted, indices=indices, **call.options)
+    exact.value.backward(call.upstream.to(exact.value))
+    moved = truth.rounding(call.x, z, call.head)
+    slack = truth.slack(exact, moved, call.options["reduction"], dtype)
+    truth.assert_values(loss, exact.value, dtype, slack)
+    fine = exact.of_rows.isfinite().all() and not exact.broken.any()
+    if not fine or (exact.divisor == 0 and counted.any()):
+        return
+    steepest = exact.steepest * abs(call.head.get("logit_scale", 1.0))
+    bound = (call.upstream.abs() / exact.divisor.abs() * steepest).nan_to_num(0.0)
+    of_logits = rounded.grad.nan_to_num(0.0)
+    tolerance = truth.gradient_tolerance(of_logits, dtype, bound, moved)
+    # What of rounding reaches the products, and their own: a sum's in fp32, their dtype's, the chunks'.
+    rows = (of_logits.abs() * 1e-6 + tolerance).reshape(-1, len(weight))
+    flat = x.detach().reshape(-1, x.shape[-1])
+    noise = dict(
+        x=(rows @ weight.detach().abs()).view(x.shape),
+        weight=rows.t() @ flat.abs(),
+        bias=rows.sum(0),
+    )
+    nothing = torch.zeros((), dtype=torch.bool)
+    for (name, near), t, got in zip(noise.items(), (x, weight, bias), grads, strict=True):
+        if got is None:
+            continue
+        expected = t.grad.nan_to_num(0.0)
+        of_sum = (
+            2 * near
+            + 4 * truth.ULP[dtype] * expected.abs()
+            + (2.0**-24 if dtype == torch.float16 else 0.0)
+        )
+        if name == "weight" and dtype in (
+            torch.float16,
+            torch.bfloat16,
+        ):  # each chunk's product is rounded
+            of_sum = of_sum + 2 * truth.ULP[dtype] * (
+                of_logits.abs().reshape(-1, of_logits.shape[-1]).t() @ flat.abs()
+            )
+        truth.assert_gradient(got, expected, of_sum, dtype, nothing)
+
+
+def check_heads(call: Call) -> None:
+    """[V, d1, D]: as many heads side by side."""
+    x, target = call.x.reshape(-1, call.x.shape[-1]), call.goal.target.reshape(-1)
+    weight = torch.stack([call.weight, call.weight.flip(0)], 1)
+    bias = None if call.bias is None else torch.stack([call.bias, call.bias.flip(0)], 1)
+    labels = torch.stack([target, target], 1)
+    options = call.goal.options | call.head | call.chunks
+    for reduction in ("none", "sum"):
+        both = linear_cross_entropy(
+            x, weight, labels, linear_bias=bias, reduction=reduction, **options
+        )
+        each = [
+            linear_cross_entropy(
+                x,
+                weight[:, i],
+                target,
+                linear_bias=None if bias is None else bias[:, i],
+                reduction=reduction,
+                **options,
+            )
+            for i in range(2)
+        ]
+        expected = torch.stack(each, 1) if reduction == "none" else sum(each)
+        torch.testing.assert_close(both, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("torch", marks=pytest.mark.cases(20))],
+)
+def test_linear(explore, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
+    else:
+        explore(calls(), check)
+
+
+@pytest.mark.cases(20)
+def test_heads(explore):
+    explore(
+        calls().filter(
+            lambda call: call.goal.kind == "indices" and "vocab_size" not in call.options
+        ),
+        check_heads,
+    )
