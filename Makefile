@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: train test long lint types docs sanitize package clean
+.PHONY: train test long mutate lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -16,6 +16,10 @@ test: .venv/dev
 
 long: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
+
+# Faults put into the library one at a time: do the tests notice? ARGS: modules, --count, --seed.
+mutate: .venv/dev
+	$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
