@@ -305,6 +305,7 @@ def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -
             scale, at_target = _plus(scale, a), _plus(at_target, a * p_target)
         if b is not None:
             at_target = _plus(at_target, (b * p_target * logprob).masked_fill(p_target == 0, 0.0))
+            scale = _plus(scale, -b * lse_low)  # of z - lse - lse_low
             b = b * correction
     if scale is None or at_target is None:
         scale = at_target = torch.zeros_like(logprob)

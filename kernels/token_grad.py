@@ -38,7 +38,8 @@ def row_numbers(lse, lse_low, logprob, a, b, c):
     p_target = tl.exp(logprob)
     at_target = tl.where(p_target == 0.0, 0.0, p_target * (a + b * logprob))
     at_target += c * minus_expm1(logprob)
-    return scaled, (a - c) * factor, b * factor, at_target
+    # b goes with z - lse - lse_low.
+    return scaled, (a - c - b * lse_low) * factor, b * factor, at_target
 
 
 @triton.jit
