@@ -20,6 +20,7 @@ def _of(file: str, *expression: str) -> list[str]:
 
 _EVERYTHING = "everything or low_precision_gradient"
 _TORCH = [
+    _of("test_stats", "not triton"),
     _of("test_token_stats", _torch(f"{STATISTICS} or {MORE_STATISTICS} or {_EVERYTHING}")),
     _of("test_cross_entropy", _torch(f"{LOSS} or softcap_is_felt or few_classes")),
     _of("test_drop_in", _torch("every_target or masked_classes or confident or padding or linear")),
@@ -50,12 +51,12 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/stats.py": _TORCH,
     "chunked_ce/blocks.py": _TORCH,
     "chunked_ce/backend_torch.py": _TORCH,
-    "chunked_ce/row_blocks.py": [_TORCH[0], _TORCH[4], *_TORCH[1:4]],
+    "chunked_ce/row_blocks.py": [*_TORCH[:2], _TORCH[5], *_TORCH[2:5]],
     "chunked_ce/strided_rows.py": [*_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/chunks.py": [_LINEAR],
-    "chunked_ce/reduction.py": [_TORCH[1], _TORCH[3], _TORCH[2]],
-    "chunked_ce/targets.py": [_TORCH[2], _of("test_drop_in", "torch or device")],
-    "chunked_ce/at_classes.py": [_TORCH[2], _of("test_drop_in", "torch or device")],
+    "chunked_ce/reduction.py": [_TORCH[2], _TORCH[4], _TORCH[3]],
+    "chunked_ce/targets.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
+    "chunked_ce/at_classes.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
     "chunked_ce/windows.py": [_of("test_windows")],
     "chunked_ce/perplexity.py": [_of("test_perplexity"), _of("test_perplexity_meter")],
     "chunked_ce/shards.py": [_of("test_distributed", "2")],
