@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: train test long fuzz lint types docs sanitize package clean
+.PHONY: train test long fuzz mutate lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -22,6 +22,10 @@ N ?= 20000
 SEED ?= $(shell date +%s)
 fuzz: .venv/dev
 	FUZZ_CASES=$(N) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal $(ARGS)
+
+# Faults put into the library one at a time: do the tests notice? ARGS: modules, --count, --seed.
+mutate: .venv/dev
+	$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

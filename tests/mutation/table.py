@@ -1,0 +1,70 @@
+"""Which tests decide about a module: a handful that reach all of it, the quickest first."""
+
+STATISTICS = "test_values or head_and or under_a_common or confident or infinity or non_finite"
+MORE_STATISTICS = "all_logits_equal or far_apart or ties or ignore_index_any or every_output"
+VIEWS = "test_strides or unbatched or ignored_row or target_dtypes"
+LOSS = "test_options or test_upstream or token_weight or nothing_to or plus_zero or few_classes"
+
+
+def _torch(tests: str) -> str:
+    return f"torch- and ({tests}) or torch] and ({tests})"
+
+
+def _triton(tests: str) -> str:
+    return f"triton and ({tests})"
+
+
+def _of(file: str, *expression: str) -> list[str]:
+    return [f"tests/{file}.py", *(["-k", *expression] if expression else [])]
+
+
+_EVERYTHING = "everything or low_precision_gradient"
+_TORCH = [
+    _of("test_stats", "not triton"),
+    _of("test_token_stats", _torch(f"{STATISTICS} or {MORE_STATISTICS} or {_EVERYTHING}")),
+    _of("test_cross_entropy", _torch(f"{LOSS} or softcap_is_felt or few_classes")),
+    _of("test_drop_in", _torch("every_target or masked_classes or confident or padding or linear")),
+    _of("test_grad_in_forward", _torch("not operators and not compile")),
+    _of("test_token_stats", _torch(f"{VIEWS} or alone_bit or masked_vocab") + " or masked_vocab"),
+]
+# The interpreter takes seconds a case: one case of each kind.
+_FLOAT32 = "float32 and (301] or 17])"
+_TRITON = [
+    _of("test_token_stats", _triton(f"(test_values or everything) and {_FLOAT32} or ties")),
+    _of("test_token_stats", _triton("confident and (40] or 10]) or non_finite or head_and and 70")),
+    _of("test_token_stats", _triton("common and float32 or infinity or low_precision or unbatched")),
+    _of("test_cross_entropy", _triton("few_classes and 3- or softcap_is_felt")),
+]  # fmt: skip
+_OF_VIEWS = [_of("test_token_stats", _triton("test_strides or ignored_row or every_output"))]
+_OF_WEIGHTS = [_of("test_drop_in", _triton("masked_classes or confident and probabilities"))]
+_ONE_PASS = [
+    _of("test_grad_in_forward", "(chip or streamed) and (value_and and float32 or odd and (65 or 3])"),
+    _of("test_grad_in_forward", "(chip or streamed) and (bfloat16 or extremes or divisor or device)"),
+    _of("test_grad_in_forward", "(chip or streamed) and (strided or all_ignored or upstream)"),
+]  # fmt: skip
+_LINEAR = _of(
+    "test_linear",
+    "(torch- or torch] or not triton) and not compile and not operators and not readme",
+)
+
+TESTS: dict[str, list[list[str]]] = {
+    "chunked_ce/stats.py": _TORCH,
+    "chunked_ce/blocks.py": _TORCH,
+    "chunked_ce/backend_torch.py": _TORCH,
+    "chunked_ce/row_blocks.py": [*_TORCH[:2], _TORCH[5], *_TORCH[2:5]],
+    "chunked_ce/strided_rows.py": [*_OF_VIEWS, _of("test_binary", _triton("views"))],
+    "chunked_ce/chunks.py": [_LINEAR],
+    "chunked_ce/reduction.py": [_TORCH[2], _TORCH[4], _TORCH[3]],
+    "chunked_ce/targets.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
+    "chunked_ce/at_classes.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
+    "chunked_ce/windows.py": [_of("test_windows")],
+    "chunked_ce/perplexity.py": [_of("test_perplexity"), _of("test_perplexity_meter")],
+    "chunked_ce/shards.py": [_of("test_distributed", "2")],
+    "chunked_ce/binary_torch.py": [_of("test_binary", "torch and not compile and not operators and not memory")],
+    "kernels/streaming.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
+    "kernels/token_stats.py": [*_TRITON, *_OF_WEIGHTS],
+    "kernels/finish.py": [*_TRITON, *_OF_WEIGHTS],
+    "kernels/token_grad.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
+    "kernels/loss_and_grad.py": _ONE_PASS,
+    "kernels/binary.py": [_of("test_binary", _triton("not compile and not operators and not memory"))],
+}  # fmt: skip
