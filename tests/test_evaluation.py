@@ -1,6 +1,7 @@
 """evaluate_perplexity and loglikelihood against loops over stock cross-entropy in fp64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,75 @@ def test_what_the_head_does(monkeypatch):
     assert (head.softcap, head.logit_scale) == (3.0, 1.0)
     scaled = examine(causal_lm("Granite", logits_scaling=3.7), torch.arange(9), torch.device("cpu"))
     assert scaled.head.softcap is None and scaled.head.logit_scale == pytest.approx(1 / 3.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_cap_is_not_rounding(dtype):
+    """RecurrentGemma's, of which half precision shows 2 %; under an unknown name it is a fallback."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    settings = RecurrentGemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        lru_width=32, attention_window_size=CONTEXT, num_hidden_layers=3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = RecurrentGemmaForCausalLM(settings).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=0.2)
+    model, ids = model.to(dtype), torch.arange(3, 12)
+    head = examine(model, ids, torch.device("cpu")).head
+    assert (head.softcap, head.logit_scale) == (30.0, 1.0)
+    assert examine(Capped(model), ids, torch.device("cpu")).head is None
+
+
+class Capped(torch.nn.Module):
+    """A cap that the configuration does not tell of."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, SimpleNamespace()
+        self.get_decoder, self.get_output_embeddings = lambda: model.model, lambda: model.lm_head
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bert_is_not_causal_in_half_precision_either(family, dtype):
+    model = causal_lm(family).to(dtype)
+    for ids in (documents(40), documents(3), [torch.full((9,), 7)]):
+        with pytest.raises(ValueError, match="model is not causal"):
+            evaluate_perplexity(model, ids, context_length=16)
+
+
+def test_positions_before_roberta_s_first_are_not_offered():
+    model = causal_lm("Roberta", is_decoder=True)
+    report = evaluate_perplexity(model, documents(3 * CONTEXT))
+    assert report.context_length == CONTEXT - 1  # its padding's id is 0
+    with pytest.raises(ValueError, match="the model has positions for 31 tokens"):
+        evaluate_perplexity(model, documents(90), context_length=CONTEXT)
+
+
+class OneFile(torch.nn.Module):
+    """As nanoGPT: a config, and ids under another name."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.table, self.result = torch.nn.Embedding(VOCAB, VOCAB), result
+        self.config = SimpleNamespace(block_size=8)
+
+    def forward(self, idx, targets=None):
+        return self.result(self.table(idx))
+
+
+@pytest.mark.parametrize("result", [lambda z: (z, None), lambda z: {"loss": None, "logits": z}])
+def test_a_config_does_not_make_it_transformers(result):
+    model, ids = OneFile(result), documents(50)
+    report = evaluate_perplexity(model, ids)
+    expected = F.cross_entropy(model.table(ids[0][:-1]).double(), ids[0][1:], reduction="sum")
+    assert report.context_length == 8
+    assert report.nll_sum == pytest.approx(expected.item(), rel=1e-6)
 
 
 class Shifted(torch.nn.Module):
@@ -117,7 +187,7 @@ def test_no_logits_exist(gpt2, monkeypatch):
             return out
 
     monkeypatch.setattr(linear, "_CPU_CHUNK_BYTES", 16 * 4 * VOCAB)
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 16 * 4 * VOCAB)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 16 * 4 * VOCAB)
     with Largest() as largest:
         evaluate_perplexity(gpt2, documents(8 * CONTEXT + 1), batch_size=8)
     assert largest.numel < 8 * CONTEXT * VOCAB / 2
@@ -362,6 +432,9 @@ MISTAKES = [
     ("unknown device", dict(input_ids=IDS, device="nope"), ValueError, "device is 'nope'"),
     ("unknown backend", dict(input_ids=IDS, backend="cuda"), ValueError, "backend is 'cuda'"),
     ("not causal", dict(model=Bidirectional, input_ids=IDS, context_length=8), ValueError, "model is not causal"),
+    ("logits of integers", dict(model=lambda: OneFile(lambda z: z.long()), input_ids=IDS), TypeError, "model returned torch.int64"),
+    ("a dict without logits", dict(model=lambda: OneFile(lambda z: {"z": z}), input_ids=IDS), TypeError, "model returned dict, expected logits"),
+    ("nothing returned", dict(model=lambda: OneFile(lambda z: ()), input_ids=IDS), TypeError, "model returned tuple, expected logits"),
     ("no language model", dict(model=Pooled, input_ids=IDS, context_length=8), ValueError, r"model returned \[2, 300\] for ids \[2, 8\]"),
 ]  # fmt: skip
 

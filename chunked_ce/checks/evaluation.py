@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import TARGET_DTYPES, brief, integer, shape
+from .values import LOGIT_DTYPES, TARGET_DTYPES, brief, integer, names, shape
 
 
 def one_source(input_ids: Any, text: Any, attention_mask: Any, tokenizer: Any) -> None:
@@ -164,15 +164,28 @@ def context_length(value: Any, model: Any, tokenizer: Any) -> int:
 def _longest(model: Any, tokenizer: Any) -> tuple[int | None, bool]:
     """The most tokens that the model knows of, and whether it can do no more than that."""
     config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+    for name in _MAXIMA:
         if isinstance(longest := getattr(config, name, None), int) and longest > 0:
             rotary = any(
                 getattr(config, n, None) for n in ("rope_parameters", "rope_theta", "alibi")
             )
-            return longest, not rotary
+            return longest - _positions_of_padding(model), not rotary
     longest = getattr(tokenizer, "model_max_length", None)
     # a tokenizer that knows none says 1e30
     return (longest if isinstance(longest, int) and longest < 2**31 else None), False
+
+
+_MAXIMA = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "block_size")
+
+
+def _positions_of_padding(model: Any) -> int:
+    """RoBERTa counts positions from the one after padding's, and its maximum from 0."""
+    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    for name, module in modules:
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(padding, int):
+            return padding + 1
+    return 0
 
 
 def text_config(model: Any) -> Any:
@@ -238,6 +251,11 @@ def model_logits(logits: Any, ids: Tensor) -> None:
         raise TypeError(
             f"model returned {type(logits).__name__}, expected logits [B, T, V]: pass a causal "
             "language model with its head"
+        )
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"model returned {logits.dtype}, expected logits [B, T, V] of one of "
+            f"{names(LOGIT_DTYPES)}: pass a causal language model with its head"
         )
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(
