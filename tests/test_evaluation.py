@@ -275,6 +275,23 @@ def test_bytes_and_words_are_those_of_the_scored_text(gpt2, tokenizer):
     assert by_id.nll_sum == with_bos.nll_sum and by_id.bytes is None
 
 
+@pytest.mark.parametrize("text", ["😀b", " 😀b", "→", "b😀"])
+def test_bytes_of_a_first_token_within_a_character(gpt2, tokenizer, text):
+    """A byte of the character is context, the others are scored."""
+    first = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"][0])
+    report = evaluate_perplexity(gpt2, text=text, tokenizer=tokenizer, bos=False)
+    assert report.bytes == len(text.encode()) - len(first)  # byte-level: a character is a byte
+    whole = evaluate_perplexity(gpt2, text=text, tokenizer=tokenizer, bos=True)
+    assert whole.bytes == len(text.encode())
+
+
+def test_numpy_s_ids(gpt2):
+    (ids,) = documents(40)
+    expected = evaluate_perplexity(gpt2, ids).nll_sum
+    for given in (ids.numpy(), list(ids.numpy()), ids.numpy()[None], [ids.numpy()]):
+        assert evaluate_perplexity(gpt2, given).nll_sum == expected
+
+
 def test_bos_is_put_where_the_tokenizer_puts_it(gpt2, tokenizer):
     import copy
 
@@ -430,6 +447,15 @@ MISTAKES = [
     ("bos unknown", dict(model=lambda: causal_lm(bos_token_id=None), input_ids=IDS, bos=True), ValueError, "bos is True, but neither"),
     ("flag of int", dict(input_ids=IDS, rank=1), TypeError, "rank must be True or False"),
     ("unknown device", dict(input_ids=IDS, device="nope"), ValueError, "device is 'nope'"),
+    ("meta device", dict(input_ids=IDS, device="meta"), ValueError, "device is 'meta', which cannot be used here"),
+    ("model on meta", dict(model=lambda: no_maximum().to("meta"), input_ids=IDS), ValueError, "device is 'meta'"),
+    ("a GPU that is none", dict(input_ids=IDS, device="cuda:99"), ValueError, "device is 'cuda:99', which cannot"),
+    ("model by name", dict(model=lambda: "gpt2", input_ids=IDS), TypeError, "model must be a module .* got str: load it"),
+    ("no model", dict(model=lambda: None, input_ids=IDS), TypeError, "model must be a module .* got NoneType"),
+    ("tokenizer by name", dict(text="ab cd", tokenizer="gpt2"), TypeError, "tokenizer must be a transformers tokenizer, got str"),
+    ("empty beside BOS", dict(input_ids=[[3, 4], []], bos=True), ValueError, "document 1 has no tokens: leave it out$"),
+    ("array of floats", dict(input_ids=IDS.float().numpy()), TypeError, "input_ids has dtype torch.float32"),
+    ("group by name", dict(input_ids=IDS, group="world"), TypeError, "group must be .* got str"),
     ("unknown backend", dict(input_ids=IDS, backend="cuda"), ValueError, "backend is 'cuda'"),
     ("not causal", dict(model=Bidirectional, input_ids=IDS, context_length=8), ValueError, "model is not causal"),
     ("logits of integers", dict(model=lambda: OneFile(lambda z: z.long()), input_ids=IDS), TypeError, "model returned torch.int64"),
