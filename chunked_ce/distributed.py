@@ -74,9 +74,10 @@ def vocab_parallel_token_stats(
     Raises:
         RuntimeError: no process group.
         TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`; and on every rank
-            alike where ranks disagree on the number of targets or on the vocabulary, or their
-            shards leave classes out. That takes a small exchange of its own, on a CPU always; on a
-            GPU, where it means waiting, with `CHUNKED_CE_CHECK_TARGETS=1` in the environment.
+            alike where ranks disagree on the targets, the options or the vocabulary, or on whether
+            hidden states require a gradient, or where shards leave classes out. That takes a small
+            exchange of its own, on a CPU always; on a GPU, where it means waiting, with
+            `CHUNKED_CE_CHECK_TARGETS=1` in the environment.
     """
     call = _of_logits(input, target, group, vocab_start, vocab_size)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, argmax=argmax)
@@ -128,7 +129,7 @@ def vocab_parallel_cross_entropy(
     num_items = checks.num_items(num_items, reduction)
     options = _options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale,
-        inplace_backward, backend,
+        inplace_backward, backend, (reduction, label_smoothing, z_loss_weight),
     )  # fmt: skip
     how = reduction_of(
         reduction, call.target, options.ignore_index, token_weight, num_items,
@@ -203,6 +204,8 @@ def vocab_parallel_linear_cross_entropy(
     options = _options(
         _Call(input, target, shard, weight.shape[0]), Wanted(mean_logprob=label_smoothing > 0),
         ignore_index, softcap, logit_scale, False, backend,
+        (reduction, label_smoothing, z_loss_weight),
+        input_gradient=input.requires_grad and torch.is_grad_enabled(),
     )._replace(
         rows_per_chunk=rows,
         drop_ignored=checks.drop_ignored(drop_ignored, input.device),
@@ -248,6 +251,8 @@ def _options(
     logit_scale: float,
     inplace_backward: bool,
     backend: str,
+    of_loss: tuple[object, ...] = (),
+    input_gradient: bool = False,
 ) -> Options:
     """The arguments that all forms share, checked; those that ranks must agree on last."""
     ignore_index = checks.ignore_index(ignore_index)
@@ -255,7 +260,10 @@ def _options(
     checks.inplace_backward(inplace_backward, call.input)
     backend = choose_backend(backend, call.input.device)
     on_host = call.target.device.type == "cpu"
-    check_agreement(call.shard, call.columns, call.input, call.target.numel(), wanted)
+    agreed = (ignore_index, head, *of_loss)
+    check_agreement(
+        call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient
+    )
     check_targets(call.target, call.shard.vocab_size, ignore_index, free=on_host)
     return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)
 

@@ -7,6 +7,7 @@ no bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ def from_ids(
     documents = []
     for i, row in enumerate(rows):
         ids = torch.cat([torch.tensor(before), row, torch.tensor(after)]).long()
-        checks.enough_tokens(i, len(ids))
+        checks.enough_tokens(i, len(row), len(ids))
         documents.append(Document(ids, None, None))
     return documents
 
@@ -56,15 +57,30 @@ def _from_text(index: int, text: str, tokenizer: Any, bos: int | None, eos: int 
     options = {"return_offsets_mapping": True} if fast else {}
     # verbose=False: longer than the model's context is what windows are for
     encoded = tokenizer(text, add_special_tokens=False, verbose=False, **options)
-    ids = before + list(encoded["input_ids"]) + after
-    checks.enough_tokens(index, len(ids))
-    scored = text
+    own = list(encoded["input_ids"])
+    ids = before + own + after
+    checks.enough_tokens(index, len(own), len(ids))
+    scored, n_bytes = text, None
     if not before and fast:
         offsets = encoded["offset_mapping"]
         scored = text[offsets[1][0] :] if len(offsets) > 1 else ""
+        if len(offsets) > 1 and offsets[1][0] < offsets[0][1]:  # both of one character
+            n_bytes = len(text.encode()) - _bytes_of(tokenizer.convert_ids_to_tokens(ids[0]), text)
     elif not before:
         scored = text[len(tokenizer.decode(ids[:1])) :]
-    return Document(torch.tensor(ids), len(scored.encode()), len(scored.split()))
+    n_bytes = len(scored.encode()) if n_bytes is None else n_bytes
+    return Document(torch.tensor(ids), n_bytes, len(scored.split()))
+
+
+def _bytes_of(token: str, text: str) -> int:
+    """Of a token that ends within a character, the first of `text`.
+
+    Byte-level tokenizers write a byte as a character, those with a byte fallback as <0xF0>; a
+    space that the tokenizer put before the text is none of its bytes.
+    """
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return 1
+    return len(token) - (token[0] in "Ġ▁" and not text[0].isspace())
 
 
 def bos_id(bos: bool | int | None, model: Any, tokenizer: Any) -> int | None:

@@ -76,7 +76,8 @@ def evaluate_perplexity(
         progress: a bar with the running perplexity; needs tqdm.
         group: a torch.distributed process group (`torch.distributed.group.WORLD` for all ranks):
             each rank, given the same documents, scores every so many-th batch, and all get the
-            whole report, bit for bit. None: this process scores everything.
+            whole report, bit for bit. None: this process scores everything; so is WORLD until
+            init_process_group() has been called.
         backend: see :func:`chunked_ce.token_stats`.
 
     Returns:
@@ -92,7 +93,12 @@ def evaluate_perplexity(
         per_position=per_position, per_window=per_window, progress=progress,
     )  # fmt: skip
     checks.backend_name(backend)
+    checks.model(model)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
+    if text is not None:
+        checks.tokenizer(tokenizer)
+    where = checks.device(device_of(model) if device is None else device)
+    group = None if group is None else checks.process_group(group)
     context_length = checks.context_length(context_length, model, tokenizer)
     stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
@@ -110,7 +116,6 @@ def evaluate_perplexity(
     )
     if progress:
         checks.importable("tqdm", "progress=True", "cli")
-    where = device_of(model) if device is None else checks.device(device)
     with evaluating(model):
         examined = examine(model, max(ids, key=len)[:context_length], where)
         checks.ids_known("document", ids, model, examined.vocab_size)

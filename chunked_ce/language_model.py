@@ -7,7 +7,8 @@ not, the model's own logits are used, some rows of a batch at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from .linear import linear_token_stats
 from .stats import TokenStats
 
 PROBE_TOKENS = 8
+NOT_CAUSAL = 1e-3  # of the largest logit, in any dtype; a small untrained BERT moves by 4e-3
+UNEXPLAINED = 1e-4  # error of a head that the configuration does not name; of a plain one it is 0
 _LOGITS_BYTES = 256 << 20
 """Of the model's own logits at a time, where there is no way around them."""
 
@@ -78,18 +81,35 @@ def examine(model: Any, ids: Tensor, device: torch.device) -> LanguageModel:
     Raises:
         ValueError: the model is not causal, or gives no logits [B, T, V].
     """
-    tokens = ids[:PROBE_TOKENS]
-    other = tokens.clone()
-    other[-1] = tokens[0] if tokens[0] != tokens[-1] else (tokens[-1] == 0).long()
-    probe = torch.stack([tokens, other]).to(device)
+    probe, *further = _probes(ids[:PROBE_TOKENS].to(device))
     logits = _logits(_call(model, probe))
     checks.model_logits(logits, probe)
-    before = logits[:, :-1].double()
-    if before.numel():
-        noise = max(1e-4, 8 * torch.finfo(logits.dtype).eps) * before.abs().amax()
-        checks.causal(not bool(((before[0] - before[1]).abs() > noise).any()))  # NaN is no sign
+    looks_ahead = _looks_ahead(logits)
+    for another in further if looks_ahead else ():  # rounding may depend on the tokens beside
+        looks_ahead = looks_ahead and _looks_ahead(_logits(_call(model, another)))
+    checks.causal(not looks_ahead)
     heads = (_head(base, model, probe, logits) for base in _bases(model))
     return LanguageModel(model, logits.shape[-1], next(filter(None, heads), None))
+
+
+def _probes(tokens: Tensor) -> list[Tensor]:
+    """[2, T] each: the tokens, and with another one in all places of the second half."""
+    probes = []
+    for token in dict.fromkeys((int(tokens[0]), 0, 1)):
+        other = tokens.clone()
+        other[len(tokens) // 2 :] = token
+        if len(tokens) == 1 or not torch.equal(other, tokens):
+            probes.append(torch.stack([tokens, other]))
+    return probes[:2]
+
+
+def _looks_ahead(logits: Tensor) -> bool:
+    """Whether logits [2, T, V] of the first half differ where only the second half does."""
+    before = logits[:, : logits.shape[1] // 2].double()
+    if not before.numel():
+        return False
+    change = (before[0] - before[1]).abs()
+    return bool((change > NOT_CAUSAL * before.abs().amax()).any())  # NaN is no sign
 
 
 def _head(base: nn.Module, model: Any, probe: Tensor, logits: Tensor) -> Head | None:
@@ -110,11 +130,12 @@ def _head(base: nn.Module, model: Any, probe: Tensor, logits: Tensor) -> Head | 
 def _recognise(x: Tensor, z: Tensor, eps: float, model: Any) -> tuple[float | None, float] | None:
     """The (softcap, scale) with which x comes closest to z, if as close as rounding does.
 
-    The configuration's own numbers come first: one fitted to them must do clearly better.
+    The configuration's own numbers come first: one fitted to them must do clearly better. What it
+    does not name must come closer than half precision rounds: a cap of 30 looks like rounding.
     """
     best, smallest = None, eps
     config = checks.text_config(model)
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = next((v for n in _CAPS if isinstance(v := getattr(config, n, None), (int, float))), None)
     named = [v for n in _SCALES if isinstance(v := getattr(config, n, None), (int, float)) and v]
     for softcap in (None,) if not cap else (cap, None):
         flat = z if softcap is None else softcap * torch.atanh((z / softcap).clamp(-0.999, 0.999))
@@ -123,11 +144,13 @@ def _recognise(x: Tensor, z: Tensor, eps: float, model: Any) -> tuple[float | No
             y = scale * x
             y = y if softcap is None else softcap * torch.tanh(y / softcap)
             error = float((y - z).norm() / z.norm())  # NaN, which is not less, for logits of 0
-            if error < smallest:
+            explained = softcap is not None or scale in (*named, *(1 / v for v in named))
+            if error < (smallest if explained else min(smallest, UNEXPLAINED)):
                 best, smallest = (softcap, scale), 0.9 * error
     return best
 
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -155,9 +178,20 @@ def _output_embeddings(model: Any) -> Any:
 
 
 def _call(model: Any, input_ids: Tensor) -> Any:
-    """transformers' models by name, without a cache; any other callable with the ids alone."""
-    if hasattr(model, "config"):
-        return model(input_ids=input_ids, use_cache=False)
+    """transformers' models by name, without a cache; any other callable with the ids alone.
+
+    A `config` alone does not tell: many a GPT of one file has one, and names its ids `idx`.
+    """
+    if not hasattr(model, "config"):
+        return model(input_ids)
+    try:
+        parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return model(input_ids)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    cache = {"use_cache": False} if any_name or "use_cache" in parameters else {}
+    if any_name or "input_ids" in parameters:
+        return model(input_ids=input_ids, **cache)
     return model(input_ids)
 
 
@@ -168,11 +202,15 @@ def _at_weight(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _first(output: Any) -> Any:
-    return output if isinstance(output, Tensor) else output[0]
+    """Of a tuple, or of transformers' outputs; what is neither is told by its type later."""
+    several = isinstance(output, (tuple, list)) or hasattr(output, "to_tuple")
+    return output[0] if several and len(output) else output
 
 
 def _logits(output: Any) -> Any:
-    return getattr(output, "logits", None) if hasattr(output, "logits") else _first(output)
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return output.logits if hasattr(output, "logits") else _first(output)
 
 
 def device_of(model: Any) -> torch.device:

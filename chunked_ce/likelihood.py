@@ -48,6 +48,8 @@ def loglikelihood(
         TypeError, ValueError: an empty context or continuation, a continuation longer than
             `context_length`, ids that the model does not know; before anything is scored.
     """
+    checks.model(model)
+    where = checks.device(device_of(model) if device is None else device)
     context_length = checks.context_length(context_length, model, None)
     batch_size = checks.at_least_one("batch_size", batch_size)
     checks.backend_name(backend)
@@ -57,7 +59,6 @@ def loglikelihood(
     # The last token is predicted and never shown.
     tokens = [torch.cat(pair)[-context_length - 1 :] for pair in checked]
     checks.ids_known("pair", tokens, model, None)
-    where = device_of(model) if device is None else checks.device(device)
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     results: dict[int, Loglikelihood] = {}
     with evaluating(model):

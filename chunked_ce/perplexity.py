@@ -87,7 +87,8 @@ class Perplexity:
     what this process scored; `sync` adds the other ranks'.
 
     Args:
-        ignore_index: target value of tokens that are not scored.
+        ignore_index: target value of tokens that are not scored; None, torchmetrics' default, is
+            -100 as well.
     """
 
     nll_sum: Tensor
@@ -102,8 +103,8 @@ class Perplexity:
     _COUNTS = ("tokens", "top1", "bytes", "words")
     _ON_HOST = ("bytes", "words")
 
-    def __init__(self, *, ignore_index: int = -100) -> None:
-        self.ignore_index = checks.ignore_index(ignore_index)
+    def __init__(self, *, ignore_index: int | None = -100) -> None:
+        self.ignore_index = checks.ignore_index(-100 if ignore_index is None else ignore_index)
         self.reset()
 
     def reset(self) -> None:
@@ -217,19 +218,26 @@ class Perplexity:
         both.merge(other)
         return both
 
+    def __radd__(self, other: Any) -> Perplexity:
+        """0 + meter, with which `sum(meters)` begins."""
+        if not (isinstance(other, int) and other == 0):
+            return NotImplemented
+        return self + Perplexity()
+
     def state_dict(self) -> State:
         """The sums and counts: 0-d tensors, ints, and None for what is not known."""
         return {name: getattr(self, name) for name in self._SUMS + self._COUNTS}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken.
+        """Goes on from where `state_dict` was taken; plain numbers, as JSON has them, will do.
 
         Raises:
-            TypeError, ValueError: `state_dict` is no mapping, or its keys are others.
+            TypeError, ValueError: `state_dict` is no mapping, its keys are others, or a value is
+                no sum or count; the meter is then as it was.
         """
-        checks.meter_state(state_dict, self._SUMS + self._COUNTS)
+        checked = checks.meter_state(state_dict, self._SUMS, self._COUNTS, self._ON_HOST)
         self.reset()
-        self._add(state_dict)
+        self._add(checked)
 
     @torch.no_grad()
     def sync(self, group: Any = None) -> Perplexity:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from . import checks
 from .report import PerplexityReport
 
 
@@ -20,8 +19,7 @@ def perplexity_bar(tokens: int, shown: bool) -> Iterator[Callable[[int, Tensor],
     if not shown:
         yield lambda scored, sums: None
         return
-    checks.importable("tqdm", "progress=True", "cli")
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # the caller has looked whether it is there
 
     with tqdm(total=tokens, unit="token", unit_scale=True) as bar:
 

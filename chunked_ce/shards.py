@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from functools import reduce
 from typing import NamedTuple
 
@@ -58,15 +59,26 @@ def shard_of(
     return Shard(group, start, min(max(size - start, 0), columns), size)
 
 
-def check_agreement(shard: Shard, columns: int, input: Tensor, rows: int, wanted: Wanted) -> None:
-    """Whether all ranks bring the same rows, and together every class.
+def check_agreement(
+    shard: Shard,
+    columns: int,
+    input: Tensor,
+    target: Tensor,
+    wanted: Wanted,
+    options: tuple[object, ...],
+    input_gradient: bool,
+) -> None:
+    """Whether all ranks bring the same rows and options, and together every class.
 
     Where that is not free, but means waiting for a GPU, the user says when to.
     """
     if input.device.type != "cpu" and os.environ.get("CHUNKED_CE_CHECK_TARGETS") != "1":
         return
     dtype = LOGIT_DTYPES.index(input.dtype)
-    fields = [rows, shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
+    flat = target.reshape(-1).long()
+    by_place = flat * torch.arange(1, len(flat) + 1, device=flat.device)  # their order counts
+    fields = [len(flat), shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
+    fields += [int(by_place.sum()), zlib.crc32(repr(options).encode()), int(input_gradient)]
     mine = torch.tensor(fields, device=input.device)
     reports = _gather(mine, shard.group).tolist()
     checks.shards_agree([checks.ShardReport(*report) for report in reports])

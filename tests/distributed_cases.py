@@ -556,6 +556,18 @@ def ranks_that_disagree():
         loss(vocab_start=start + 1)
     with pytest.raises(IndexError, match="target 101 in row 2"):
         loss(target=target.clone().index_fill_(0, torch.tensor([2]), V))
+    with pytest.raises(ValueError, match="rank 0 and rank 1 of the group have different targets"):
+        loss(target=target.flip(0) if rank == 1 else target)
+    for name, value in dict(softcap=5.0, ignore_index=3, logit_scale=0.5, reduction="sum",
+                            z_loss_weight=0.1).items():  # fmt: skip
+        with pytest.raises(ValueError, match="rank 0 and rank 1 of the group have different opti"):
+            loss(**({name: value} if rank == 1 else {}))
+    hidden, head = torch.randn(N, D), torch.randn(V, D)[start:stop]
+    message = "requires a gradient on rank 1 of the group, but not on rank 0"
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_linear_cross_entropy(
+            hidden.requires_grad_(rank == 1), head, target, vocab_start=start, vocab_size=V
+        )
     assert loss().isfinite()  # and the group still works
 
 

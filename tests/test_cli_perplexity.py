@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,9 +131,11 @@ def test_positions_are_binned_without_losing_any(tokens, first):
         ("{m} --text {t}/good --plot {t}/x.pdf", "--plot: expected a name that ends in .png"),
         ("{m} --text {t}/good --plot {t}/no/x.png", "--plot: no file can be written"),
         ("{m} --text {t}/good --json {t}/no/x", "--json: no file can be written"),
+        ("{m} --text {t}/good --json /proc/foo.json", "--json: no file can be written"),
+        ("{m} --text {t}/good --plot /proc/foo.png", "--plot: no file can be written"),
         ("{t} --text {t}/good", "is no model folder: it has no config.json"),
         ("{t}/good --text {t}/good", "is a file, expected the folder of a model"),
-        ("{t}/hollow --text {t}/good", "cannot be loaded as a causal LM"),
+        ("{t}/hollow --text {t}/good", "cannot be loaded as a tokenizer"),
         ("{t}/pickled --text {t}/good", "cannot be loaded as a causal LM"),
         ("{t}/adapter --text {t}/good", "has an adapter without adapter_model.safetensors"),
         ("{t}/kernel --text {t}/good", "config.json has attn_implementation 'someone/kernel'"),
@@ -202,3 +206,49 @@ def test_what_argparse_rejects(folder, bad, capfd):
     with pytest.raises(SystemExit) as exit:
         main(["perplexity", str(folder), "--text", "x", *bad.split()])
     assert exit.value.code == 2 and "error:" in capfd.readouterr().err
+
+
+def headless(folder, family="Llama", **config):
+    causal_lm(family, **config).model.save_pretrained(folder)
+
+
+def changed(folder, **config):
+    causal_lm("Llama").save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (headless, "has no weights for lm_head.weight, which would be random"),
+        (lambda d: changed(d, num_hidden_layers=3), "has no weights for .* and 6 more, which would"),
+        (lambda d: changed(d, vocab_size=310), "other sizes than config.json says"),
+        (cut, "cannot be loaded as a causal LM: SafetensorError: "),
+        (lambda d: (d / "config.json").write_text("[]"), "cannot be loaded as a"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), "as a tokenizer: KeyError: 'added_tokens'"),
+    ],
+    ids=["no head", "too few layers", "other sizes", "cut off", "config.json of []", "empty tokenizer"],
+)  # fmt: skip
+def test_a_spoilt_folder_is_one_line_and_exit_code_2(folder, tmp_path, capfd, spoil, says):
+    spoilt = tmp_path / "model"
+    shutil.copytree(folder, spoilt)
+    spoil(spoilt)
+    capfd.readouterr()  # bars of saving
+    assert main(["perplexity", str(spoilt), "--text", texts(folder)[1], "--device", "cpu"]) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("chunked-ce: ") and err.count("\n") == 1 and not out
+    assert re.search(says, err), err
+
+
+def test_a_tied_head_is_not_missing(folder, tmp_path, capsys):
+    tied = tmp_path / "model"
+    shutil.copytree(folder, tied)
+    headless(tied, tie_word_embeddings=True)
+    assert main(["perplexity", str(tied), "--text", texts(folder)[0], "--device", "cpu"]) == 0
+    assert "perplexity" in capsys.readouterr().out

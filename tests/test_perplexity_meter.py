@@ -100,6 +100,43 @@ def test_merge_and_state():
     assert whole.sync().report() == whole.report()  # no process group: alone
 
 
+def test_state_as_json_and_sum():
+    meter = Perplexity(ignore_index=None)
+    meter.update(*batch(20, 50), n_bytes=7, rank=True)
+    plain = {
+        name: value.item() if isinstance(value, torch.Tensor) else value
+        for name, value in meter.state_dict().items()
+    }
+    again = Perplexity()
+    again.load_state_dict(json.loads(json.dumps(plain)))
+    assert again.report() == meter.report() and again.tokens.dtype == torch.int64
+    assert sum([meter, again]).report() == (meter + again).report()
+    assert sum([meter]).report() == meter.report()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + meter
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(tokens=None), TypeError, "tokens must be an int or .*, got NoneType"),
+        (dict(nll_sum="3"), TypeError, "nll_sum must be a number .* got str"),
+        (dict(nll_sum=torch.ones(2)), ValueError, r"nll_sum has shape \[2\]"),
+        (dict(top1=1.5), TypeError, "top1 must be an int .* got float"),
+        (dict(top1=-1), ValueError, "top1 is -1, expected at least 0"),
+        (dict(bytes="9"), TypeError, "bytes must be an int or None, got str"),
+    ],
+    ids=str,
+)
+def test_a_bad_state_changes_nothing(change, error, message):
+    meter = Perplexity()
+    meter.update(*batch(20, 50), n_bytes=7, rank=True)
+    before = meter.report()
+    with pytest.raises(error, match=message):
+        meter.load_state_dict(meter.state_dict() | change)
+    assert meter.report() == before
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

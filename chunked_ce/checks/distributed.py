@@ -83,6 +83,9 @@ class ShardReport(NamedTuple):
     entropy: int
     mean_logprob: int
     argmax: int
+    targets: int  # a checksum
+    options: int  # another
+    input_gradient: int  # whether backward adds up over the ranks
 
 
 _NAMES = ("targets", None, None, "classes in all (vocab_size)")
@@ -103,10 +106,26 @@ def shards_agree(reports: list[ShardReport]) -> None:
                 f"ranks disagree: rank 0 of the group has {LOGIT_DTYPES[first.dtype]}, "
                 f"rank {rank} has {LOGIT_DTYPES[report.dtype]}: convert one of them"
             )
-        if report[5:] != first[5:]:
+        if report[5:8] != first[5:8]:
             raise ValueError(
                 f"ranks disagree: rank 0 and rank {rank} of the group want different statistics: "
                 "pass the same options on every rank"
+            )
+        if report.targets != first.targets:
+            raise ValueError(
+                f"ranks disagree: rank 0 and rank {rank} of the group have different targets: "
+                "every rank must score the same tokens, each with its own classes"
+            )
+        if report.options != first.options:
+            raise ValueError(
+                f"ranks disagree: rank 0 and rank {rank} of the group have different options, such "
+                "as ignore_index, softcap or reduction: pass the same ones on every rank"
+            )
+        if report.input_gradient != first.input_gradient:
+            raise ValueError(
+                f"ranks disagree: input requires a gradient on rank {0 if first[-1] else rank} of "
+                f"the group, but not on rank {rank if first[-1] else 0}: backward adds it up over "
+                "the ranks, so that it must on all or on none"
             )
     end = 0
     for rank, report in enumerate(reports):

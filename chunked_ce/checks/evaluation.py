@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .values import TARGET_DTYPES, brief, integer, shape
+from .values import LOGIT_DTYPES, TARGET_DTYPES, brief, integer, names, shape
+
+
+def model(value: Any) -> None:
+    if not callable(value):
+        mend = ": load it first, as with AutoModelForCausalLM.from_pretrained()"
+        raise TypeError(
+            f"model must be a module or another callable of ids [B, T], got "
+            f"{type(value).__name__}{mend if isinstance(value, str) else ''}"
+        )
 
 
 def one_source(input_ids: Any, text: Any, attention_mask: Any, tokenizer: Any) -> None:
@@ -26,6 +36,8 @@ def one_source(input_ids: Any, text: Any, attention_mask: Any, tokenizer: Any) -
 
 def documents_of_ids(input_ids: Any, attention_mask: Any) -> list[Tensor]:
     """Each document's ids, without padding."""
+    if not isinstance(input_ids, Tensor) and hasattr(input_ids, "__array__"):
+        input_ids = token_array("input_ids", input_ids)
     if isinstance(input_ids, Tensor):
         _integers("input_ids", input_ids)
         if input_ids.dim() not in (1, 2):
@@ -47,22 +59,26 @@ def _rows(input_ids: Any) -> list[Tensor]:
             f"input_ids must be a Tensor or a sequence of documents, got "
             f"{type(input_ids).__name__}{mend}"
         )
-    if input_ids and isinstance(input_ids[0], int):
+    if input_ids and isinstance(input_ids[0], Integral):
         input_ids = [input_ids]
     return [token_ids(f"document {i} of input_ids", row) for i, row in enumerate(input_ids)]
 
 
 def token_ids(name: str, value: Any) -> Tensor:
     """[T] int64 on the CPU."""
-    try:
-        row = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is {brief(value)}, expected a sequence of token ids") from error
+    row = token_array(name, value)
     if row.numel():
         _integers(name, row)
     if row.dim() != 1:
         raise ValueError(f"{name} has shape {shape(row)}, expected [T]")
     return row.cpu().long()
+
+
+def token_array(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {brief(value)}, expected a sequence of token ids") from error
 
 
 def _integers(name: str, ids: Tensor) -> None:
@@ -116,11 +132,14 @@ def tokenizer(value: Any) -> None:
         raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(value).__name__}")
 
 
-def enough_tokens(document: int, tokens: int) -> None:
+def enough_tokens(document: int, own: int, tokens: int) -> None:
+    """Its own, and with BOS and EOS."""
+    if tokens < 2 and own == 0:
+        raise ValueError(f"document {document} has no tokens: leave it out")
     if tokens < 2:
         raise ValueError(
-            f"document {document} has {tokens} token{'' if tokens == 1 else 's'}, and the first is "
-            "context: expected at least 2; leave it out, or pass bos=True"
+            f"document {document} has 1 token, and the first is context: expected at least "
+            "2; leave it out, or pass bos=True"
         )
 
 
@@ -164,15 +183,28 @@ def context_length(value: Any, model: Any, tokenizer: Any) -> int:
 def _longest(model: Any, tokenizer: Any) -> tuple[int | None, bool]:
     """The most tokens that the model knows of, and whether it can do no more than that."""
     config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+    for name in _MAXIMA:
         if isinstance(longest := getattr(config, name, None), int) and longest > 0:
             rotary = any(
                 getattr(config, n, None) for n in ("rope_parameters", "rope_theta", "alibi")
             )
-            return longest, not rotary
+            return longest - _positions_of_padding(model), not rotary
     longest = getattr(tokenizer, "model_max_length", None)
     # a tokenizer that knows none says 1e30
     return (longest if isinstance(longest, int) and longest < 2**31 else None), False
+
+
+_MAXIMA = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "block_size")
+
+
+def _positions_of_padding(model: Any) -> int:
+    """RoBERTa counts positions from the one after padding's, and its maximum from 0."""
+    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    for name, module in modules:
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(padding, int):
+            return padding + 1
+    return 0
 
 
 def text_config(model: Any) -> Any:
@@ -239,6 +271,11 @@ def model_logits(logits: Any, ids: Tensor) -> None:
             f"model returned {type(logits).__name__}, expected logits [B, T, V]: pass a causal "
             "language model with its head"
         )
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"model returned {logits.dtype}, expected logits [B, T, V] of one of "
+            f"{names(LOGIT_DTYPES)}: pass a causal language model with its head"
+        )
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise ValueError(
             f"model returned {shape(logits)} for ids {shape(ids)}, expected logits [B, T, V]: pass "
@@ -256,9 +293,14 @@ def causal(is_causal: bool) -> None:
 
 def device(value: Any) -> torch.device:
     try:
-        return torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {brief(value)}, expected one that torch knows") from error
+        found = torch.device(value)
+        torch.zeros((), dtype=torch.float64, device=found).item()  # sums are float64
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        shown = brief(str(value) if isinstance(value, torch.device) else value)
+        raise ValueError(
+            f"device is {shown}, which cannot be used here; expected 'cpu', or 'cuda' with a GPU"
+        ) from error
+    return found
 
 
 def likelihood_pairs(pairs: Any, context_length: int) -> list[tuple[Tensor, Tensor]]:

@@ -35,18 +35,18 @@ def nats(name: str, value: Any) -> Tensor:
     return value
 
 
-def token_count(tokens: Any) -> Tensor:
+def token_count(tokens: Any, name: str = "tokens") -> Tensor:
     """As a 0-d tensor, where it is."""
-    _zero_dimensional("tokens", tokens)
+    _zero_dimensional(name, tokens)
     if isinstance(tokens, Tensor):
         if tokens.dtype not in TARGET_DTYPES:
             raise TypeError(
-                f"tokens has dtype {tokens.dtype}, expected an integer dtype: it is a count"
+                f"{name} has dtype {tokens.dtype}, expected an integer dtype: it is a count"
             )
         return tokens
-    tokens = integer("tokens", tokens, "an int or a 0-dimensional integer tensor")
+    tokens = integer(name, tokens, "an int or a 0-dimensional integer tensor")
     if tokens < 0:
-        raise ValueError(f"tokens is {tokens}, expected at least 0")
+        raise ValueError(f"{name} is {tokens}, expected at least 0")
     return torch.tensor(tokens, dtype=torch.int64)
 
 
@@ -56,7 +56,11 @@ def meter(other: Any) -> Any:
     return other
 
 
-def meter_state(state: Any, names: tuple[str, ...]) -> None:
+def meter_state(
+    state: Any, sums: tuple[str, ...], counts: tuple[str, ...], on_host: tuple[str, ...]
+) -> dict[str, Any]:
+    """Its values as 0-d tensors, ints and None: of a checkpoint, or plain numbers of JSON."""
+    names = sums + counts
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
     if set(state) != set(names):
@@ -64,6 +68,16 @@ def meter_state(state: Any, names: tuple[str, ...]) -> None:
             f"state_dict has keys {', '.join(map(str, state)) or 'none'}, expected "
             f"{', '.join(names)}: pass what Perplexity.state_dict() returned"
         )
+    checked: dict[str, Any] = {}
+    for name in names:
+        value = state[name]
+        if value is None and name not in ("nll_sum", "tokens"):
+            checked[name] = None
+        elif name in on_host:
+            checked[name] = text_count(name, value)
+        else:
+            checked[name] = nats(name, value) if name in sums else token_count(value, name)
+    return checked
 
 
 def _zero_dimensional(name: str, value: Any) -> None:

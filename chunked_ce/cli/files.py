@@ -19,7 +19,7 @@ def check_files(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is None:
             continue
-        if path.is_dir() or not path.parent.is_dir():
+        if path.is_dir() or not path.parent.is_dir() or not _can_write(path):
             raise UsageError(f"--{name}: no file can be written at {str(path)!r}")
         real = path.resolve()
         if real.is_file() and real.parent == Path(args.model).resolve():
@@ -35,6 +35,20 @@ def check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--plot: expected a name that ends in .png, got {str(args.plot)!r}")
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib: pip install 'chunked-ce[bench]'")
+
+
+def _can_write(path: Path) -> bool:
+    """Tried: permissions alone do not tell. What is there stays as it is."""
+    new = not path.exists()
+    if not (new or path.is_file()):
+        return True  # a pipe would wait
+    try:
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def whole(path: Path, option: str, write: Callable[[Path], object]) -> None:

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,18 +181,42 @@ def load(name: str, dtype: Any, device: torch.device) -> tuple[Any, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = {"local_files_only": True, "trust_remote_code": False}
-    try:
+    with failing_on_one_line(name, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, **options
+    with failing_on_one_line(name, "causal LM"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    model, found = loaded
+    check_weights(name, found)
+    return model.to(device), tokenizer
+
+
+@contextmanager
+def failing_on_one_line(name: str, what: str) -> Iterator[None]:
+    """Whatever a broken file makes its reader raise, and each has errors of its own."""
+    try:
+        yield
+    except Exception as error:
         if not Path(name).is_dir():
             raise UsageError(
                 f"{name!r} is no folder, and the local Hugging Face cache has no whole model of "
                 "that name: nothing is downloaded, so give the folder of a model"
             ) from error
         reason = " ".join(str(error).split())
-        raise UsageError(f"{name!r} cannot be loaded as a causal LM: {reason}") from error
-    on_device: Any = model.to(device)  # type: ignore[arg-type]
-    return on_device, tokenizer
+        if "ignore_mismatched_sizes" in reason:  # "see the report above", which is not shown
+            reason = "its weights have other sizes than config.json says"
+        elif not isinstance(error, (OSError, ValueError)):  # whose messages stand alone
+            reason = f"{type(error).__name__}: {reason}"
+        raise UsageError(f"{name!r} cannot be loaded as a {what}: {reason}") from error
+
+
+def check_weights(name: str, found: dict[str, Any]) -> None:
+    """What the folder lacks is random numbers by now; a tied weight is not missing."""
+    lacking = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise UsageError(
+            f"{name!r} has no weights for {', '.join(lacking[:3])}{more}, which would be random: "
+            "save the whole model, head included, with the config.json that belongs to it"
+        )
