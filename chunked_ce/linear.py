@@ -261,9 +261,13 @@ def _outputs(
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> list[Tensor]:
     """An operator's outputs in target's shape."""
-    rows = classes._replace(
-        prob=None if classes.prob is None else classes.prob.reshape(-1, classes.prob.shape[-1]),
-        at=None if classes.at is None else classes.at.reshape(-1, classes.at.shape[-1]),
+    of_class, prob, scale, shift, at = classes
+    rows = Classes(  # torch.compile of torch 2.6 cannot trace _replace
+        of_class,
+        None if prob is None else prob.reshape(-1, prob.shape[-1]),
+        scale,
+        shift,
+        None if at is None else at.reshape(-1, at.shape[-1]),
     )
     outputs = torch.ops.chunked_ce.linear_stats(
         input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows, *shared,
@@ -278,7 +282,9 @@ def autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `F.linear` has them under autocast."""
     device = input.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Which devices have it is no question for torch.compile: that of torch 2.6 cannot trace it.
+    available = device in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device)
+    enabled = available and torch.is_autocast_enabled(device)
     if enabled and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         bias = None if bias is None else bias.to(dtype)

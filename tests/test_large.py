@@ -1,9 +1,24 @@
-"""Offsets beyond 2^31 (PITFALLS, loss 4): rows that lie 2^31 logits apart. Memory never touched costs nothing."""
+"""Sizes: offsets beyond 2^31 (PITFALLS, loss 4), many tokens, large vocabularies, many calls.
 
+Rows that lie 2^31 logits apart need no memory between them: what is never touched costs nothing."""
+
+import gc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+from chunked_ce import (
+    Perplexity,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    linear_cross_entropy,
+    token_stats,
+)
 
 PROGRAM = """
 import os, sys
@@ -47,3 +62,150 @@ def test_rows_two_to_the_31_logits_apart(backend, inplace):
     command = [sys.executable, "-c", PROGRAM, backend, str(inplace)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+def memory_mib() -> float:
+    """Resident memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+@pytest.mark.long
+@pytest.mark.real_sizes
+def test_more_than_two_to_the_31_logits_that_exist():
+    """43 000 x 50 000 in bfloat16, 4 GiB, the gradient written over them."""
+    rows, vocab = 43_000, 50_000
+    assert rows * vocab > 2**31
+    needed = 4.5 * 2**30
+    available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    if int(available[1]) * 1024 < 1.3 * needed:
+        pytest.skip("needs 6 GB of memory")
+    row = torch.randn(vocab).bfloat16()
+    logits = torch.empty(rows, vocab, dtype=torch.bfloat16)
+    logits.copy_(row.expand_as(logits))
+    target = torch.arange(rows) % vocab
+    target[-2] = -100
+    few = [0, 1, rows // 2, rows - 2, rows - 1]  # 42 949 x 50 000 is 2^31
+    small = logits[few].clone().requires_grad_()
+    expected = token_stats(small.detach(), target[few])
+    cross_entropy(small, target[few], reduction="sum").backward()
+    stats = token_stats(logits, target)
+    assert torch.equal(stats.lse[few], expected.lse)
+    assert torch.equal(stats.logprob[few], expected.logprob)
+    logits.requires_grad_()
+    grads = []
+    leaf = WithoutCopy.apply(logits.detach(), torch.zeros(1, requires_grad=True), grads)
+    cross_entropy(leaf, target, reduction="sum", inplace_backward=True).backward()
+    assert grads[0].data_ptr() == logits.data_ptr()
+    assert torch.equal(grads[0][few], small.grad)
+    assert not grads[0][-2].any() and grads[0][-1].any()
+
+
+class WithoutCopy(torch.autograd.Function):
+    """Gives logits a history."""
+
+    @staticmethod
+    def forward(ctx, logits, like, grads):
+        ctx.grads = grads
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.grads.append(grad)
+        return None, torch.zeros(1), None
+
+
+@pytest.mark.long
+@pytest.mark.real_sizes
+def test_a_million_tokens():
+    """N = 1 M, of logits and of a head whose logits, 2^31 and more, never exist."""
+    n, d, v, times = 1_000_000, 4, 2200, 50  # 50 times the same 20 000
+    few = torch.arange(n // times) % v
+    few[::5] = -100
+    x, w = torch.randn(n // times, d), torch.randn(v, d)
+    exact = [t.double().requires_grad_() for t in (x, w)]
+    truth = F.cross_entropy(exact[0] @ exact[1].t(), few, reduction="sum")
+    truth.backward()
+    target = few.repeat(times)
+    leaves = [x.repeat(times, 1).requires_grad_(), w.clone().requires_grad_()]
+    before = memory_mib()
+    loss = linear_cross_entropy(*leaves, target, reduction="sum")
+    loss.backward()
+    assert memory_mib() - before < 1000, "n x v takes 8 GiB"
+    assert float(loss) == pytest.approx(times * float(truth), rel=1e-5)
+    of_hidden = leaves[0].grad.view(times, -1, d)
+    torch.testing.assert_close(of_hidden[0].double(), exact[0].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_hidden, of_hidden[:1].expand_as(of_hidden), rtol=1e-4, atol=1e-5)
+    error = (leaves[1].grad.double() / times - exact[1].grad).abs().max()
+    assert error < 1e-5 * exact[1].grad.abs().max()
+    logits = torch.randn(n, 33).requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    labels = target.where(target < 33, -100)
+    for given, function in ((logits, cross_entropy), (wide, F.cross_entropy)):
+        function(given, labels).backward()
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2e-6, atol=1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.real_sizes
+def test_a_vocabulary_of_more_than_a_million():
+    n, d, v = 6, 8, 1_200_001
+    hidden, weight = torch.randn(n, d), torch.randn(v, d)
+    # All scored: chunks of two. A product of one row with 1.2 M has an error of 1e-3 in some BLAS.
+    target = torch.tensor([0, v - 1, 2**20, 17, 2**20 - 1, 65_536])
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    linear_cross_entropy(*leaves, target, token_chunk_size=2).backward()
+    F.cross_entropy(exact[0] @ exact[1].t(), target).backward()
+    for ours, truth in zip(leaves, exact, strict=True):
+        error = (ours.grad.double() - truth.grad).abs().max() / truth.grad.abs().max()
+        assert error < 1e-5
+    logits = (hidden @ weight.t()).requires_grad_()
+    truth = logits.detach().double().requires_grad_()
+    cross_entropy(logits, target, label_smoothing=0.1).backward()
+    F.cross_entropy(truth, target, label_smoothing=0.1).backward()
+    noise = 2e-7 * float(truth.grad.abs().max())
+    torch.testing.assert_close(logits.grad.double(), truth.grad, rtol=2e-6, atol=noise)
+
+
+def every_function(x, hidden, weight, target, meter):
+    """Eight calls."""
+    leaf = x.clone().requires_grad_()
+    cross_entropy(leaf, target, label_smoothing=0.1).backward()
+    cross_entropy(leaf * 1, target, grad_in_forward=True, inplace_backward=True).backward()
+    stats = token_stats(leaf, target, entropy=True, rank=True)
+    (stats.logprob.sum() + stats.entropy.sum()).backward()
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    linear_cross_entropy(*leaves, target, token_chunk_size=4).backward()
+    linear_cross_entropy(*leaves, target, reduction="none").sum().backward()
+    binary_cross_entropy_with_logits(leaf, target[:, None]).backward()
+    meter.update(x, target)
+    with pytest.raises(IndexError):
+        cross_entropy(x, target + 1000)
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("calls", [800, pytest.param(10_000, marks=pytest.mark.long)])
+def test_calls_leave_nothing_behind(calls):
+    """Not even to the collector of cycles, which is off."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads /proc")
+    given = torch.randn(10, 500), torch.randn(10, 8), torch.randn(500, 8), torch.arange(10)
+    meter = Perplexity()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(25):
+            every_function(*given, meter)
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        before = memory_mib()
+        for _ in range(calls // 8):
+            every_function(*given, meter)
+        growth = memory_mib() - before
+        assert (
+            sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) <= tensors + 1
+        )
+    finally:
+        gc.enable()
+    # 20 kB of logits kept by each call would be 15 MiB after 800 and 190 after 10 000.
+    assert growth < 8, f"{growth:.1f} MiB"
