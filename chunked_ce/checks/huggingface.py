@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -58,7 +57,7 @@ def no_replica() -> NoReturn:
 
 def not_pickled() -> NoReturn:
     """What replaced the forwards of model and head could not be loaded again."""
-    raise pickle.PicklingError(
+    raise TypeError(
         "an enabled model cannot be pickled: save its state_dict() or save_pretrained(), or call "
         "disable() first, and enable it again once it is loaded"
     )
