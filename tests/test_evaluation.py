@@ -120,7 +120,7 @@ def test_no_logits_exist(gpt2, monkeypatch):
             return out
 
     monkeypatch.setattr(linear, "_CPU_CHUNK_BYTES", 16 * 4 * VOCAB)
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 16 * 4 * VOCAB)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 16 * 4 * VOCAB)
     with Largest() as largest:
         evaluate_perplexity(gpt2, documents(8 * CONTEXT + 1), batch_size=8)
     assert largest.numel < 8 * CONTEXT * VOCAB / 2
