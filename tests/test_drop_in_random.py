@@ -118,7 +118,7 @@ def test_2000_calls(capsys):
 
 
 @pytest.mark.long
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=120, **SETTINGS)
 @given(call=calls())
 def test_kernels_at_length(device, call):
     pytest.importorskip("triton")

@@ -70,13 +70,13 @@ def check(backend, device, call):
     assert_gradient(ours, exact.nan_to_num(0.0), x.dtype, size)
 
 
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=150, **SETTINGS)
 @given(calls())
 def test_torch_backend(call):
     check("torch", "cpu", call)
 
 
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=25, **SETTINGS)
 @given(call=calls())
 def test_kernels(device, call):
     pytest.importorskip("triton")
@@ -84,14 +84,14 @@ def test_kernels(device, call):
 
 
 @pytest.mark.long
-@settings(max_examples=3000, **SETTINGS)
+@settings(max_examples=1500, **SETTINGS)
 @given(calls())
 def test_torch_backend_at_length(call):
     check("torch", "cpu", call)
 
 
 @pytest.mark.long
-@settings(max_examples=500, **SETTINGS)
+@settings(max_examples=200, **SETTINGS)
 @given(call=calls())
 def test_kernels_at_length(device, call):
     pytest.importorskip("triton")
