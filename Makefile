@@ -36,7 +36,7 @@ types: .venv/dev
 
 # The API reference, from the docstrings.
 docs: .venv/dev
-	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.planner chunked_ce.doctor
+	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.distributed chunked_ce.huggingface chunked_ce.planner chunked_ce.doctor
 
 package: .venv/dev
 	$(BIN)/python tests/check_package.py

@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     suite = _suite(args)
     device = args.device or suite.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda is asked for, but there is no GPU here: give --device cpu")
+        raise ValueError(
+            "device cuda is asked for, but there is no GPU here: give --suite cpu, or --device cpu with fewer --tokens"
+        )
     out: Path = args.out or RUNS / args.suite
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder")

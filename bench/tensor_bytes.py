@@ -131,7 +131,7 @@ def _fake(architecture: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(row_blocks, "_kept", threading.local()))
         stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
-        stack.enter_context(mock.patch.object(linear, "_autocast", lambda *tensors: tensors))
+        stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))
         stack.enter_context(mock.patch.object(backend_torch, "advise_huge_pages", lambda t: t))
         for module in (functional, linear):
             stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))

@@ -58,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
     for name, *numbers in rows:
         cells = (n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))
         print("  ".join((name.ljust(widths[0]), *cells)).rstrip())
-    print(f"\nUse:\n\n    loss = {planner.best(estimates).code}")
+    chosen = planner.best(estimates)
+    if chosen.largest_batch is not None and chosen.largest_batch < args.tokens:
+        fits = max(e.largest_batch or 0 for e in estimates)
+        print(f"\n{args.tokens} tokens do not fit in {_gib(args.memory)} GiB; {fits} at most do.")
+    print(f"\nUse:\n\n    loss = {chosen.code}")
+    if "inplace_backward" in (chosen.code or ""):
+        print("\nwhich overwrites the logits in backward.")
     return 0
 
 
