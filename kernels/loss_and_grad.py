@@ -169,7 +169,7 @@ def loss_and_grad_kernel(
             weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weight, vocab_size,
             HAS_WEIGHT, HAS_DIVISOR,
         )  # fmt: skip
-        scaled, scale, slope, at_target = row_numbers(lse, lse_low, -loss, a, 0.0, c)
+        scaled, scale, slope, at_target = row_numbers(lse, lse_low, -loss, a, 0.0, c, False)
         scaled, scale = tl.where(scored, scaled, 0.0), tl.where(scored, scale, 0.0)
         # In place, none writes what another has yet to sum: the sums of all are in `scaled`.
         write_apart(

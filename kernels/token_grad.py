@@ -29,7 +29,7 @@ from .streaming import (
 
 
 @triton.jit
-def row_numbers(lse, lse_low, logprob, a, b, c):
+def row_numbers(lse, lse_low, logprob, a, b, c, HAS_B: tl.constexpr):
     """(lse in base 2, the factors of p and of p (z - lse), the gradient at the target)."""
     e = log2_e_of(lse)
     scaled = lse * e
@@ -38,7 +38,9 @@ def row_numbers(lse, lse_low, logprob, a, b, c):
     p_target = tl.exp(logprob)
     at_target = tl.where(p_target == 0.0, 0.0, p_target * (a + b * logprob))
     at_target += c * minus_expm1(logprob)
-    scale = a - c - b * lse_low  # what z - lse lacks
+    scale = a - c
+    if HAS_B:
+        scale -= b * lse_low  # what z - lse lacks
     return scaled, scale * factor, b * factor, at_target
 
 
@@ -282,7 +284,7 @@ def token_grad_kernel(
     if HAS_U:
         u += tl.load(u_ptr + row)
     lse_low, logprob = tl.load(lse_low_ptr + row), tl.load(logprob_ptr + row)
-    scaled, scale, slope, at_target = row_numbers(lse, lse_low, logprob, a, b, c)
+    scaled, scale, slope, at_target = row_numbers(lse, lse_low, logprob, a, b, c, HAS_B)
 
     first = tl.program_id(1) * SPAN
     x_body = x_ptr + body_start(x_start, head, x_stride_v, WIDTH, CONTIGUOUS)
