@@ -44,15 +44,19 @@ def token_loss(loss, lse, total, z_target, smoothing, z_loss_weight, vocab_size,
 
 @triton.jit
 def token_coefficients(weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weight, vocab_size,
-                       HAS_WEIGHT: tl.constexpr, HAS_DIVISOR: tl.constexpr):  # fmt: skip
+                       HAS_WEIGHT: tl.constexpr, HAS_DIVISOR: tl.constexpr,
+                       SMOOTHING: tl.constexpr):  # fmt: skip
     """a, c and u of `token_grad`."""
     w = tl.full([], 1.0, lse.dtype)
     if HAS_WEIGHT:
         w *= tl.load(weight_ptr + row)
     if HAS_DIVISOR:
         w /= tl.load(divisor_ptr)
-    u = -w * smoothing / vocab_size
-    return w * 2.0 * z_loss_weight * lse - u * (vocab_size - 1), w * (smoothing - 1.0) + u, u
+    a, c, u = w * 2.0 * z_loss_weight * lse, -w, 0.0
+    if SMOOTHING:
+        u = -w * smoothing / vocab_size
+        a, c = a - u * (vocab_size - 1), w * (smoothing - 1.0) + u
+    return a, c, u
 
 
 @triton.jit(
@@ -167,7 +171,7 @@ def loss_and_grad_kernel(
         tl.store(loss_ptr + row, tl.where(scored, value, 0.0))
         a, c, u = token_coefficients(
             weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weight, vocab_size,
-            HAS_WEIGHT, HAS_DIVISOR,
+            HAS_WEIGHT, HAS_DIVISOR, SMOOTHING,
         )  # fmt: skip
         scaled, scale, slope, at_target = row_numbers(lse, lse_low, -loss, a, 0.0, c, False)
         scaled, scale = tl.where(scored, scaled, 0.0), tl.where(scored, scale, 0.0)
