@@ -29,8 +29,8 @@ def test_the_kernels_are_checked_where_they_can_run(device):
 
 
 def spoil_statistics(*arguments, **wanted):
-    stats, low = row_statistics(*arguments, **wanted)
-    return stats._replace(logprob=stats.logprob * 1.001), low
+    rows = row_statistics(*arguments, **wanted)
+    return rows._replace(stats=rows.stats._replace(logprob=rows.stats.logprob * 1.001))
 
 
 def spoil_gradient(*arguments, **options):
