@@ -66,6 +66,8 @@ def _launch(
         gpu.architecture(input.device), classes, input.element_size(),
         contiguous=contiguous, plain=False,
     )  # fmt: skip
+    if not contiguous:  # six addresses of 64 bits a logit
+        tile = tile._replace(GROUPS=max(1, tile.GROUPS // 2))
     names = ("x", "y", "w", "v", "out", "up")
     given = (input, labels, weight, pos_weight, out, upstream)
     present = [(name, t) for name, t in zip(names, given, strict=True) if t is not None]

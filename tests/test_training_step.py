@@ -177,10 +177,11 @@ def operators(device: str, drop_ignored: bool) -> None:
     h, w, b, target = head(device)
     shared = (-100, V, 30.0, 0.5, "torch")
     x = h @ w.t()
+    classes = ops.Classes(weight=w[:, 0], at=target.clamp(min=0)[:, None])
     lse, logprob, low, entropy, *_ = ops._token_stats(
-        x, target, *shared, True, True, True, True, False
+        x, target, *classes, *shared, True, True, True, True, False
     )
-    rows = (lse, logprob, low, entropy, lse, logprob, entropy)
+    rows = (*classes, lse, logprob, low, entropy, lse, logprob, entropy, lse[:, None])
     ops._token_grad(x, target, *rows, *shared)
     ops._token_grad_(x, target, *rows, *shared)
     chunks = (4, drop_ignored, torch.float32)
@@ -189,7 +190,7 @@ def operators(device: str, drop_ignored: bool) -> None:
         linear_ops._linear_loss(
             h, w, b, target, lse, divisor, 0.1, 1e-3, *shared, *chunks, wanted, True
         )
-    linear_ops._linear_stats(h, w, b, target, *shared, *chunks, True, True, True, True)
+    linear_ops._linear_stats(h, w, b, target, *classes, *shared, *chunks, True, True, True, True)
     linear_ops._linear_stats_grad(h, w, b, target, *rows, *shared, *chunks, [True] * 3)
 
 
