@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or suite.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "device cuda is asked for, but there is no GPU here: give --suite cpu, or --device cpu with fewer --tokens"
+            "device cuda is asked for, but there is no GPU here: give --suite cpu, or --device cpu "
+            "with fewer --tokens"
         )
     out: Path = args.out or RUNS / args.suite
     if out.exists() and not out.is_dir():
