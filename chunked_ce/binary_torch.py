@@ -106,7 +106,8 @@ def slopes(
 
 def _error_of_sign(z: Tensor, labels: Tensor) -> Tensor:
     """[z >= 0] - y: 0 where the sign of z says what y says."""
-    return (1.0 - labels.to(z.dtype)).sub_(z.signbit().to(z.dtype))
+    y = labels.to(torch.promote_types(labels.dtype, z.dtype))
+    return torch.where(z.signbit(), -y, 1.0 - y).to(z.dtype)
 
 
 def _times(loss: Tensor, weight: Tensor) -> Tensor:

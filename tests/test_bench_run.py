@@ -217,7 +217,7 @@ def test_figures_say_what_their_axes_are(tmp_path, monkeypatch):
         (["run", "--suite", "cpu", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["run", "--suite", "cpu", "--vocab", "0"], "got '0'"),
         (["run", "--suite", "quick", "--out", "a_file"], "a_file is a file, expected a folder"),
-        (["run", "--suite", "gpu"], "there is no GPU here: give --device cpu"),
+        (["run", "--suite", "gpu"], "there is no GPU here: give --suite cpu"),
         (["plot"], "python -m bench run --suite cpu first"),
         (["plot", "none.csv"], "none.csv cannot be read: No such file"),
         (["plot", "old.csv"], "old.csv has the columns provider, mode, expected provider, mode, metric"),
