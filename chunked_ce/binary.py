@@ -98,22 +98,25 @@ def _binary_loss(
         return input.new_zeros(input.shape if by_element else (), dtype=compute_dtype(input.dtype))
     run = _backend(backend)
     x, labels, w, v = _rows(input.detach(), target, weight, pos_weight)
+    loss: Tensor
     if labels is not None and by_element:
-        return _elementwise(run, x, labels, w, v).view(input.shape)
+        loss = run.elementwise(x, labels, w, v)
+        return loss.view(input.shape)
     if labels is not None:
-        return _total(run, x, labels, w, v, None)
+        loss = run.total(x, labels, w, v, None)
+        return loss
     check_targets(target, x.shape[-1], ignore_index, free=target.device.type == "cpu")
     classes, given = _positives(target, x, ignore_index)
     z = x.gather(-1, classes).to(compute_dtype(x.dtype))
     factors = _factors(classes, z, w, v)
     terms = (logsigmoid(z).neg_() * factors).masked_fill_(factors == 0, 0.0)
     if by_element:
-        loss = _elementwise(run, x, None, w, None)
+        loss = run.elementwise(x, None, w, None)
         return _put(loss, classes, given, terms).view(input.shape)
     # Padding and repetitions go where nothing is left out: past the last class.
     left_out = classes.masked_fill(~given, x.shape[-1]).flatten(0, -2).int().sort(-1).values
-    others = _total(run, x, None, w, None, left_out)
-    return others + terms.masked_fill(~given, 0.0).sum(dtype=torch.float64).to(others.dtype)
+    loss = run.total(x, None, w, None, left_out)
+    return loss + terms.masked_fill(~given, 0.0).sum(dtype=torch.float64).to(loss.dtype)
 
 
 def _binary_grad(
@@ -147,16 +150,6 @@ def _backend(name: str) -> Any:
 
         return binary_triton
     return binary_torch
-
-
-def _total(run: Any, *given: Tensor | None) -> Tensor:
-    total: Tensor = run.total(*given)
-    return total
-
-
-def _elementwise(run: Any, *given: Tensor | None) -> Tensor:
-    loss: Tensor = run.elementwise(*given)
-    return loss
 
 
 def _rows(

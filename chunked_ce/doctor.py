@@ -1,4 +1,4 @@
-"""What this machine has, which backend will run here and why, and whether every operator is right.
+"""What this machine has, which backend will run here and why, and whether its operators are right.
 
 For `chunked-ce doctor`, whose output goes into a bug report.
 """

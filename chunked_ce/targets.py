@@ -102,27 +102,23 @@ class ClassIndices:
         return smoothed(loss, answer.mean_logprob, self.label_smoothing)
 
 
+class _Distribution:
+    """Of targets that are more than one class: none is ignored by its index, all count alike."""
+
+    ignore_index = NEVER
+    is_plain = False
+    counts = None
+
+
 @dataclass(frozen=True)
-class ClassProbabilities:
+class ClassProbabilities(_Distribution):
     prob: Tensor  # [..., V]
     weight: Tensor | None
     label_smoothing: float
 
     @property
-    def ignore_index(self) -> int:
-        return NEVER
-
-    @property
     def wants_mean_logprob(self) -> bool:
         return True
-
-    @property
-    def is_plain(self) -> bool:
-        return False
-
-    @property
-    def counts(self) -> Tensor | None:
-        return None
 
     @property
     def index(self) -> Tensor:
@@ -138,7 +134,7 @@ class ClassProbabilities:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Distribution):
     """Probabilities of K classes a row; 0, or an equal share of the rest, for all others."""
 
     indices: Tensor  # [..., K]; NEVER where there are fewer
@@ -147,18 +143,6 @@ class TopK:
     weight: Tensor | None
     label_smoothing: float
     spread_rest: bool
-
-    @property
-    def ignore_index(self) -> int:
-        return NEVER
-
-    @property
-    def is_plain(self) -> bool:
-        return False
-
-    @property
-    def counts(self) -> Tensor | None:
-        return None
 
     @property
     def given(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""`chunked-ce doctor`: this machine, the backends, and a check of every operator."""
+"""`chunked-ce doctor`: this machine, the backends, and a check of operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..doctor import examine
 def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="versions, devices, backends; checks every operator",
+        help="versions, devices, backends; checks statistics, losses, linear forms",
         description="Says what this machine has and which backend runs on it, and checks every "
         "operator against eager torch. Exit code 1 where something is wrong. Paste the output "
         "into a bug report.",
