@@ -11,7 +11,7 @@ if (
 
 import pytest
 import torch
-from helpers import fuse_multiply_add
+from helpers import fuse_multiply_add, patch_the_language_once
 
 SANITIZED = "ttsem" in sys.modules
 ON_GPU = torch.cuda.is_available() and not SANITIZED
@@ -80,6 +80,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fused_multiply_add() -> None:
+def interpreter() -> None:
     if INTERPRETED:
         fuse_multiply_add()
+        patch_the_language_once()
