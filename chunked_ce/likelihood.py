@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import checks
+from .documents import Document
 from .language_model import device_of, evaluating, examine
-from .scoring import IGNORE
+from .scoring import NLL, TOKENS, TOP1, Scoring
+from .windows import Window, batches
 
 
 class Loglikelihood(NamedTuple):
@@ -56,36 +57,19 @@ def loglikelihood(
     checked = checks.likelihood_pairs(pairs, context_length)
     if not checked:
         return []
-    # The last token is predicted and never shown.
     tokens = [torch.cat(pair)[-context_length - 1 :] for pair in checked]
     checks.ids_known("pair", tokens, model, None)
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-    results: dict[int, Loglikelihood] = {}
+    # The last token is predicted and never shown.
+    windows = [
+        Window(i, 0, len(ids) - 1, len(continuation))
+        for i, (ids, (_, continuation)) in enumerate(zip(tokens, checked, strict=True))
+    ]
     with evaluating(model):
-        examined = examine(model, tokens[order[0]][:-1], where)
+        examined = examine(model, max(tokens, key=len)[:-1], where)
         checks.ids_known("pair", tokens, model, examined.vocab_size)
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            inputs, target = _padded(
-                [tokens[i] for i in chosen], [len(checked[i][1]) for i in chosen]
-            )
-            stats = examined.token_stats(
-                inputs.to(where), target.to(where), rank=True, backend=backend
-            )
-            assert stats.rank is not None
-            sums = stats.logprob.sum(1, dtype=torch.float64).tolist()
-            greedy = (stats.rank <= 0).all(1).tolist()  # -1 where nothing is scored
-            results.update(zip(chosen, map(Loglikelihood, sums, greedy), strict=True))
-    return [results[i] for i in range(len(order))]
-
-
-def _padded(tokens: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T]; of each row's targets the last `scored` count."""
-    width = max(map(len, tokens)) - 1
-    inputs = torch.zeros(len(tokens), width, dtype=torch.int64)
-    target = torch.full_like(inputs, IGNORE)
-    for row, (ids, count) in enumerate(zip(tokens, scored, strict=True)):
-        last = len(ids) - 1
-        inputs[row, :last] = ids[:-1]
-        target[row, last - count : last] = ids[-count:]
-    return inputs, target
+        documents = [Document(ids, None, None) for ids in tokens]
+        scoring = Scoring(examined, documents, windows, where, rank=True, backend=backend)
+        if scoring.run(batches(windows, batch_size), None, progress=False):
+            raise KeyboardInterrupt
+    table = scoring.table.tolist()
+    return [Loglikelihood(-row[NLL], row[TOP1] == row[TOKENS]) for row in table]
