@@ -16,29 +16,31 @@ def rank_and_size(group: Any) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def all_gather(tensor: Tensor, group: Any) -> list[Tensor]:
-    """`tensor` of every rank, by rank, on the device of this rank's; all of one shape."""
+def all_gather(tensor: Tensor, group: Any) -> Tensor:
+    """`tensor` of every rank, [ranks, ...], on the device of this rank's; all of one shape."""
     _, size = rank_and_size(group)
-    if size == 1:
-        return [tensor]
-    local = tensor.contiguous().to(_device(group))
-    gathered = [torch.empty_like(local) for _ in range(size)]
-    dist.all_gather(gathered, local, group=group)
-    return [part.to(tensor.device) for part in gathered]
+    if size == 1 or not tensor.numel():
+        return tensor.expand(size, *tensor.shape)
+    local = tensor.contiguous().to(_device(group, tensor.device))
+    gathered = local.new_empty(size, *local.shape)
+    # Its name since torch 2.13, and before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered.view(-1), local.view(-1), group=group)
+    return gathered.to(tensor.device)
 
 
 def all_reduce(tensor: Tensor, group: Any) -> Tensor:
     """The sum of every rank's `tensor`, on the device of this rank's; all of one shape."""
     if rank_and_size(group)[1] == 1:
         return tensor
-    total = tensor.to(_device(group), copy=True)
+    total = tensor.to(_device(group, tensor.device), copy=True)
     dist.all_reduce(total, group=group)
     return total.to(tensor.device)
 
 
-def _device(group: Any) -> torch.device:
-    """Where the group's backend communicates; a group of several backends has one for the CPU."""
+def _device(group: Any, device: torch.device) -> torch.device:
+    """Where the group's backend communicates what is on `device`; one of several has the CPU's."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or dist.get_backend(group) in ("gloo", "mpi", "undefined"):
         return torch.device("cpu")
-    return accelerator
+    return device if device.type == accelerator.type else accelerator

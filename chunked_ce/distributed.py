@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .blocks import Head, compute_dtype
+from .checks.values import is_dtensor
 from .functional import choose_backend
 from .linear import CHUNK_BYTES, autocast
 from .ops import check_targets
@@ -129,7 +130,8 @@ def vocab_parallel_cross_entropy(
     num_items = checks.num_items(num_items, reduction)
     options = _options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale,
-        inplace_backward, backend, (reduction, label_smoothing, z_loss_weight),
+        inplace_backward, backend,
+        (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
     )  # fmt: skip
     how = reduction_of(
         reduction, call.target, options.ignore_index, token_weight, num_items,
@@ -204,7 +206,7 @@ def vocab_parallel_linear_cross_entropy(
     options = _options(
         _Call(input, target, shard, weight.shape[0]), Wanted(mean_logprob=label_smoothing > 0),
         ignore_index, softcap, logit_scale, False, backend,
-        (reduction, label_smoothing, z_loss_weight),
+        (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
         input_gradient=input.requires_grad and torch.is_grad_enabled(),
     )._replace(
         rows_per_chunk=rows,
@@ -268,10 +270,6 @@ def _options(
     return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)
 
 
-def _is_dtensor(t: object) -> bool:
-    return type(t).__name__ == "DTensor"  # its module takes long to import
-
-
 def _local(
     tensors: dict[str, Any],
     dim: int,
@@ -281,15 +279,15 @@ def _local(
 ) -> tuple[list[Any], dist.ProcessGroup | None, int | None, int | None]:
     """This rank's part of tensors whose dimension `dim` holds the classes, and where it lies."""
     first_name, first = next(iter(tensors.items()))
-    if not _is_dtensor(first):
+    if not is_dtensor(first):
         return list(tensors.values()), group, vocab_start, vocab_size
     checks.mesh_only(group, vocab_start)
     mesh, classes = first.device_mesh, first.shape[dim]
     mesh_dim = checks.placements(first_name, first, dim % first.dim())
     for name, t in tensors.items():
-        if _is_dtensor(t):
+        if is_dtensor(t):
             checks.placements(name, t, dim % t.dim())
-    local = [t.to_local() if _is_dtensor(t) else t for t in tensors.values()]
+    local = [t.to_local() if is_dtensor(t) else t for t in tensors.values()]
     size = -(-classes // mesh.size(mesh_dim))  # as torch.chunk cuts
     start = min(mesh.get_local_rank(mesh_dim) * size, classes)
     vocab_size = classes if vocab_size is None else vocab_size
@@ -298,7 +296,7 @@ def _local(
 
 def _plain(name: str, t: Any) -> Any:
     """What every rank holds whole."""
-    if not _is_dtensor(t):
+    if not is_dtensor(t):
         return t
     checks.whole(name, t)
     return t.to_local()

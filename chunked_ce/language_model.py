@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
+from .checks.values import is_dtensor
 from .functional import token_stats
 from .linear import linear_token_stats
 from .stats import TokenStats
@@ -167,7 +168,7 @@ def _output_embeddings(model: Any) -> Any:
     weight = getattr(head, "weight", None)
     usable = (
         isinstance(weight, Tensor)
-        and type(weight).__name__ != "DTensor"
+        and not is_dtensor(weight)
         and weight.dim() == 2
         and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and weight.layout == torch.strided

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import backends, checks
 from .blocks import Head, compute_dtype
 from .checks.values import LOGIT_DTYPES
+from .collectives import all_gather
 from .stats import Part, TokenStats, blank, finish, is_scored, merge
 
 IGNORED, ELSEWHERE = -100, -1  # among local targets, which are classes of the shard otherwise
@@ -76,22 +77,18 @@ def check_agreement(
         return
     dtype = LOGIT_DTYPES.index(input.dtype)
     flat = target.reshape(-1).long()
-    by_place = flat * torch.arange(1, len(flat) + 1, device=flat.device)  # their order counts
+    options_told = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
     fields = [len(flat), shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
-    fields += [int(by_place.sum()), zlib.crc32(repr(options).encode()), int(input_gradient)]
+    fields += [int(_checksum(flat)), zlib.crc32(options_told.encode()), int(input_gradient)]
     mine = torch.tensor(fields, device=input.device)
-    reports = _gather(mine, shard.group).tolist()
+    reports = all_gather(mine, shard.group).tolist()
     checks.shards_agree([checks.ShardReport(*report) for report in reports])
 
 
-def _gather(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...]"""
-    received = sent.new_empty(dist.get_world_size(group), *sent.shape)
-    if sent.numel():
-        # Its name since torch 2.13, and before.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(received.view(-1), sent.view(-1), group=group)
-    return received
+def _checksum(values: Tensor) -> float:
+    """In which their order counts."""
+    flat = values.detach().reshape(-1)
+    return (flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum().item()
 
 
 def fields(
@@ -136,7 +133,7 @@ def merged(
     wanted: Wanted,
 ) -> tuple[TokenStats, Tensor]:
     """The statistics of whole rows, and what rounding took from lse: the collective."""
-    received = _gather(sent, shard.group)
+    received = all_gather(sent, shard.group)
     part = reduce(merge, (_part(of_rank, wanted) for of_rank in received))
     target = target.long()
     ignored = ~is_scored(target, ignore_index)

@@ -560,7 +560,7 @@ def ranks_that_disagree():
     with pytest.raises(ValueError, match="rank 0 and rank 1 of the group have different targets"):
         loss(target=target.flip(0) if rank == 1 else target)
     for name, value in dict(softcap=5.0, ignore_index=3, logit_scale=0.5, reduction="sum",
-                            z_loss_weight=0.1).items():  # fmt: skip
+                            z_loss_weight=0.1, num_items=7, token_weight=torch.rand(N)).items():  # fmt: skip
         with pytest.raises(ValueError, match="rank 0 and rank 1 of the group have different opti"):
             loss(**({name: value} if rank == 1 else {}))
     hidden, head = torch.randn(N, D), torch.randn(V, D)[start:stop]

@@ -182,7 +182,8 @@ def one_rank(rank: int, size: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
     collectives = []
-    for name in ("all_gather", "all_reduce"):
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    for name in (gather, "all_reduce"):
         call = getattr(dist, name)
         setattr(dist, name, lambda *a, call=call, **k: (collectives.append(1), call(*a, **k)))
     meter = meter_of(rank, size)

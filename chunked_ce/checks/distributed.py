@@ -119,7 +119,7 @@ def shards_agree(reports: list[ShardReport]) -> None:
         if report.options != first.options:
             raise ValueError(
                 f"ranks disagree: rank 0 and rank {rank} of the group have different options, such "
-                "as ignore_index, softcap or reduction: pass the same ones on every rank"
+                "as ignore_index, softcap, reduction or num_items: pass the same ones on every rank"
             )
         if report.input_gradient != first.input_gradient:
             raise ValueError(

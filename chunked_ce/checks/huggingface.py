@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .values import LOGIT_DTYPES, integer, shape
+from .values import LOGIT_DTYPES, integer, is_dtensor, shape
 
 LOGITS_WERE_MADE = (
     "the model uses its logits before the loss for more than a factor, a softcap or a slice of the "
@@ -122,7 +122,7 @@ def _one_piece(model: Any, head: nn.Linear, otherwise: str) -> None:
 
 
 def is_sharded(*tensors: Tensor) -> bool:
-    return any(type(t).__name__ == "DTensor" for t in tensors)
+    return any(map(is_dtensor, tensors))
 
 
 def calls_loss_function(model: nn.Module) -> None:

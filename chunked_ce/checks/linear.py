@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .targets import are_probabilities, target_indices
 from .targets import target as any_target
-from .values import brief, dense, flag, floating, integer, same_device, shape
+from .values import brief, dense, flag, floating, integer, is_dtensor, same_device, shape
 
 
 def hidden_states(input: Tensor) -> None:
@@ -24,7 +24,7 @@ def hidden_states(input: Tensor) -> None:
 
 def linear_weight(weight: Tensor, input: Tensor, *, dims: bool) -> None:
     """[V, D], or [V, d1, ..., D] where `dims` may be."""
-    if type(weight).__name__ == "DTensor":
+    if is_dtensor(weight):
         raise TypeError(
             "linear_weight is a DTensor, whose shards are elsewhere: gather it first "
             "(linear_weight.full_tensor(), or module.unshard() with FSDP2)"

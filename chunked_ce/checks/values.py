@@ -34,6 +34,10 @@ def brief(value: object) -> str:
     return text if len(text) < 40 else text[:36] + "..."
 
 
+def is_dtensor(value: object) -> bool:
+    return type(value).__name__ == "DTensor"  # its module takes long to import
+
+
 def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
