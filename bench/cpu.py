@@ -13,7 +13,7 @@ result, looked for before timing, raises.
 
 time        N x V against torch, eager and compiled, and the seconds that compiling took
 memory      peak extra memory in units of the logits, each in a fresh process (needs /proc)
-small       few rows, and the fixed cost of a call
+small       few rows, beside the fewest torch calls that add up exp; the fixed cost of a call
 vocabulary  time per logit from V = 4096 to a million
 masked      half of the classes at -inf, -1e4 or -100, where exp is slow on a CPU
 """
