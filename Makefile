@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: train test long fuzz mutate lint types docs sanitize package clean
+.PHONY: train test long fuzz mutate coverage lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -26,6 +26,10 @@ fuzz: .venv/dev
 # Faults put into the library one at a time: do the tests notice? ARGS: modules, --count, --seed.
 mutate: .venv/dev
 	$(BIN)/python tests/mutation/run.py $(ARGS)
+
+# Lines that the fast tests reach, kernels by way of the interpreter.
+coverage: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
