@@ -2,7 +2,9 @@
 
 import csv
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,6 +147,84 @@ def test_what_is_wrong_is_not_timed(form, tmp_path, monkeypatch, capsys):
     with pytest.raises(AssertionError, match="chunked_ce: its loss is not eager's"):
         bench.main(command)
     providers.loss_of.cache_clear()
+
+
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 97.66 GiB.")
+
+
+@pytest.mark.parametrize("victim", ["eager", "chunked_ce"])
+@pytest.mark.parametrize("calls", [0, 7], ids=["at once", "in the timed loop"])
+def test_out_of_memory_ends_a_provider_and_not_the_suite(
+    victim, calls, tmp_path, monkeypatch, capsys
+):
+    loss_of = run.loss_of
+    called = []
+
+    def hungry(form, provider, device):
+        loss = loss_of(form, provider, device)
+        if (form, provider) != ("logits", victim):
+            return loss
+
+        def of_batch(logits, target):
+            if logits.shape[-1] == 70 and logits.device.type == "cpu":
+                called.append(1)
+                if len(called) > calls:
+                    out_of_memory()
+            return loss(logits, target)
+
+        return of_batch
+
+    monkeypatch.setattr(run, "loss_of", hungry)
+    monkeypatch.setattr(run.Run, "_predict", lambda *arguments: None)
+    command = ["run", "--suite", "quick", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
+    assert bench.main([*command, "--provider", "eager", "chunked_ce"]) == 0
+    assert (
+        f"{victim}, logits: not run: out of memory (loss alone, N = 16, V = 70"
+        in capsys.readouterr().out
+    )
+    assert f"{victim}, logits" in (tmp_path / "not_run.txt").read_text()
+    times = {
+        (r["provider"], r["mode"], r["D"], r["V"])
+        for r in rows_of(tmp_path)
+        if r["metric"] == "seconds"
+    }
+    other = "eager" if victim == "chunked_ce" else "chunked_ce"
+    assert (victim, "forward+backward", "", "70") not in times
+    assert (other, "forward+backward", "", "70") in times
+    assert (victim, "forward+backward", "", "300") in times
+    assert (victim, "forward+backward", "8", "70") in times
+
+
+def test_a_batch_or_a_reference_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    command = ["run", "--suite", "quick", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
+    command += ["--provider", "eager", "chunked_ce"]
+    monkeypatch.setattr(run, "reference", lambda form: out_of_memory)
+    assert bench.main(command) == 0
+    assert "not compared with eager in float32: out of memory" in capsys.readouterr().out
+    assert {"eager", "chunked_ce"} == {
+        r["provider"] for r in rows_of(tmp_path) if r["metric"] == "seconds"
+    }
+    monkeypatch.setattr(run, "batch_of", out_of_memory)
+    assert bench.main(command) == 0
+    assert "eager, linear: not run: out of memory" in capsys.readouterr().out
+    assert not any(r["metric"] == "seconds" for r in rows_of(tmp_path))
+
+
+def test_memory_that_cannot_be_measured_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "memory_is_measurable", lambda: True)
+    command = ["run", "--suite", "cpu", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
+    command += ["--provider", "eager"]
+    for error, said in (
+        (BrokenProcessPool("terminated abruptly"), "its process was killed"),
+        (RuntimeError("can't allocate memory: 9 bytes"), "out of memory"),
+    ):
+        monkeypatch.setattr(measure, "in_fresh_process", Mock(side_effect=error))
+        assert bench.main(command) == 0
+        assert f"eager, logits: not run: {said}" in capsys.readouterr().out
+    monkeypatch.setattr(measure, "in_fresh_process", Mock(side_effect=RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        bench.main(command)
 
 
 def table(path, *, device="a device", providers=("eager", "chunked_ce"), columns=records.COLUMNS):
