@@ -4,7 +4,6 @@ python -m bench plot                             redraws every figure from the C
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -108,14 +107,29 @@ def plot(args: argparse.Namespace) -> None:
     files = args.csv or sorted(RUNS.glob("*/results.csv"))
     if not files:
         raise ValueError(f"nothing to draw under {RUNS}: python -m bench run --suite cpu first")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot needs matplotlib: pip install 'chunked-ce[bench]'")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, expected a folder")
+    if args.out and len(files) > 1:
+        raise ValueError(
+            f"--out takes the figures of one CSV, got {len(files)}: name one, or omit it"
+        )
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"plot needs matplotlib: pip install -e '.[bench]' ({error})") from error
     from . import figures
 
     tables = {path: records.read_csv(path) for path in files}  # all read before one is drawn
     for path, rows in tables.items():
-        for picture in figures.draw_all(rows, args.out or path.parent):
-            print(picture)
+        folder = args.out or path.parent
+        picture = None
+        try:
+            for picture in figures.draw_all(rows, folder):
+                print(picture)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written: {error.strerror or error}") from error
+        if picture is None:
+            print(f"{path}: no figure shows its rows")
 
 
 if __name__ == "__main__":

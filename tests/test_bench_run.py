@@ -1,6 +1,7 @@
 """python -m bench run and plot: what they measure, write, draw and refuse."""
 
 import csv
+import itertools
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -301,7 +302,7 @@ def test_figures_say_what_their_axes_are(tmp_path, monkeypatch):
         (["plot"], "python -m bench run --suite cpu first"),
         (["plot", "none.csv"], "none.csv cannot be read: No such file"),
         (["plot", "old.csv"], "old.csv has the columns provider, mode, expected provider, mode, metric"),
-        (["plot", "words.csv"], "no numbers for value, N and V in line 2"),
+        (["plot", "words.csv"], "words.csv has V 'many', expected a positive whole number, in row 2"),
         (["plot", "a_file"], "a_file has the columns (none)"),
     ],
 )  # fmt: skip
@@ -322,6 +323,110 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkey
 
 
 def test_without_matplotlib_plot_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     assert bench.main(["plot", str(table(tmp_path / "r.csv"))]) == 2
-    assert "plot needs matplotlib: pip install 'chunked-ce[bench]'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "plot needs matplotlib: pip install -e '.[bench]'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("dtype", "a/b", "dtype 'a/b', expected a name such as bfloat16, in row 2"),
+        ("dtype", "", "dtype '', expected a name"),
+        ("N", "0", "N '0', expected a positive whole number"),
+        ("N", "9" * 5000, "expected a positive whole number"),
+        ("D", "wide", "D 'wide', expected a positive whole number"),
+        ("V", "1.5", "V '1.5', expected a positive whole number"),
+        ("value", "nan", "value 'nan', expected a number from 0 to 1e30"),
+        ("value", "-1", "value '-1', expected a number"),
+        ("q20", "few", "q20 'few', expected a number"),
+        ("q80", "inf", "q80 'inf', expected a number"),
+        ("device", "one,two", "another number of cells than of columns in row 2"),
+    ],
+)  # fmt: skip
+def test_a_row_that_no_figure_can_show_is_refused(column, value, said, tmp_path, capsys):
+    row = dict.fromkeys(records.COLUMNS, "x") | {
+        "N": "1",
+        "D": "",
+        "V": "9",
+        "value": "1",
+        "q20": "",
+        "q80": "",
+    }
+    lines = (",".join(records.COLUMNS), ",".join((row | {column: value}).values()))
+    (tmp_path / "r.csv").write_text("\n".join(lines) + "\n")
+    assert bench.main(["plot", str(tmp_path / "r.csv")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m bench: ") and error.count("\n") == 1 and said in error
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["header.csv"], "header.csv has a header and no rows"),
+        (["r.csv", "--out", "r.csv"], "--out r.csv is a file, expected a folder"),
+        (["r.csv", "--out", "r.csv/below"], "r.csv/below cannot be written: Not a directory"),
+        (["r.csv", "r.csv", "--out", "figures"], "--out takes the figures of one CSV, got 2"),
+        (["folder"], "folder cannot be read: Is a directory"),
+        (["binary.csv"], "binary.csv is no CSV file"),
+    ],
+)
+def test_a_file_that_plot_cannot_use(arguments, said, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    table(Path("r.csv"))
+    Path("header.csv").write_text(",".join(records.COLUMNS) + "\n")
+    Path("binary.csv").write_bytes(b"\xff\xfe\x00" * 9)
+    Path("folder").mkdir()
+    assert bench.main(["plot", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m bench: ") and error.count("\n") == 1 and said in error
+
+
+def rows_at(**columns):
+    row = dict.fromkeys(records.COLUMNS, "") | {
+        "provider": "eager", "mode": "forward+backward", "metric": "seconds", "dtype": "float32",
+        "device": "a", "N": "16", "D": "64", "V": "1000", "value": "1",
+    }  # fmt: skip
+    sizes = itertools.product(*columns.values())
+    return [
+        row | dict(zip(columns, values, strict=True), value=str(i + 1))
+        for i, values in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("column", ["N", "D", "dtype", "device"])
+def test_a_line_joins_nothing_but_vocabularies(column):
+    other = {
+        "N": ("16", "32"),
+        "D": ("64", "128"),
+        "dtype": ("float32", "float64"),
+        "device": ("a", "b"),
+    }
+    rows = rows_at(**{column: other[column], "V": ("1000", "2000")})
+    lines = list(figures._lines(rows, "seconds", "V", 1.0))
+    assert [[(x, y) for x, y, *_ in line.points] for line in lines] == [
+        [(1000, 1), (2000, 2)],
+        [(1000, 3), (2000, 4)],
+    ]
+    assert [line.label for line in lines] == [
+        f"eager, {column} = {value}" for value in other[column]
+    ]
+    assert lines[0].style != lines[1].style
+
+
+def test_what_was_measured_more_than_once_is_one_point():
+    rows = rows_at(V=("1000",) * 3)
+    (line,) = figures._lines(rows, "seconds", "V", 1.0)
+    assert line == figures.Line("eager", figures.COLORS["eager"], "-", [(1000.0, 2.0, 1.0, 3.0)])
+
+
+def test_every_size_of_hidden_states_and_every_device_has_its_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = rows_at(D=("64", "128"), V=("1000", "2000"), device=("a $1 device", "b"))
+    names = [path.name for path in figures.draw_all(rows, tmp_path)]
+    expected = {f"vocabulary_float32_N16_D{d}{end}.png" for d in (64, 128) for end in ("", "_2")}
+    assert set(names) == expected and len(names) == 4
