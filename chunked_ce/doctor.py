@@ -117,7 +117,7 @@ def _reason(device: torch.device, backend: str) -> str:
         )
     if backend == "triton":
         return "a GPU, and triton is installed"
-    return "triton is not installed; with it (pip install triton) the kernels run"
+    return "triton is not installed; with it (pip install 'chunked-ce[triton]') the kernels run"
 
 
 def _launch_row(device: torch.device) -> str:
