@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--suite", choices=SUITES, required=True, help="cpu: half an hour; gpu: 8 minutes at most")
+    add("--suite", choices=SUITES, required=True,
+        help=", ".join(f"{n}: {_minutes(s)}" for n, s in SUITES.items()))  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: the suite's")
     add("--out", type=Path, metavar="DIR", help=f"default: {RUNS}/SUITE")
     add("--provider", nargs="+", choices=ALL_PROVIDERS, metavar="PROVIDER",
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     env = records.environment(_device_name(device))
     print(f"{env.device}; torch {env.torch}; triton {env.triton or '-'}; commit {env.commit}")
+    print(_minutes(suite) if suite == SUITES[args.suite] else _at_most(suite) + " min", flush=True)
     report, others = records.Report(env), measure.OtherProcesses()
     current = runner.Run(suite, device, report)
     try:
@@ -91,10 +93,21 @@ def _suite(args: argparse.Namespace) -> Suite:
     shapes = (Shape(args.tokens or first.N, args.hidden or first.D, v) for v in vocabularies)
     return suite._replace(
         shapes=tuple(shapes),
+        also=() if args.tokens or args.hidden or args.vocab or args.dtype else suite.also,
         dtypes=tuple(args.dtype or suite.dtypes),
         providers=tuple(args.provider or suite.providers),
         repeats=args.repeats or suite.repeats,
     )
+
+
+def _minutes(suite: Suite) -> str:
+    if suite.device == "cpu":
+        return f"some {suite.minutes:g} min on 2 idle cores, {_at_most(suite)}"
+    return f"some {suite.minutes:g} min, {_at_most(suite)}"
+
+
+def _at_most(suite: Suite) -> str:
+    return f"nothing begun after {suite.budget / 60:.2g}"
 
 
 def _device_name(device: str) -> str:

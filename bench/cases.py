@@ -84,3 +84,14 @@ def fake_batch(case: Case, device: str) -> tuple[Tensor, ...]:
     sizes = ((n, v),) if case.form == LOGITS else ((n, d), (v, d))
     leaves = (torch.empty(size, dtype=case.dtype, device=device) for size in sizes)
     return *leaves, torch.empty(n, dtype=torch.int64, device=device)
+
+
+def weigh(threads: int, provider: str, mode: str, case: Case) -> float:
+    """Bytes at the peak of a step. Run in a process that has done nothing bigger yet."""
+    torch.set_num_threads(threads)
+    loss = loss_of(case.form, provider, "cpu")
+    for rows in (4, 8):  # two sizes, so that torch.compile takes the next one as it is
+        answer(mode, loss, batch_of(case._replace(shape=case.shape._replace(N=rows)), "cpu"))
+    batch = batch_of(case, "cpu")
+    extra, _ = measure.extra_peak_memory(lambda: answer(mode, loss, batch))
+    return extra

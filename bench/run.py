@@ -8,6 +8,7 @@ run on fake tensors, predicted. Whoever cannot run is listed with the reason.
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -19,14 +20,15 @@ from torch import Tensor
 from chunked_ce import planner
 
 from . import linear_providers, measure, providers
-from .cases import Case, answer, batch_of, compare, fake_batch, loss_of, reference, step_of
+from .cases import Case, answer, batch_of, compare, fake_batch, loss_of, reference, step_of, weigh
 from .cpu_sections import BOTH, spread
-from .providers import COMPILED, EAGER, INPLACE, LINEAR, LOGITS, OURS
+from .providers import COMPILED, EAGER, INPLACE, LINEAR, LOGITS, OURS, TORCH
 from .records import Measurement, NotRun, Report, aligned, dtype_name, reason
 from .suites import DTYPES, FULL, FULL_SIZE, OF_FORM, Suite
 from .tensor_bytes import predicted_peak
 
 PREDICTABLE = (EAGER, OURS, INPLACE)  # no operators but torch's plain ones, or our own
+_PROBE, _SLOW = 16, 4  # a step of 1/16 of the tokens; what takes 4 times eager's time is left out
 PREDICTED_DEVICE = "predicted: sm_90"
 
 
@@ -40,10 +42,9 @@ class Run:
         self.deadline = time.perf_counter() + suite.budget
 
     def cases(self) -> Iterator[Case]:
-        for shape in self.suite.shapes:
-            for dtype in self.suite.dtypes:
-                for form in OF_FORM:
-                    yield Case(form, shape, DTYPES[dtype])
+        sizes = [*itertools.product(self.suite.shapes, self.suite.dtypes), *self.suite.also]
+        for (shape, dtype), form in itertools.product(sizes, OF_FORM):
+            yield Case(form, shape, DTYPES[dtype])
 
     def all(self) -> None:
         for case in self.cases():
@@ -122,7 +123,8 @@ class Run:
         """The providers whose answer is eager's, and the seconds of a step that is warm."""
         expected: tuple[Tensor, ...] | None = None
         wanted = self._checkable(case)
-        agreeing, first = [], {}
+        agreeing: list[str] = []
+        first: dict[str, float] = {}
         for provider in self._asked(case.form):
             if why := "out of time" if self._late() else self._why_not(case, provider):
                 self.not_run.say(f"{provider}, {case.form}", why, str(case))
@@ -130,6 +132,9 @@ class Run:
             if wanted:
                 expected, wanted = self._expected(case, batch), False
             try:
+                if why := self._too_slow(case, provider, batch, first.get(EAGER, 0.0)):
+                    self.not_run.say(f"{provider}, {case.form}", why, str(case))
+                    continue
                 first[provider] = self._warm_seconds(case, provider, batch, expected)
                 agreeing.append(provider)
             except Exception as error:
@@ -153,6 +158,19 @@ class Run:
         step = measure.forward_backward(loss, *batch)
         measure.seconds(step, clock=self.clock)
         return measure.seconds(step, clock=self.clock)
+
+    def _too_slow(
+        self, case: Case, provider: str, batch: tuple[Tensor, ...], eager_seconds: float
+    ) -> str:
+        """As a few of the tokens say, so that a suite ends in time; `bench.linear` is patient."""
+        if self.device != "cpu" or provider != TORCH or eager_seconds < 0.1:
+            return ""
+        input, weight, target = batch
+        few = (input[: len(input) // _PROBE], weight, target[: len(target) // _PROBE])
+        step = measure.forward_backward(loss_of(case.form, provider, self.device), *few)
+        measure.seconds(step)
+        times = measure.seconds(step) * _PROBE / eager_seconds
+        return f"some {times:.0f} times eager's time" if times > _SLOW else ""
 
     def _expected(self, case: Case, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """None where it does not fit the memory, and nothing can be compared."""
@@ -275,17 +293,6 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def weigh(threads: int, provider: str, mode: str, case: Case) -> float:
-    """Bytes at the peak of a step. Run in a process that has done nothing bigger yet."""
-    torch.set_num_threads(threads)
-    loss = loss_of(case.form, provider, "cpu")
-    for rows in (4, 8):  # two sizes, so that torch.compile takes the next one as it is
-        answer(mode, loss, batch_of(case._replace(shape=case.shape._replace(N=rows)), "cpu"))
-    batch = batch_of(case, "cpu")
-    extra, _ = measure.extra_peak_memory(lambda: answer(mode, loss, batch))
-    return extra
 
 
 def write(report: Report, not_run: NotRun, folder: Path) -> None:

@@ -15,6 +15,7 @@ from bench import __main__ as bench
 from bench import figures, measure, providers, records, run, suites
 from bench.linear_providers import Shape
 
+RESULTS = Path(bench.__file__).parent / "results/cpu"  # of the README's figure
 TINY = "--tokens 16 --hidden 8 --vocab 70 300 --repeats 2".split()
 OURS = ("eager", "chunked_ce", "chunked_ce inplace_backward")
 
@@ -416,6 +417,62 @@ def test_a_line_joins_nothing_but_vocabularies(column):
         f"eager, {column} = {value}" for value in other[column]
     ]
     assert lines[0].style != lines[1].style
+
+
+def test_the_cpu_suite_says_how_long_and_has_the_figures_rows(tmp_path, monkeypatch, capsys):
+    suite = suites.SUITES["cpu"]
+    assert suite.budget + 2 * 60 <= 12 * 60 and 60 * suite.minutes <= suite.budget
+    cases = list(run.Run(suite, "cpu", records.Report(records.environment("x"))).cases())
+    figure = {
+        (r["N"], r["V"], r["dtype"])
+        for r in rows_of(RESULTS)
+        if not r["device"].startswith("predicted")
+    }
+    assert figure <= {(str(c.shape.N), str(c.shape.V), records.dtype_name(c.dtype)) for c in cases}
+    float32 = {c.shape.V for c in cases if c.dtype == torch.float32}
+    assert float32 == {50257} and cases[-1].dtype == torch.float32  # last, where time runs out
+    monkeypatch.setattr(run.Run, "all", lambda self: None)
+    for arguments, said in (
+        ([], f"some {suite.minutes} min on 2 idle cores, nothing begun after 10"),
+        (["--dtype", "float32"], "nothing begun after 10 min"),
+    ):
+        assert bench.main(["run", "--suite", "cpu", *arguments, "--out", str(tmp_path)]) == 0
+        assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(("slowness", "measured"), [(50.0, False), (1.0, True)])
+def test_what_takes_many_times_eagers_time_is_left_out(
+    slowness, measured, tmp_path, monkeypatch, capsys
+):
+    """As the tokens that it is tried on say."""
+    tokens = 16 * 16
+    monkeypatch.setattr(providers, "why_not", lambda *arguments: "")
+    slow = providers.TORCH
+    losses = {
+        "eager": providers.loss_of("linear", "eager"),
+        slow: providers.loss_of("linear", "eager"),
+    }
+    monkeypatch.setattr(run, "loss_of", lambda form, provider, device: losses[provider])
+    seconds = measure.seconds
+
+    def clock(step, *arguments, **options):
+        """Of eager 0.2 s; of a sixteenth of the tokens that many times a sixteenth."""
+        few = "few" in sys._getframe(1).f_locals
+        seconds(step)
+        return 0.2 * slowness / 16 if few else 0.2
+
+    monkeypatch.setattr(measure, "seconds", clock)
+    monkeypatch.setattr(run.Run, "_predict", lambda *arguments: None)
+    command = f"run --suite quick --tokens {tokens} --hidden 8 --vocab 70 --repeats 2 --dtype float32".split()
+    monkeypatch.setitem(suites.OF_FORM, "logits", ())
+    monkeypatch.setitem(suites.OF_FORM, "full", ())
+    assert bench.main([*command, "--provider", "eager", slow, "--out", str(tmp_path)]) == 0
+    assert (
+        (slow, "forward") in {(r["provider"], r["mode"]) for r in rows_of(tmp_path)}
+    ) is measured
+    assert (
+        f"{slow}, linear: not run: some 50 times eager's time" in capsys.readouterr().out
+    ) is not measured
 
 
 def test_what_was_measured_more_than_once_is_one_point():
