@@ -38,7 +38,7 @@ def examine(*, inductor: bool = False) -> Iterator[Finding]:
     """Everything, as it is found out; seconds on a CPU, and what the kernels' compiling takes.
 
     Args:
-        inductor: also checks backend="inductor", which compiles C++ for a minute.
+        inductor: also checks backend="inductor", which compiles for minutes.
     """
     yield from _versions()
     for device in _devices():
@@ -156,6 +156,8 @@ def _backends(device: torch.device, inductor: bool) -> list[str]:
 def _operators(device: torch.device, backend: str) -> Iterator[Finding]:
     section = f"operators, {device}, {backend}"
     for name, check in checks_of(device, backend).items():
+        if backend == "inductor":
+            torch.compiler.reset()  # past a limit of recompilations it would run uncompiled
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{name}, {str(dtype).removeprefix('torch.')}"
             yield _attempt(section, what, lambda c=check, d=dtype: c(device, backend, d))  # type: ignore[misc]

@@ -152,6 +152,19 @@ def test_a_broken_triton_is_said(content, said, tmp_path):
     assert printed.count(": ok, off by ") == 2 * len(self_check.CHECKS)
 
 
+def test_every_check_of_inductor_starts_afresh(monkeypatch):
+    """Else torch stops compiling after some recompilations, and the rest is checked uncompiled."""
+    resets, seen = [], []
+    checks = {
+        "a": lambda *_: seen.append(len(resets)) or "ok",
+        "b": lambda *_: seen.append(len(resets)) or "ok",
+    }
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(doctor, "checks_of", lambda device, backend: checks)
+    assert all(f.ok for f in doctor._operators(CPU, "inductor")) and seen == [1, 1, 2, 2]
+    assert all(f.ok for f in doctor._operators(CPU, "torch")) and len(resets) == 2
+
+
 def test_a_package_without_metadata_is_no_traceback(monkeypatch):
     def version(package):
         raise KeyError("Version")

@@ -17,7 +17,7 @@ def add_command(subparsers: Any) -> None:
         "wrong. Paste the output into a bug report.",
     )
     parser.add_argument(
-        "--inductor", action="store_true", help="checks backend='inductor' too, which compiles"
+        "--inductor", action="store_true", help="checks backend='inductor' too: minutes"
     )
     parser.set_defaults(run=run)
 
