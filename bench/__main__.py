@@ -4,7 +4,6 @@ python -m bench plot                             redraws every figure from the C
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -36,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--suite", choices=SUITES, required=True, help="cpu: half an hour; gpu: 8 minutes at most")
+    add("--suite", choices=SUITES, required=True,
+        help=", ".join(f"{n}: {_minutes(s)}" for n, s in SUITES.items()))  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: the suite's")
     add("--out", type=Path, metavar="DIR", help=f"default: {RUNS}/SUITE")
     add("--provider", nargs="+", choices=ALL_PROVIDERS, metavar="PROVIDER",
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     env = records.environment(_device_name(device))
     print(f"{env.device}; torch {env.torch}; triton {env.triton or '-'}; commit {env.commit}")
+    print(_minutes(suite) if suite == SUITES[args.suite] else _at_most(suite) + " min", flush=True)
     report, others = records.Report(env), measure.OtherProcesses()
     current = runner.Run(suite, device, report)
     try:
@@ -92,10 +93,21 @@ def _suite(args: argparse.Namespace) -> Suite:
     shapes = (Shape(args.tokens or first.N, args.hidden or first.D, v) for v in vocabularies)
     return suite._replace(
         shapes=tuple(shapes),
+        also=() if args.tokens or args.hidden or args.vocab or args.dtype else suite.also,
         dtypes=tuple(args.dtype or suite.dtypes),
         providers=tuple(args.provider or suite.providers),
         repeats=args.repeats or suite.repeats,
     )
+
+
+def _minutes(suite: Suite) -> str:
+    if suite.device == "cpu":
+        return f"some {suite.minutes:g} min on 2 idle cores, {_at_most(suite)}"
+    return f"some {suite.minutes:g} min, {_at_most(suite)}"
+
+
+def _at_most(suite: Suite) -> str:
+    return f"nothing begun after {suite.budget / 60:.2g}"
 
 
 def _device_name(device: str) -> str:
@@ -108,14 +120,29 @@ def plot(args: argparse.Namespace) -> None:
     files = args.csv or sorted(RUNS.glob("*/results.csv"))
     if not files:
         raise ValueError(f"nothing to draw under {RUNS}: python -m bench run --suite cpu first")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot needs matplotlib: pip install 'chunked-ce[bench]'")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, expected a folder")
+    if args.out and len(files) > 1:
+        raise ValueError(
+            f"--out takes the figures of one CSV, got {len(files)}: name one, or omit it"
+        )
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"plot needs matplotlib: pip install -e '.[bench]' ({error})") from error
     from . import figures
 
     tables = {path: records.read_csv(path) for path in files}  # all read before one is drawn
     for path, rows in tables.items():
-        for picture in figures.draw_all(rows, args.out or path.parent):
-            print(picture)
+        folder = args.out or path.parent
+        picture = None
+        try:
+            for picture in figures.draw_all(rows, folder):
+                print(picture)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written: {error.strerror or error}") from error
+        if picture is None:
+            print(f"{path}: no figure shows its rows")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from .providers import COMPILED, CUT, EAGER, FLASH, INDUCTOR, INPLACE, LIGER, OURS, QUACK, TORCH
@@ -26,22 +28,31 @@ class Line(NamedTuple):
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
-    """The pictures of one CSV; one for each device, dtype and N that it holds."""
+    """The pictures of one CSV; one for each device, dtype, N and D that it holds."""
     folder.mkdir(parents=True, exist_ok=True)
+    names: Counter[str] = Counter()
     for device, dtype, n in _distinct(rows, "device", "dtype", "N"):
         here = [r for r in rows if (r["device"], r["dtype"], r["N"]) == (device, dtype, n)]
-        predicted = device.startswith("predicted")
-        name = f"{dtype}_N{n}" + ("_predicted" if predicted else "")
-        of_head = [r for r in here if r["D"] and r["mode"] in (BOTH, "full")]
-        if of_head:
-            title = f"head and loss, {BOTH}: N = {n}, D = {of_head[0]['D']}, {dtype}\n{device}"
-            yield _vocabulary(of_head, title, folder / f"vocabulary_{name}.png")
+        end = "_predicted" if device.startswith("predicted") else ""
+        heads = [r for r in here if r["D"] and r["mode"] in (BOTH, "full")]
+        sizes = [d for (d,) in _distinct(heads, "D")]
+        for d in sizes:
+            of_head = [r for r in heads if r["D"] == d]
+            name = f"vocabulary_{dtype}_N{n}{f'_D{d}' if len(sizes) > 1 else ''}{end}"
+            title = f"head and loss, {BOTH}: N = {n}, D = {d}, {dtype}\n{device}"
+            yield _vocabulary(of_head, title, folder / _new(name, names))
         of_logits = [r for r in here if not r["D"] and r["metric"] == "seconds"]
         if of_logits:
             title = f"the loss alone, from logits: N = {n}, {dtype}\n{device}"
-            yield _logits(of_logits, title, folder / f"logits_{name}.png")
+            yield _logits(of_logits, title, folder / _new(f"logits_{dtype}_N{n}{end}", names))
     if compared := list(_predicted_and_measured(rows)):
         yield _scatter(compared, folder / "memory_predicted_and_measured.png")
+
+
+def _new(name: str, names: Counter[str]) -> str:
+    """Of another device the same name would be taken."""
+    names[name] += 1
+    return f"{name}.png" if names[name] == 1 else f"{name}_{names[name]}.png"
 
 
 def _vocabulary(rows: Sequence[Row], title: str, path: Path) -> Path:
@@ -95,7 +106,7 @@ def _predicted_and_measured(rows: Iterable[Row]) -> Iterator[tuple[str, float, f
         key = tuple(r[c] for c in ("provider", "mode", "N", "D", "V", "dtype", "device"))
         found.setdefault(key, {})[r["metric"]] = float(r["value"])
     for (provider, *_), of in found.items():
-        if PEAK in of and PREDICTED in of:
+        if of.get(PEAK) and of.get(PREDICTED):
             yield provider, of[PREDICTED] / 2**30, of[PEAK] / 2**30
 
 
@@ -104,7 +115,9 @@ def _scatter(compared: Sequence[tuple[str, float, float]], path: Path) -> Path:
     for provider in dict.fromkeys(p for p, _, _ in compared):
         of = [(x, y) for p, x, y in compared if p == provider]
         x, y = zip(*of, strict=True)
-        ax.scatter(x, y, s=22, color=COLORS.get(provider, "black"), label=provider, zorder=3)
+        ax.scatter(
+            x, y, s=22, color=COLORS.get(provider, "black"), label=_plain(provider), zorder=3
+        )
     ends = [
         min(min(x, y) for _, x, y in compared) / 1.3,
         max(max(x, y) for _, x, y in compared) * 1.3,
@@ -120,35 +133,51 @@ def _distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
 
 
 def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Line]:
+    """A line joins what differs in `x` alone; its label says what else there is of others."""
     rows = [r for r in rows if r["metric"] == metric]
-    for provider, mode in _distinct(rows, "provider", "mode"):
-        points = sorted(
-            (
-                float(r[x]),
-                float(r["value"]) / unit,
-                float(r["q20"] or r["value"]) / unit,
-                float(r["q80"] or r["value"]) / unit,
-            )
-            for r in rows
-            if (r["provider"], r["mode"]) == (provider, mode)
-        )
+    fixed = [c for c in ("N", "D", "V", "dtype", "device") if c != x]
+    differing = [c for c in fixed if len(_distinct(rows, c)) > 1]
+    others = _distinct(rows, *differing)
+    for provider, mode, *of in _distinct(rows, "provider", "mode", *differing):
+        key = (provider, mode, *of)
+        own = [r for r in rows if (r["provider"], r["mode"], *(r[c] for c in differing)) == key]
+        points = [_point([r for r in own if r[x] == at], x, unit) for (at,) in _distinct(own, x)]
         behind_head = mode == "full"
         label = f"{provider}, from logits" if behind_head else provider
-        yield Line(label, COLORS.get(provider, "black"), ":" if behind_head else "-", points)
+        label += "".join(f", {c} = {v}" for c, v in zip(differing, of, strict=True))
+        style = ":" if behind_head else ("-", "--", "-.")[others.index(tuple(of)) % 3]
+        yield Line(label, COLORS.get(provider, "black"), style, sorted(points))
+
+
+def _point(rows: Sequence[Row], x: str, unit: float) -> Point:
+    """Measured more than once, it is the median, within the widest of the spreads."""
+    return (
+        float(rows[0][x]),
+        median(float(r["value"]) for r in rows) / unit,
+        min(float(r["q20"] or r["value"]) for r in rows) / unit,
+        max(float(r["q80"] or r["value"]) for r in rows) / unit,
+    )
 
 
 def _figure(panels: int, title: str) -> tuple[Any, Sequence[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * panels + 0.6, 4.8), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(_plain(title), fontsize="medium")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     return figure, list(axes)
 
 
+def _plain(text: str) -> str:
+    """No formula."""
+    return text.replace("$", r"\$")
+
+
 def _plot(ax: Any, line: Line) -> None:
     x, value, low, high = zip(*line.points, strict=True)
-    ax.plot(x, value, line.style, marker="o", markersize=4, color=line.color, label=line.label)
+    ax.plot(
+        x, value, line.style, marker="o", markersize=4, color=line.color, label=_plain(line.label)
+    )
     ax.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
 
 

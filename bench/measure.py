@@ -151,6 +151,15 @@ def memory_is_measurable() -> bool:
     return Path("/proc/self/status").exists()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the CPU's allocator."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("can't allocate memory", "not enough memory")
+    )
+
+
 def extra_peak_memory(run: Callable[[], Result]) -> tuple[int, Result]:
     """Bytes by which the process's peak during `run` exceeds what it held before; run's result.
 

@@ -139,7 +139,7 @@ def reason(error: Exception) -> str:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that `Report.write_csv` wrote; ValueError where it is another's."""
+    """The rows of a file that `Report.write_csv` wrote; ValueError where no figure can show it."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -153,12 +153,40 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             f"{path} has the columns {', '.join(columns) or '(none)'}, expected "
             f"{', '.join(COLUMNS)}: measure again with this version"
         )
+    if not rows:
+        raise ValueError(f"{path} has a header and no rows: measure again")
     for line, row in enumerate(rows, start=2):
-        try:
-            float(row["value"]), int(row["N"]), int(row["V"])
-        except (TypeError, ValueError):
-            raise ValueError(f"{path} has no numbers for value, N and V in line {line}") from None
+        if wrong := _wrong(row):
+            raise ValueError(f"{path} has {wrong} in row {line}: measure again with this version")
     return rows
+
+
+_SIZES = {"N": False, "V": False, "D": True}  # may it be empty?
+_FLOATS = {"value": False, "q20": True, "q80": True}
+
+
+def _wrong(row: dict[str, str]) -> str:
+    """Of a row read from a file, what a figure could not show; empty where nothing is."""
+    if None in row or None in row.values():
+        return "another number of cells than of columns"
+    for column, may_be_empty in _SIZES.items():
+        text = row[column]
+        is_size = text.isdecimal() and len(text) < 19 and int(text) > 0
+        if not is_size and not (may_be_empty and not text):
+            return f"{column} {text!r}, expected a positive whole number,"
+    for column, may_be_empty in _FLOATS.items():
+        if not _is_measured(row[column]) and not (may_be_empty and not row[column]):
+            return f"{column} {row[column]!r}, expected a number from 0 to 1e30,"
+    if not row["dtype"].isidentifier():  # it names a file
+        return f"dtype {row['dtype']!r}, expected a name such as bfloat16,"
+    return ""
+
+
+def _is_measured(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1e30  # nor NaN
+    except ValueError:
+        return False
 
 
 def environment(device: str) -> Environment:

@@ -7,71 +7,35 @@ run on fake tensors, predicted. Whoever cannot run is listed with the reason.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import planner
 
-from . import cpu_sections, linear_providers, measure, providers
-from .cpu_sections import BOTH, FORWARD, spread
-from .linear_providers import TOLERANCE, Shape, demand
-from .providers import COMPILED, EAGER, INPLACE, LINEAR, LOGITS, OURS, Loss
+from . import linear_providers, measure, providers
+from .cases import Case, answer, batch_of, compare, fake_batch, loss_of, reference, step_of, weigh
+from .cpu_sections import BOTH, spread
+from .providers import COMPILED, EAGER, INPLACE, LINEAR, LOGITS, OURS, TORCH
 from .records import Measurement, NotRun, Report, aligned, dtype_name, reason
 from .suites import DTYPES, FULL, FULL_SIZE, OF_FORM, Suite
 from .tensor_bytes import predicted_peak
 
 PREDICTABLE = (EAGER, OURS, INPLACE)  # no operators but torch's plain ones, or our own
+# So that a suite ends in time, what takes more than 4 times eager's is left out, and 0.1 s:
+# F.linear_cross_entropy in bfloat16, which `bench.linear` measures.
+_SLOW, _SHORT = 4, 0.1
 PREDICTED_DEVICE = "predicted: sm_90"
 
 
-class Case(NamedTuple):
-    form: str
-    shape: Shape
-    dtype: torch.dtype
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return (FULL,) if self.form == FULL else (FORWARD, BOTH)
-
-    def __str__(self) -> str:
-        shape = self.shape if self.form != LOGITS else f"N = {self.shape.N}, V = {self.shape.V}"
-        what = {LINEAR: "head and loss in one", FULL: "head, then loss", LOGITS: "loss alone"}
-        return f"{what[self.form]}, {shape}, {dtype_name(self.dtype)}"
-
-
-def loss_of(form: str, provider: str, device: str) -> Loss:
-    if form == FULL:
-        return providers.behind_its_head(providers.loss_of(LOGITS, provider, device))
-    return providers.loss_of(form, provider, device)
-
-
-def batch_of(case: Case, device: str) -> tuple[Tensor, ...]:
-    """Leaves, and targets."""
-    n, _, v = case.shape
-    if case.form == LOGITS:
-        return cpu_sections.batch(n, v, case.dtype, device)
-    return linear_providers.batch_of(case.shape, case.dtype, device)
-
-
-def step_of(mode: str) -> Callable[..., measure.Step]:
-    return measure.forward if mode == FORWARD else measure.forward_backward
-
-
-def answer(mode: str, loss: Loss, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The loss and, unless of forward alone, the gradients of the leaves."""
-    if mode == FORWARD:
-        with torch.no_grad():
-            return (loss(*batch),)
-    *leaves, target = batch
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    value = loss(*leaves, target)
-    return value.detach(), *torch.autograd.grad(value, leaves)
+class _TooSlow(Exception):
+    pass
 
 
 class Run:
@@ -84,10 +48,9 @@ class Run:
         self.deadline = time.perf_counter() + suite.budget
 
     def cases(self) -> Iterator[Case]:
-        for shape in self.suite.shapes:
-            for dtype in self.suite.dtypes:
-                for form in OF_FORM:
-                    yield Case(form, shape, DTYPES[dtype])
+        sizes = [*itertools.product(self.suite.shapes, self.suite.dtypes), *self.suite.also]
+        for (shape, dtype), form in itertools.product(sizes, OF_FORM):
+            yield Case(form, shape, DTYPES[dtype])
 
     def all(self) -> None:
         for case in self.cases():
@@ -110,53 +73,126 @@ class Run:
     # Time
 
     def _time(self, case: Case) -> None:
-        batch = batch_of(case, self.device)
+        try:
+            batch = batch_of(case, self.device)
+        except Exception as error:
+            self._all_failed(case, error)
+            return
         torch.compiler.reset()  # every size and dtype gets code of its own
         agreeing, first = self._checked(case, batch)
         rows = []
         for mode in case.modes:
-            steps = {p: step_of(mode)(loss_of(case.form, p, self.device), *batch) for p in agreeing}
-            if not steps or self._late():
+            if not agreeing or self._late():
                 continue
             round_seconds = sum(first[p] for p in agreeing) * len(case.modes)
             rounds = max(
                 3, min(self.suite.repeats, int(self.suite.seconds_per_case / round_seconds))
             )
-            times = measure.interleaved(steps, rounds, clock=self.clock)
-            for provider, taken in times.items():
+            for provider, taken in self._interleaved(case, mode, agreeing, batch, rounds).items():
                 self._add(case, provider, mode, "seconds", *taken)
                 rows.append((provider, mode, spread(taken, 1e-3)))
-            if self.device == "cuda":
-                self._weigh_on_gpu(case, mode, steps)
         if rows:
             self.report.table([("provider", "mode", "ms"), *rows], labels=2)
+
+    def _interleaved(
+        self, case: Case, mode: str, agreeing: list[str], batch: tuple[Tensor, ...], rounds: int
+    ) -> dict[str, measure.Quantiles]:
+        """Who runs out of memory is taken out of `agreeing`, and the others start again."""
+        while agreeing:
+            at_work = agreeing[0]
+
+            def watched(provider: str) -> measure.Step:
+                step = step_of(mode)(loss_of(case.form, provider, self.device), *batch)
+
+                def run() -> None:
+                    nonlocal at_work
+                    at_work = provider
+                    step.run()
+
+                return measure.Step(run, step.reset)
+
+            steps = {p: watched(p) for p in agreeing}
+            try:
+                times = measure.interleaved(steps, rounds, clock=self.clock)
+            except Exception as error:
+                self._failed(case, at_work, error)
+                agreeing.remove(at_work)
+            else:
+                if self.device == "cuda":
+                    self._weigh_on_gpu(case, mode, steps)
+                return times
+            del steps
+            _release()
+        return {}
 
     def _checked(self, case: Case, batch: tuple[Tensor, ...]) -> tuple[list[str], dict[str, float]]:
         """The providers whose answer is eager's, and the seconds of a step that is warm."""
         expected: tuple[Tensor, ...] | None = None
-        agreeing, first = [], {}
+        wanted = self._checkable(case)
+        agreeing: list[str] = []
+        first: dict[str, float] = {}
         for provider in self._asked(case.form):
-            why = "out of time" if self._late() else self._why_not(case, provider)
-            try:
-                if not why:
-                    loss = loss_of(case.form, provider, self.device)
-                    if expected is None and self._checkable(case):
-                        expected = answer(BOTH, _reference(case.form), batch)
-                    got = answer(BOTH, loss, batch)
-                    if expected is not None and provider != EAGER:
-                        compare(provider, got, expected)
-                    del got
-                    step = measure.forward_backward(loss, *batch)
-                    measure.seconds(step, clock=self.clock)
-                    first[provider] = measure.seconds(step, clock=self.clock)
-                    agreeing.append(provider)
-            except Exception as error:  # whatever another's code raises, the rest is measured
-                if provider in (EAGER, OURS, INPLACE):
-                    raise
-                why = reason(error)
-            if why:
+            if why := "out of time" if self._late() else self._why_not(case, provider):
                 self.not_run.say(f"{provider}, {case.form}", why, str(case))
+                continue
+            if wanted:
+                expected, wanted = self._expected(case, batch), False
+            try:
+                first[provider] = self._warm_seconds(
+                    case, provider, batch, expected, first.get(EAGER, 0.0)
+                )
+                agreeing.append(provider)
+            except Exception as error:
+                self._failed(case, provider, error)
+                _release()
         return agreeing, first
+
+    def _warm_seconds(
+        self, case: Case, provider: str, batch: tuple[Tensor, ...],
+        expected: tuple[Tensor, ...] | None, eager_seconds: float,
+    ) -> float:  # fmt: skip
+        """Of a step, once its answer has been compared."""
+        loss = loss_of(case.form, provider, self.device)
+        start = time.perf_counter()
+        got = answer(BOTH, loss, batch)
+        times_eager = (time.perf_counter() - start) / max(eager_seconds, _SHORT)
+        if expected is not None and provider != EAGER:
+            compare(provider, got, expected)
+        if self.device == "cpu" and provider == TORCH and times_eager > _SLOW:
+            raise _TooSlow(f"some {times_eager:.0f} times eager's time")
+        del got
+        step = measure.forward_backward(loss, *batch)
+        measure.seconds(step, clock=self.clock)
+        return measure.seconds(step, clock=self.clock)
+
+    def _expected(self, case: Case, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """None where it does not fit the memory, and nothing can be compared."""
+        try:
+            return answer(BOTH, reference(case.form), batch)
+        except Exception as error:
+            if not measure.is_out_of_memory(error):
+                raise
+            print(f"not compared with eager in float32: out of memory ({case})", flush=True)
+        _release()
+        return None
+
+    def _failed(self, case: Case, provider: str, error: Exception) -> None:
+        """The rest is measured, whatever another's code raises; eager and ours may lack memory."""
+        if measure.is_out_of_memory(error):
+            why = "out of memory"
+        elif isinstance(error, BrokenProcessPool):
+            why = "its process was killed, perhaps for want of memory"
+        elif isinstance(error, _TooSlow):
+            why = str(error)
+        elif provider in (EAGER, OURS, INPLACE):
+            raise error
+        else:
+            why = reason(error)
+        self.not_run.say(f"{provider}, {case.form}", why, str(case))
+
+    def _all_failed(self, case: Case, error: Exception) -> None:
+        for provider in self._asked(case.form):
+            self._failed(case, provider, error)
 
     def _checkable(self, case: Case) -> bool:
         return linear_providers.checkable(case.shape, self.device)
@@ -170,26 +206,27 @@ class Run:
 
     def _weigh_on_gpu(self, case: Case, mode: str, steps: dict[str, measure.Step]) -> None:
         for provider, step in steps.items():
-            extra, _ = measure.extra_peak_cuda_memory(step.run)
+            try:
+                extra, _ = measure.extra_peak_cuda_memory(step.run)
+            except Exception as error:
+                self._failed(case, provider, error)
+            else:
+                self._add(case, provider, mode, "peak_extra_bytes", extra)
             step.reset()
-            self._add(case, provider, mode, "peak_extra_bytes", extra)
 
     def _weigh_in_processes(self, case: Case) -> None:
         mode = case.modes[-1]  # the larger
         for provider in self._asked(case.form):
-            why = "out of time" if self._late() else self._why_not(case, provider)
-            if not why:
-                try:
-                    threads = torch.get_num_threads()
-                    extra = measure.in_fresh_process(weigh, threads, provider, mode, case)
-                except Exception as error:
-                    if provider in (EAGER, OURS, INPLACE):
-                        raise
-                    why = reason(error)
-                else:
-                    self._add(case, provider, mode, "peak_extra_bytes", extra)
-            if why:
+            if why := "out of time" if self._late() else self._why_not(case, provider):
                 self.not_run.say(f"{provider}, {case.form}", why, str(case))
+                continue
+            try:
+                threads = torch.get_num_threads()
+                extra = measure.in_fresh_process(weigh, threads, provider, mode, case)
+            except Exception as error:
+                self._failed(case, provider, error)
+            else:
+                self._add(case, provider, mode, "peak_extra_bytes", extra)
 
     def _predict(
         self, case: Case, provider: str, mode: str, fake: str, device: str | None = None
@@ -205,7 +242,7 @@ class Run:
         ):
             return
         loss = loss_of(case.form, provider, "cpu")
-        peak = predicted_peak(lambda: _fake_batch(case, fake), lambda *b: answer(mode, loss, b))
+        peak = predicted_peak(lambda: fake_batch(case, fake), lambda *b: answer(mode, loss, b))
         self._add(case, provider, mode, metric, peak, device=device)
 
     def _full_size(self) -> None:
@@ -246,40 +283,11 @@ class Run:
         )  # fmt: skip
 
 
-def compare(provider: str, got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Ours to rounding; others may round losses to the logits' dtype, and add up in it."""
-    ours = provider.startswith(OURS)
-    half = got[-1].dtype != torch.float32
-    demand(provider, "loss", got[0], expected[0], 1e-5 if ours or not half else 2**-5)
-    tolerance = TOLERANCE[got[-1].dtype] * (1 if ours else 4)
-    for i, (one, right) in enumerate(zip(got[1:], expected[1:], strict=True)):
-        what = "gradient" if len(got) == 2 else ("input's gradient", "weight's gradient")[i]
-        demand(provider, what, one, right, tolerance)
-
-
-def _reference(form: str) -> Loss:
-    """Eager's, from the logits on in fp32."""
-    if form == LOGITS:
-        return lambda logits, target: F.cross_entropy(logits.float(), target)
-    return lambda x, w, target: F.cross_entropy(F.linear(x, w).float(), target)
-
-
-def _fake_batch(case: Case, device: str) -> tuple[Tensor, ...]:
-    n, d, v = case.shape
-    sizes = ((n, v),) if case.form == LOGITS else ((n, d), (v, d))
-    leaves = (torch.empty(size, dtype=case.dtype, device=device) for size in sizes)
-    return *leaves, torch.empty(n, dtype=torch.int64, device=device)
-
-
-def weigh(threads: int, provider: str, mode: str, case: Case) -> float:
-    """Bytes at the peak of a step. Run in a process that has done nothing bigger yet."""
-    torch.set_num_threads(threads)
-    loss = loss_of(case.form, provider, "cpu")
-    for rows in (4, 8):  # two sizes, so that torch.compile takes the next one as it is
-        answer(mode, loss, batch_of(case._replace(shape=case.shape._replace(N=rows)), "cpu"))
-    batch = batch_of(case, "cpu")
-    extra, _ = measure.extra_peak_memory(lambda: answer(mode, loss, batch))
-    return extra
+def _release() -> None:
+    """After a failure, whose traceback has held tensors."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def write(report: Report, not_run: NotRun, folder: Path) -> None:

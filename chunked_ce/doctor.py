@@ -1,4 +1,4 @@
-"""What this machine has, which backend will run here and why, and whether its operators are right.
+"""What this machine has, which backend will run here and why, and whether its functions are right.
 
 For `chunked-ce doctor`, whose output goes into a bug report.
 """
@@ -10,13 +10,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import clusters, functional, gpu
 from .functional import choose_backend
-from .self_check import CHECKS
+from .self_check import checks_of
 
 _PACKAGES = ("chunked-ce", "torch", "triton", "transformers", "numpy")
 _VARIABLES = (
@@ -38,7 +38,7 @@ def examine(*, inductor: bool = False) -> Iterator[Finding]:
     """Everything, as it is found out; seconds on a CPU, and what the kernels' compiling takes.
 
     Args:
-        inductor: also checks backend="inductor", which compiles C++ for a minute.
+        inductor: also checks backend="inductor", which compiles for minutes.
     """
     yield from _versions()
     for device in _devices():
@@ -50,18 +50,34 @@ def examine(*, inductor: bool = False) -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     for package in _PACKAGES:
-        try:
-            found = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found = "not installed"
-        yield Finding("versions", package, found)
+        yield Finding("versions", package, _version(package))
+    if functional._TRITON_INSTALLED:
+        yield _attempt("versions", "kernels", _import_kernels)
     yield Finding("versions", "python", platform.python_version())
     yield Finding("versions", "system", f"{platform.system()} {platform.machine()}")
     built_for = torch.version.cuda or torch.version.hip
     yield Finding("versions", "torch built for", f"GPU runtime {built_for}" if built_for else "CPU")
     for name in _VARIABLES:
         if name in os.environ:
-            yield Finding("versions", name, os.environ[name])
+            hidden = name == "CUDA_VISIBLE_DEVICES" and not os.environ[name].strip()
+            yield Finding(
+                "versions", name, "empty: no GPU is visible" if hidden else os.environ[name]
+            )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package) or "unknown"
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    except Exception as error:  # whatever broken metadata raise
+        return f"unknown ({type(error).__name__})"
+
+
+def _import_kernels() -> str:
+    from . import backend_triton  # noqa: F401
+
+    return "can be imported"
 
 
 def _devices() -> list[torch.device]:
@@ -80,19 +96,24 @@ def _device(device: torch.device) -> Iterator[Finding]:
     if device.type == "cpu":
         yield Finding(section, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
         return
-    properties = torch.get_device_module(device).get_device_properties(device)
-    yield Finding(section, "name", properties.name)
-    yield Finding(section, "memory", f"{properties.total_memory / 2**30:.1f} GiB")
-    yield Finding(section, "processors", str(gpu.processors(device)))
+    yield _attempt(section, "name", lambda: str(_properties(device).name))
+    yield _attempt(section, "memory", lambda: f"{_properties(device).total_memory / 2**30:.1f} GiB")
+    yield _attempt(section, "processors", lambda: str(gpu.processors(device)))
     if backend == "triton":
         yield _attempt(section, "launch table", lambda: _launch_row(device))
         yield _attempt(section, "clusters of CTAs", lambda: _clusters(device))
 
 
+def _properties(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_device_properties(device)
+
+
 def _reason(device: torch.device, backend: str) -> str:
     if device.type == "cpu":
         return "the kernels need a GPU" + (
-            ", or backend='triton' now that they are interpreted" if functional._INTERPRETED else ""
+            ", or backend='triton' now that they are interpreted"
+            if functional._INTERPRETED and functional._TRITON_INSTALLED
+            else ""
         )
     if backend == "triton":
         return "a GPU, and triton is installed"
@@ -134,7 +155,9 @@ def _backends(device: torch.device, inductor: bool) -> list[str]:
 
 def _operators(device: torch.device, backend: str) -> Iterator[Finding]:
     section = f"operators, {device}, {backend}"
-    for name, check in CHECKS.items():
+    for name, check in checks_of(device, backend).items():
+        if backend == "inductor":
+            torch.compiler.reset()  # past a limit of recompilations it would run uncompiled
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{name}, {str(dtype).removeprefix('torch.')}"
             yield _attempt(section, what, lambda c=check, d=dtype: c(device, backend, d))  # type: ignore[misc]

@@ -85,11 +85,14 @@ def plan(
         An estimate for eager, compiled and this library's ways, in that order.
 
     Raises:
-        TypeError, ValueError: a size that is not a positive int, an unknown device.
+        TypeError, ValueError: a size that is not a positive int, an unknown device,
+            a softcap or logit scale that is none.
     """
     checks.plan_sizes(vocab_size=head.vocab_size, hidden_size=head.hidden_size, tokens=tokens)
     checks.plan_device(device)
     checks.plan_dtype(head.dtype)
+    checks.softcap(head.softcap)
+    checks.logit_scale(head.logit_scale)
     if memory is not None:
         checks.plan_sizes(memory=memory)
     return [
@@ -119,26 +122,38 @@ def best(estimates: list[Estimate]) -> Estimate:
     return next((e for e in close if e.name == "linear_cross_entropy"), close[0])
 
 
-def head_of_config(config: Mapping[str, Any] | str | Path) -> HeadShape:
+def head_of_config(
+    config: Mapping[str, Any] | str | Path,
+    *,
+    vocab_size: int | None = None,
+    hidden_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> HeadShape:
     """The head of a Hugging Face config: its dict, its JSON file, or the folder that holds one.
 
+    Args:
+        config: read for the softcap and the logit scale, and for what is not given:
+        vocab_size, hidden_size, dtype: stand for the config's, which then need not be right.
+
     Raises:
-        ValueError: no such file, no JSON, no vocabulary or hidden size in it.
+        TypeError, ValueError: no such file, no JSON; no vocabulary or hidden size in it, or
+            a value that is none.
     """
     if not isinstance(config, Mapping):
         config = _read(Path(config))
     nested = config.get("text_config")
     text = {**config, **nested} if isinstance(nested, Mapping) else config
-    scale = text.get("logit_scale") or 1.0
-    if divisor := text.get("logits_scaling"):  # Granite's
-        scale /= divisor
-    return HeadShape(
-        checks.config_size(text, "vocabulary size", ("vocab_size",)),
-        checks.config_size(text, "hidden size", ("hidden_size", "n_embd", "d_model", "dim")),
-        checks.config_dtype(text.get("dtype") or text.get("torch_dtype")),
-        text.get("final_logit_softcapping"),
-        scale,
-    )
+    if vocab_size is None:
+        vocab_size = checks.config_size(text, "vocabulary size", ("vocab_size",))
+    if hidden_size is None:
+        keys = ("hidden_size", "n_embd", "d_model", "dim")
+        hidden_size = checks.config_size(text, "hidden size", keys)
+    if dtype is None:
+        dtype = checks.config_dtype(text.get("dtype") or text.get("torch_dtype"))
+    softcap = checks.config_factor(text, "final_logit_softcapping")
+    scale = checks.config_factor(text, "logit_scale") or 1.0
+    divisor = checks.config_factor(text, "logits_scaling") or 1.0  # Granite's
+    return HeadShape(vocab_size, hidden_size, dtype, softcap, scale / divisor)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -191,7 +206,7 @@ def _ways(head: HeadShape) -> Iterator[_Way]:
 
 def _head_options(head: HeadShape) -> str:
     softcap = "" if head.softcap is None else f", softcap={head.softcap}"
-    return softcap + ("" if head.logit_scale == 1.0 else f", logit_scale={head.logit_scale:g}")
+    return softcap + ("" if head.logit_scale == 1.0 else f", logit_scale={head.logit_scale}")
 
 
 def _sizes(head: HeadShape, tokens: int) -> tuple[int, int]:

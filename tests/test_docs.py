@@ -83,3 +83,18 @@ def test_every_example_is_in_the_index():
     index = (ROOT / "examples/README.md").read_text()
     for example in (ROOT / "examples").glob("*.py"):
         assert f"[{example.name}]({example.name})" in index
+
+
+def test_every_install_is_from_the_clone_with_extras_that_exist():
+    """The project is on no package index."""
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    existing = set(re.findall(r"^(\w+) = \[", extras.split("\n[")[0], flags=re.MULTILINE))
+    found = [
+        what
+        for page in PAGES
+        for what in re.findall(r"pip install (-e \.|-e '[^']+'|[^\s`]+)", page.read_text())
+    ]
+    assert len(found) > 5
+    for what in set(found) - {"-e ."}:
+        named = re.fullmatch(r"-e '\.\[([\w,]+)\]'", what)
+        assert named and set(named[1].split(",")) <= existing, what

@@ -1,10 +1,18 @@
 """chunked-ce doctor: what it says, and that it notices what is wrong."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from chunked_ce import backend_torch, doctor, functional, self_check
 from chunked_ce.cli import main
+from chunked_ce.self_check import losses, others, statistics
+
+CPU = torch.device("cpu")
 
 
 def test_nothing_is_wrong_here(monkeypatch, capsys):
@@ -24,8 +32,156 @@ def test_the_kernels_are_checked_where_they_can_run(device):
     pytest.importorskip("triton")
     where = torch.device(device)
     assert "triton" in doctor._backends(where, False)
-    for check in self_check.CHECKS.values():
+    for check in self_check.checks_of(where, "triton").values():
         assert check(where, "triton", torch.float32).startswith("ok")
+
+
+def test_a_backend_is_asked_for_what_it_has():
+    names = {b: set(self_check.checks_of(CPU, b)) for b in ("torch", "inductor", "triton")}
+    assert names["torch"] == set(self_check.CHECKS)
+    labels = {name for name in self_check.CHECKS if name.startswith("binary")}
+    assert names["torch"] - names["inductor"] == {*labels, "perplexity, Perplexity"}
+    assert names["torch"] - names["triton"] == {"perplexity, Perplexity"}
+
+
+def without(function, option):
+    def forgetful(*arguments, **options):
+        if option is not None:
+            return function(*arguments, **{k: v for k, v in options.items() if k != option})
+        value = function(*arguments, **options)
+        return value * 1.001
+
+    return forgetful
+
+
+FORGOTTEN = {
+    "cross_entropy": [
+        (None, "cross_entropy, [N, V, d1, d2]"),
+        ("label_smoothing", "cross_entropy"),
+        ("z_loss_weight", "cross_entropy"),
+        *((option, "cross_entropy, softcap") for option in ("softcap", "logit_scale", "vocab_size")),
+        *((option, "cross_entropy, token weights") for option in ("token_weight", "num_items")),
+        ("weight", "cross_entropy, class weights"),
+        ("label_smoothing", "cross_entropy, probabilities"),
+        (None, "cross_entropy, top k"),
+        ("spread_rest", "cross_entropy, top k and the rest"),
+    ],
+    "linear_cross_entropy": [
+        ("linear_bias", "linear_cross_entropy"),
+        ("softcap", "linear_cross_entropy, softcap"),
+        ("token_weight", "linear_cross_entropy, token weights"),
+        ("weight", "linear_cross_entropy, class weights"),
+        ("label_smoothing", "linear_cross_entropy, probabilities"),
+        (None, "linear_cross_entropy, top k"),
+        ("spread_rest", "linear_cross_entropy, top k and the rest"),
+    ],
+    "binary_cross_entropy_with_logits": [
+        ("pos_weight", "binary_cross_entropy_with_logits"),
+        ("reduction", "binary_cross_entropy_with_logits, indices"),
+    ],
+    "perplexity": [(None, "perplexity, Perplexity")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "check"),
+    [(function, *case) for function, cases in FORGOTTEN.items() for case in cases],
+)
+def test_a_check_notices_what_it_is_named_for(function, option, check, monkeypatch):
+    """Of a function that forgets the option, or (None) is a thousandth off."""
+    where = others if function.startswith(("binary", "perplexity")) else losses
+    monkeypatch.setattr(where, function, without(getattr(where, function), option))
+    with pytest.raises((ArithmeticError, RuntimeError)):  # a bias that is not used: no gradient
+        self_check.CHECKS[check](CPU, "torch", torch.float32)
+
+
+def test_ranks_and_the_best_class_are_checked(monkeypatch):
+    token_stats = statistics.token_stats
+    for name in ("rank", "argmax"):
+
+        def spoiled(*arguments, name=name, **options):
+            stats = token_stats(*arguments, **options)
+            return stats._replace(**{name: getattr(stats, name) + 1})
+
+        monkeypatch.setattr(statistics, "token_stats", spoiled)
+        with pytest.raises(ArithmeticError, match=f"{name} is not eager's"):
+            self_check.CHECKS["token_stats"](CPU, "torch", torch.float32)
+    update = others.Perplexity.update
+    monkeypatch.setattr(
+        others.Perplexity, "update", lambda self, z, t, **o: update(self, z.neg(), t, **o)
+    )
+    with pytest.raises(ArithmeticError):
+        self_check.CHECKS["perplexity, Perplexity"](CPU, "torch", torch.float32)
+
+
+def doctor_in_a_process(code, path="", **variables):
+    """(exit code, what it printed)"""
+    root = str(Path(__file__).parents[1])
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join(filter(None, (path, root))), **variables}
+    program = f"{code}\nfrom chunked_ce.cli import main\nraise SystemExit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_without_triton_and_transformers_and_gpu():
+    hidden = "import sys; sys.modules['triton'] = sys.modules['transformers'] = None"
+    code, printed, errors = doctor_in_a_process(
+        hidden, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1"
+    )
+    assert code == 0, printed + errors
+    assert "CUDA_VISIBLE_DEVICES: empty: no GPU is visible" in printed
+    assert "kernels: " not in printed and "operators, cpu, torch" in printed
+    assert "backend: torch: the kernels need a GPU\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("raise ImportError('libtriton.so: undefined symbol')", "ImportError: libtriton.so: undefined symbol"),
+        ("__version__ = '3.9.0'", "Error: "),  # a folder of that name that is not Triton
+    ],
+)  # fmt: skip
+def test_a_broken_triton_is_said(content, said, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(content)
+    code, printed, errors = doctor_in_a_process("", str(tmp_path))
+    assert code == 1 and "Traceback" not in errors
+    (line,) = (x for x in printed.splitlines() if x.startswith("  kernels: FAILED: "))
+    assert said in line and "1 finding is wrong" in printed
+    assert printed.count(": ok, off by ") == 2 * len(self_check.CHECKS)
+
+
+def test_every_check_of_inductor_starts_afresh(monkeypatch):
+    """Else torch stops compiling after some recompilations, and the rest is checked uncompiled."""
+    resets, seen = [], []
+    checks = {
+        "a": lambda *_: seen.append(len(resets)) or "ok",
+        "b": lambda *_: seen.append(len(resets)) or "ok",
+    }
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(doctor, "checks_of", lambda device, backend: checks)
+    assert all(f.ok for f in doctor._operators(CPU, "inductor")) and seen == [1, 1, 2, 2]
+    assert all(f.ok for f in doctor._operators(CPU, "torch")) and len(resets) == 2
+
+
+def test_a_package_without_metadata_is_no_traceback(monkeypatch):
+    def version(package):
+        raise KeyError("Version")
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    assert doctor._version("torch") == "unknown (KeyError)"
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda package: None)
+    assert doctor._version("torch") == "unknown"
+
+
+def test_a_gpu_that_fails_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor, "_properties", broken)
+    monkeypatch.setattr(doctor.gpu, "processors", broken)
+    monkeypatch.setattr(functional, "_TRITON_INSTALLED", False)
+    findings = {f.what: f for f in doctor._device(torch.device("cuda", 0))}
+    for what in ("name", "memory", "processors"):
+        assert not findings[what].ok and "no kernel image" in findings[what].result
 
 
 def spoil_statistics(*arguments, **wanted):

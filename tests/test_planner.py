@@ -11,6 +11,7 @@ from bench import measure
 from bench.tensor_bytes import predicted_peak
 from chunked_ce import planner
 from chunked_ce.cli import main
+from chunked_ce.cli import plan as plan_command
 
 MIB, GIB = 1 << 20, 1 << 30
 LLAMA = planner.HeadShape(128256, 4096)
@@ -174,6 +175,55 @@ def test_a_config_gives_the_head(name, tmp_path):
     )
 
 
+def test_what_is_given_goes_before_the_config_and_completes_it():
+    whole = {
+        "vocab_size": "many",
+        "hidden_size": 0,
+        "dtype": "int4",
+        "final_logit_softcapping": 30.0,
+    }
+    given = {"vocab_size": 7, "hidden_size": 3, "dtype": torch.float32}
+    head = planner.HeadShape(7, 3, torch.float32, 30.0)
+    assert planner.head_of_config(whole, **given) == head
+    assert planner.head_of_config({"final_logit_softcapping": 30.0}, **given) == head
+    assert planner.head_of_config({"hidden_size": 3}, vocab_size=7) == planner.HeadShape(7, 3)
+    assert planner.head_of_config({"vocab_size": 7}, hidden_size=3) == planner.HeadShape(7, 3)
+
+
+@pytest.mark.parametrize("config", [{}, {"vocab_size": 9, "hidden_size": 9, "dtype": "int4"}])
+def test_the_command_completes_a_config(config, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "logits_scaling": 3.0}))
+    sizes = ["--vocab", "7000", "--hidden", "30", "--dtype", "float32"]
+    assert main(["plan", "--config", str(tmp_path), *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "D = 30, V = 7000, float32" in printed
+    assert f"logit_scale={1 / 3}" in printed  # every digit of it
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 << 30),
+        ("24 gb", 24 * 10**9),
+        ("24B", 24),
+        ("0.5KiB", 512),
+        ("1.5TB", 15 * 10**11),
+    ],
+)
+def test_sizes_with_their_unit(text, size):
+    assert plan_command._bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"softcap": -1.0}, "softcap is -1.0"), ({"logit_scale": float("nan")}, "logit_scale is nan"),
+     ({"softcap": "30"}, "softcap must be a number")],
+)  # fmt: skip
+def test_a_plan_checks_the_heads_factors(values, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        planner.plan(planner.HeadShape(9, 9)._replace(**values), 9)
+
+
 def test_a_config_of_transformers():
     transformers = pytest.importorskip("transformers")
     head = planner.head_of_config(transformers.Gemma2Config(hidden_size=64).to_dict())
@@ -219,6 +269,14 @@ def test_the_line_of_code_runs_as_printed(sizes):
         (["--vocab", "0"], "expected a positive whole number, got '0'"),
         (["--vocab", "9", "--hidden", "9", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--vocab", "9", "--hidden", "9", "--memory", "much"], "a size such as 24GiB, got 'much'"),
+        (["--vocab", "9", "--hidden", "9", "--memory", "24"], "24 has no unit: write 24GiB, or 24B for bytes"),
+        (["--vocab", "9", "--hidden", "9", "--memory", "9" * 400 + "GiB"], "expected a number of 64 bits"),
+        (["--vocab", "9" * 30, "--hidden", "9"], "expected a number of 64 bits"),
+        (["--config", "{softcap}"], "config has final_logit_softcapping 'thirty', expected a finite number above 0"),
+        (["--config", "{negative}"], "config has final_logit_softcapping -3, expected a finite number"),
+        (["--config", "{scale}"], "config has logit_scale nan, expected"),
+        (["--config", "{zero}"], "config has logit_scale 0, expected"),
+        (["--config", "{divisor}"], "config has logits_scaling True, expected"),
         (["--config", "no/such/folder"], "cannot be read (No such file or directory)"),
         (["--config", "{hidden_size}"], "config has no vocabulary size, expected one of vocab_size"),
         (["--config", "{vocab_size}"], "config has no hidden size"),
@@ -232,6 +290,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
         "{hidden_size}": '{"hidden_size": 3}',
         "{vocab_size}": '{"vocab_size": 3}',
         "{text}": "vocab_size = 3",
+        "{softcap}": '{"vocab_size": 3, "hidden_size": 3, "final_logit_softcapping": "thirty"}',
+        "{negative}": '{"vocab_size": 3, "hidden_size": 3, "final_logit_softcapping": -3}',
+        "{scale}": '{"vocab_size": 3, "hidden_size": 3, "logit_scale": NaN}',
+        "{zero}": '{"vocab_size": 3, "hidden_size": 3, "logit_scale": 0}',
+        "{divisor}": '{"vocab_size": 3, "hidden_size": 3, "logits_scaling": true}',
         "{wrong}": '{"vocab_size": "many", "hidden_size": 3}',
         "{dtype}": '{"vocab_size": 3, "hidden_size": 3, "dtype": "int4"}',
     }

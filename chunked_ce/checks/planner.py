@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .values import LOGIT_DTYPES, brief, integer, is_int, names
+from .values import LARGEST, LOGIT_DTYPES, brief, integer, is_int, names
 
 PLAN_DEVICES = ("cuda", "cpu")
 PLAN_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in LOGIT_DTYPES}
@@ -41,6 +41,19 @@ def config_size(config: Mapping[str, Any], what: str, keys: tuple[str, ...]) -> 
     raise ValueError(
         f"config has no {what}, expected one of {names(keys)}: give the sizes themselves"
     )
+
+
+def config_factor(config: Mapping[str, Any], key: str) -> float | None:
+    """None where the config has none."""
+    value = config.get(key)
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 / LARGEST <= value <= LARGEST:  # nor NaN
+        raise ValueError(
+            f"config has {key} {brief(value)}, expected a finite number above 0, or null for none"
+        )
+    return float(value)
 
 
 def config_dtype(value: object) -> torch.dtype:

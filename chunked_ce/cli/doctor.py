@@ -1,4 +1,4 @@
-"""`chunked-ce doctor`: this machine, the backends, and a check of operators."""
+"""`chunked-ce doctor`: this machine, the backends, and a check of every function."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..doctor import examine
 def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="versions, devices, backends; checks statistics, losses, linear forms",
+        help="versions, devices, backends; checks every function against eager torch",
         description="Says what this machine has and which backend runs on it, and checks every "
-        "operator against eager torch. Exit code 1 where something is wrong. Paste the output "
-        "into a bug report.",
+        "function of logits or hidden states against eager torch. Exit code 1 where something is "
+        "wrong. Paste the output into a bug report.",
     )
     parser.add_argument(
-        "--inductor", action="store_true", help="checks backend='inductor' too, which compiles"
+        "--inductor", action="store_true", help="checks backend='inductor' too: minutes"
     )
     parser.set_defaults(run=run)
 
@@ -30,5 +30,11 @@ def run(args: argparse.Namespace) -> int:
             section = finding.section
         print(f"  {finding.what}: {finding.result}", flush=True)
         wrong += not finding.ok
-    print(f"\n{f'{wrong} findings are wrong' if wrong else 'nothing is wrong'}")
+    print("\n" + _sum(wrong))
     return 1 if wrong else 0
+
+
+def _sum(wrong: int) -> str:
+    if wrong == 1:
+        return "1 finding is wrong"
+    return f"{wrong} findings are wrong" if wrong else "nothing is wrong"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from decimal import Decimal
 from typing import Any
 
 from .. import planner
 from ..checks.planner import PLAN_DEVICES, PLAN_DTYPES
 from .errors import UsageError
 
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+_UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
           "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
 GIB = 1 << 30
 
@@ -24,13 +25,17 @@ def add_command(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--config", metavar="DIR_OR_JSON", help="a Hugging Face config.json or its folder")
-    add("--vocab", type=_count, metavar="V", help="classes of the head; overrides the config's")
-    add("--hidden", type=_count, metavar="D", help="hidden size; overrides the config's")
+    add("--vocab", type=_count, metavar="V", help="classes of the head; goes before the config's")
+    add("--hidden", type=_count, metavar="D", help="hidden size; goes before the config's")
     add("--tokens", type=_count, default=8192, metavar="N", help="of a batch; default: %(default)s")
-    add("--dtype", choices=PLAN_DTYPES, help="of the head; default: the config's, or bfloat16")
+    add(
+        "--dtype",
+        choices=PLAN_DTYPES,
+        help="of the head; goes before the config's; default: bfloat16",
+    )
     add("--device", choices=PLAN_DEVICES, default="cuda", help="default: %(default)s")
     add("--memory", type=_bytes, metavar="24GiB",
-        help="for weight, hidden states and loss: adds the largest batch that fits")  # fmt: skip
+        help="of weight, hidden states and loss, with a unit: adds the largest batch")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -74,12 +79,11 @@ def _head(args: argparse.Namespace) -> planner.HeadShape:
         "hidden_size": args.hidden,
         "dtype": PLAN_DTYPES.get(args.dtype),
     }
-    given = {name: value for name, value in given.items() if value is not None}
     if args.config is not None:
-        return planner.head_of_config(args.config)._replace(**given)
+        return planner.head_of_config(args.config, **given)
     if args.vocab is None or args.hidden is None:
         raise UsageError("plan needs the sizes of a head: give --config, or --vocab and --hidden")
-    return planner.HeadShape(**given)
+    return planner.HeadShape(**{name: value for name, value in given.items() if value is not None})
 
 
 def _gib(size: int) -> str:
@@ -93,8 +97,12 @@ def _count(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text, re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", text, re.IGNORECASE)
+    if match and not match[2]:
+        raise argparse.ArgumentTypeError(
+            f"{text} has no unit: write {text}GiB, or {text}B for bytes"
+        )
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size == 0:
         raise argparse.ArgumentTypeError(f"expected a size such as 24GiB, got {text!r}")
     return size
