@@ -53,7 +53,8 @@ else
 	test -e .venv-sanitize/done || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
 	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r tests/sanitize-requirements.txt && \
 	  touch .venv-sanitize/done; }
-	PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest tests/test_token_stats.py tests/test_cross_entropy.py tests/test_grad_in_forward.py -q $(ARGS)
+	PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest tests/test_token_stats.py tests/test_cross_entropy.py \
+	  tests/test_grad_in_forward.py tests/test_drop_in.py tests/test_binary.py -q $(ARGS)
 endif
 
 .venv/bin/python:

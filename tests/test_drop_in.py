@@ -320,6 +320,7 @@ def test_a_teachers_padding_and_repetitions(backend, device):
         assert (ours[1] == 0).all()
 
 
+@pytest.mark.framework
 def test_k_dimensional_logits_are_not_copied(backend, device):
     """[N, C, d1, d2] is read where it lies, and its gradient written in the same order."""
     x = torch.randn(2, 30, 5, 4, device=device, requires_grad=True)
