@@ -51,7 +51,8 @@ def cross_entropy(
     loss = torch.where(broken, torch.nan, loss)
     unweighted = loss.detach().where(counted & loss.isfinite(), 0.0).abs()
     of_token = torch.ones_like(loss) if token_weight is None else token_weight.double()
-    loss = torch.where(counted, loss * of_token, 0.0)
+    nothing = ~counted | ((of_token == 0) & loss.isinf())
+    loss = torch.where(nothing, 0.0, loss * of_token)
     in_mean = of_token * counted
     if indices and weight is not None:
         in_mean = in_mean * (w * prob).sum(-1)
