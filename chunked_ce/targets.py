@@ -194,7 +194,7 @@ class TopK(_Distribution):
         return loss
 
     def _rest(self, q: Tensor, mean_logprob: Tensor) -> Tensor:
-        """[...] what `q` [..., K] lacks of 1. From 1 - the largest, which is exact where it is near 1."""
+        """[...] what `q` [..., K] lacks of 1: from 1 - the largest, exact where that is near 1."""
         largest = q.gather(-1, self.likeliest)
         others = q.scatter(-1, self.likeliest, 0.0).sum(-1)
         rest = (1.0 - largest)[..., 0] - others
