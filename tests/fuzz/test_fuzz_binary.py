@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import cases
-import pytest
 import torch
 import torch.nn.functional as F
 import truth
@@ -103,13 +102,6 @@ def check(call: Call, backend: str = "torch") -> None:
     truth.assert_gradient(leaf.grad, exact, tolerance, call.x.dtype, exact.isnan())
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param("torch", marks=pytest.mark.cases(20))],
-)
+@cases.backends(torch=60, triton=2, long=40)
 def test_binary(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
-    else:
-        explore(calls(), check)
+    explore(calls(**cases.sizes(backend)), check)

@@ -104,7 +104,9 @@ def check(call: Call, backend: str = "torch") -> None:
     leaf = call.x.double().requires_grad_()
     z = truth.head_of(cases.seen(leaf, call.view), call.head, call.vocab)
     indices = call.goal.kind == "indices"
-    exact = truth.cross_entropy(z, prob, call.goal.counted, indices=indices, **options)
+    exact = truth.cross_entropy(
+        z, prob, call.goal.counted, indices=indices, unspread=call.goal.unspread, **options
+    )
     exact.value.backward(call.upstream.to(exact.value))
     moved = truth.rounding(call.x, z, call.head)
     slack = truth.slack(exact, moved, call.options["reduction"], call.x.dtype)
@@ -134,16 +136,6 @@ def check(call: Call, backend: str = "torch") -> None:
             )
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("torch", marks=pytest.mark.cases(150)),
-        pytest.param("triton", marks=pytest.mark.cases(4)),
-    ],
-)
+@cases.backends(torch=150, triton=4, long=80)
 def test_cross_entropy(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
-    else:
-        explore(calls(), check)
+    explore(calls(**cases.sizes(backend)), check)

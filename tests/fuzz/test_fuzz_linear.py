@@ -125,7 +125,9 @@ def check(call: Call, backend: str = "torch") -> None:
     rounded.retain_grad()
     z = truth.head_of(rounded, call.head, call.vocab)
     indices = call.goal.kind == "indices"
-    exact = truth.cross_entropy(z, call.goal.prob, counted, indices=indices, **call.options)
+    exact = truth.cross_entropy(
+        z, call.goal.prob, counted, indices=indices, unspread=call.goal.unspread, **call.options
+    )
     exact.value.backward(call.upstream.to(exact.value))
     moved = truth.rounding(call.x, z, call.head)
     slack = truth.slack(exact, moved, call.options["reduction"], dtype)
@@ -191,16 +193,9 @@ def check_heads(call: Call) -> None:
         torch.testing.assert_close(both, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param("torch", marks=pytest.mark.cases(20))],
-)
+@cases.backends(torch=60, triton=2, long=40)
 def test_linear(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
-    else:
-        explore(calls(), check)
+    explore(calls(**cases.sizes(backend)), check)
 
 
 @pytest.mark.cases(20)

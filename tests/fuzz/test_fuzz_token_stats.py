@@ -230,32 +230,14 @@ def check_perplexity(call: Call) -> None:
     assert again.report().to_json() == report.to_json()
 
 
-def backends(torch_cases: int, triton_cases: int):
-    return pytest.mark.parametrize(
-        "backend",
-        [
-            pytest.param("torch", marks=pytest.mark.cases(torch_cases)),
-            pytest.param("triton", marks=pytest.mark.cases(triton_cases)),
-        ],
-    )
-
-
-@backends(100, 3)
+@cases.backends(torch=100, triton=3, long=60)
 def test_token_stats(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
-    else:
-        explore(calls(), check)
+    explore(calls(**cases.sizes(backend)), check)
 
 
-@backends(80, 2)
+@cases.backends(torch=40, triton=1, long=20)
 def test_shards(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check_shards(call, backend))
-    else:
-        explore(calls(), check_shards)
+    explore(calls(**cases.sizes(backend)), check_shards)
 
 
 @pytest.mark.cases(60)

@@ -29,6 +29,7 @@ def cross_entropy(
     counted: Tensor,  # [...]
     *,
     indices: bool,
+    unspread: Tensor | None = None,  # see cases.Goal
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
@@ -41,6 +42,9 @@ def cross_entropy(
     broken = (z.isnan() | (z == torch.inf)).any(-1) | (z == -torch.inf).all(-1)
     z = torch.where(broken[..., None], 0.0, z)
     w = torch.ones_like(z) if weight is None else weight.double().expand(z.shape)
+    if unspread is not None:  # no rounding makes a loss infinite
+        masked = ((z == -torch.inf) & (w != 0)).any(-1, keepdim=True)
+        prob = torch.where(masked, unspread, prob)
     q = w * ((1.0 - label_smoothing) * prob + label_smoothing / z.shape[-1])
     largest = z.detach().amax(-1, keepdim=True)  # which costs 1e4 its digits, in fp64 too
     near = z - largest
