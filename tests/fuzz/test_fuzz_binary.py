@@ -24,7 +24,7 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
     shape = (*shape, vocab)
     x = cases.values(draw, g, shape, draw(st.sampled_from(cases.DTYPES)))
@@ -104,4 +104,5 @@ def check(call: Call, backend: str = "torch") -> None:
 
 @cases.backends(torch=60, triton=2, long=40)
 def test_binary(explore, backend):
-    explore(calls(**cases.sizes(backend)), check)
+    small = dict(vocabs=st.integers(1, 20)) if backend == "triton" else {}  # strided rows are slow
+    explore(calls(**cases.sizes(backend) | small), check)

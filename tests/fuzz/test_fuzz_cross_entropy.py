@@ -31,9 +31,9 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, dtypes=st.sampled_from(cases.DTYPES)):  # noqa: B008
-    g, shape, vocab, dtype = cases.generator(draw), draw(shapes), draw(vocabs), draw(dtypes)
-    x = cases.values(draw, g, (*shape, vocab), dtype)
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):
+    g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
+    x = cases.values(draw, g, (*shape, vocab), draw(st.sampled_from(cases.DTYPES)))
     padding = draw(st.sampled_from([0, 0, 1, 3]))
     x = torch.nn.functional.pad(x, (0, padding), value=cases.NAN)
     schedule = draw(st.sampled_from(SCHEDULES))
@@ -46,25 +46,15 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, dtypes=st.sampled_from
         options["vocab_size"] = vocab
         if goal.kind == "probabilities":  # of columns that do not exist
             goal.target = torch.nn.functional.pad(goal.target, (0, padding), value=0.5)
-    for name in ("token_weight",):
-        if name in options and "grad_in_forward" not in schedule and draw(st.booleans()):
-            options[name] = options[name].requires_grad_()
+    if "token_weight" in options and "grad_in_forward" not in schedule and draw(st.booleans()):
+        options["token_weight"] = options["token_weight"].requires_grad_()
     if goal.kind == "probabilities" and draw(st.booleans()):
         goal.target.requires_grad_()
     upstream = cases.upstreams(draw, g, shape if options["reduction"] == "none" else ())
     dim = draw(st.sampled_from([-1, -1, 1]))
     return Call(
-        x,
-        view,
-        goal,
-        options,
-        cases.heads(draw),
-        schedule,
-        vocab,
-        upstream,
-        dim,
-        draw(cases.BLOCKS),
-    )
+        x, view, goal, options, cases.heads(draw), schedule, vocab, upstream, dim, draw(cases.BLOCKS)
+    )  # fmt: skip
 
 
 def ours(call: Call, backend: str) -> tuple[Tensor, Tensor]:
@@ -123,6 +113,9 @@ def check(call: Call, backend: str = "torch") -> None:
     ):  # autograd adds up the rounded ones
         bound, moved, broken = bound.sum(0, True), moved.amax(0, True), broken.any(0, True)
         added = truth.ULP[call.x.dtype] * bound[..., None]
+    if backend == "triton" and "grad_in_forward" in call.schedule:
+        # Rounded in forward, and where upstream is not 1 again: the interpreter truncates twice.
+        added = added + truth.ULP[call.x.dtype] * expected.abs()
     tolerance = truth.gradient_tolerance(expected, call.x.dtype, bound, moved) + added
     truth.assert_gradient(grad, expected, tolerance, call.x.dtype, broken[..., None])
     if exact.of_rows.numel() and exact.of_rows.isfinite().all() and exact.value.isfinite().all():

@@ -13,9 +13,12 @@ import truth
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunked_ce import linear_cross_entropy, linear_token_stats
+from chunked_ce import linear_cross_entropy, linear_token_stats, token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore:target of shape")
+
+
+SOMETIMES = st.integers(0, 3).map(lambda i: i == 0)
 
 
 class _Rounded(torch.autograd.Function):
@@ -48,7 +51,7 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, statistics=SOMETIMES):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
     dtype, hidden = draw(st.sampled_from(cases.DTYPES)), draw(st.sampled_from([1, 3, 8, 17]))
     size = draw(st.sampled_from([4, 8, 30]))  # in eighths
@@ -63,7 +66,7 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
         bias = bias.masked_fill(
             torch.rand(bias.shape, generator=g) < 0.1, -torch.inf
         )  # masked classes
-    statistics = draw(st.integers(0, 3)) == 0
+    statistics = draw(statistics)
     goal = (cases.indices_goal if statistics else cases.goals)(draw, g, shape, vocab)
     options = cases.loss_options(draw, g, shape, vocab)
     if statistics:
@@ -167,6 +170,57 @@ def check(call: Call, backend: str = "torch") -> None:
         truth.assert_gradient(got, expected, of_sum, dtype, nothing)
 
 
+def check_statistics(call: Call, backend: str = "torch") -> None:
+    """All of them, and their gradients, as :func:`token_stats` has them of the same logits."""
+    call.options.pop("reduction")
+    dtype, counted = call.x.dtype, call.goal.counted
+    shared = call.goal.options | call.options | call.head
+    shared |= dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (call.x, call.weight, call.bias)]  # fmt: skip
+    x, weight, bias = leaves
+    flat = torch.where(counted[..., None], call.x, 0.0).double()
+    logits = flat @ call.weight.double().t() + (0.0 if bias is None else call.bias.double())
+    logits = logits.to(dtype).requires_grad_()
+    with cases.block_size(call.block):
+        of_logits = token_stats(logits, call.goal.target, backend=backend, **shared)
+        stats = linear_token_stats(
+            x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared, **call.chunks
+        )
+        assert torch.equal(stats.rank, of_logits.rank)
+        assert torch.equal(stats.argmax, of_logits.argmax)
+        g = torch.Generator().manual_seed(call.x.numel())
+        size = torch.zeros_like(of_logits.lse, dtype=torch.float64)
+        total, total_of_logits = 0.0, 0.0
+        for a, b in zip(stats[:4], of_logits[:4], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)
+            up = torch.randn(a.shape, generator=g).to(a).where(b.isfinite(), 0.0)
+            size = size + up.abs() * (20.0 + b.detach().abs().nan_to_num(0.0, 0.0, 0.0))
+            total = total + (a.where(b.isfinite(), 0.0) * up).sum()
+            total_of_logits = total_of_logits + (b.where(b.isfinite(), 0.0) * up).sum()
+        if of_logits.lse.isnan().any():  # -2 times a bias of -inf
+            return
+        total.backward()
+        total_of_logits.backward()
+    size = size * abs(call.head.get("logit_scale", 1.0))
+    dz = logits.grad.double().reshape(-1, logits.shape[-1])
+    flat = flat.reshape(-1, flat.shape[-1])
+    # Of the chunk's gradient, rounded to the dtype once more, and of the products of that.
+    floor = 2.0**-24 if dtype == torch.float16 else 1e-36
+    eps = truth.EPSILON[truth.compute_dtype(dtype)]
+    near = 3 * truth.ULP[dtype] * dz.abs() + 8 * eps * size.reshape(-1, 1) + floor
+    wide = call.weight.double()
+    exact = [
+        ((dz @ wide).view(call.x.shape), (near @ wide.abs()).view(call.x.shape)),
+        (dz.t() @ flat, near.t() @ flat.abs()),
+        (dz.sum(0), near.sum(0)),
+    ]
+    nothing = torch.zeros((), dtype=torch.bool)
+    for leaf, (expected, tolerance) in zip(leaves, exact, strict=True):
+        if leaf is not None:
+            tolerance = tolerance + truth.ULP[dtype] * expected.abs() + floor
+            truth.assert_gradient(leaf.grad, expected, tolerance, dtype, nothing)
+
+
 def check_heads(call: Call) -> None:
     """[V, d1, D]: as many heads side by side."""
     x, target = call.x.reshape(-1, call.x.shape[-1]), call.goal.target.reshape(-1)
@@ -196,6 +250,11 @@ def check_heads(call: Call) -> None:
 @cases.backends(torch=60, triton=2, long=40)
 def test_linear(explore, backend):
     explore(calls(**cases.sizes(backend)), check)
+
+
+@cases.backends(torch=20, triton=1, long=20)
+def test_statistics(explore, backend):
+    explore(calls(**cases.sizes(backend), statistics=st.just(True)), check_statistics)
 
 
 @pytest.mark.cases(20)
