@@ -575,6 +575,16 @@ def test_a_teachers_rest_that_is_rounding_is_none(backend, device):
     assert cross_entropy(x, whole, spread_rest=True, backend=backend).isfinite()
 
 
+def test_a_teachers_classes_where_there_are_as_many_positions(backend, device):
+    """[N, C, d1] with C = d1 tells nothing about where the classes are."""
+    x = torch.randn(2, 3, 3, device=device)
+    indices, prob = torch.tensor([[0, 2]], device=device), torch.tensor([[0.7, 0.3]], device=device)
+    top = indices.expand(2, 3, 2), prob.expand(2, 3, 2)
+    dense = torch.tensor([0.7, 0.0, 0.3], device=device)[:, None].expand(2, 3, 3)
+    loss = cross_entropy(x, top, backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(x, dense), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_teachers_small_rest_is_spread(dtype, backend, device):
     """However near to 1 the probabilities, rounded to their dtype, add up: what they lack is not noise."""
