@@ -68,17 +68,19 @@ def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
             else:
                 check(case)
 
-        test.__name__ = test.__qualname__ = name  # under which the failures are kept
+        test.__name__ = test.__qualname__ = name
         how = settings(
             max_examples=tried,
             deadline=None,
             derandomize=not N,
-            database=DirectoryBasedExampleDatabase(".hypothesis/fuzz") if N else None,
+            database=DirectoryBasedExampleDatabase(f".hypothesis/fuzz/{name}") if N else None,
             print_blob=bool(N),
             phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        hypothesis.seed(SEED)(how(hypothesis.given(strategy)(test)))()
+        how(
+            hypothesis.seed(SEED)(hypothesis.given(strategy)(test))
+        )()  # seed() forgets the database
 
     return run
 

@@ -118,7 +118,7 @@ def assert_gradient(
     assert ours.dtype == dtype and ours.shape == truth.shape
     near = ((ours.double() - truth).abs() <= tolerance) | _overflows(ours, truth) | skip
     assert near.all(), (
-        f"{ours[~near][:9]} should be {truth[~near][:9]} within {tolerance.expand(near.shape)[~near][:9]}"
+        f"{ours[~near][:9]} should be {truth[~near][:9]} within {tolerance.expand_as(near)[~near][:9]}"
     )
 
 
