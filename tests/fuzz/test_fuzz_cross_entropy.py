@@ -129,6 +129,6 @@ def check(call: Call, backend: str = "torch") -> None:
             )
 
 
-@cases.backends(torch=150, triton=4, long=80)
+@cases.backends(torch=100, triton=4, long=80)
 def test_cross_entropy(explore, backend):
     explore(calls(**cases.sizes(backend)), check)

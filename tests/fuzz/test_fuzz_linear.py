@@ -244,12 +244,12 @@ def check_heads(call: Call) -> None:
         torch.testing.assert_close(both, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@cases.backends(torch=60, triton=2, long=40)
+@cases.backends(torch=40, triton=2, long=40)
 def test_linear(explore, backend):
     explore(calls(**cases.sizes(backend)), check)
 
 
-@cases.backends(torch=20, triton=1, long=20)
+@cases.backends(torch=12, triton=1, long=20)
 def test_statistics(explore, backend):
     explore(calls(**cases.sizes(backend), statistics=st.just(True)), check_statistics)
 
