@@ -82,8 +82,7 @@ def losses(
         rest = z * factor
         loss = small.add_(rest.masked_fill_(factor == 0, 0.0) if infinite else rest)
     else:
-        y = labels.to(z.dtype)
-        positive, negative = y * pos_weight, 1.0 - y
+        positive, negative = labels.to(z.dtype) * pos_weight, _lack_of_one(labels, z)
         below = _times(small - z.clamp(max=0.0), positive)
         loss = _times(small.add_(z.clamp(min=0.0)), negative).add_(below)
     return loss if weight is None else _times(loss, weight)
@@ -99,8 +98,8 @@ def slopes(
         small = z.abs().neg_().sigmoid_()
         slope = _error_of_sign(z, labels).sub_(small.copysign_(z))
     else:
-        y = labels.to(z.dtype)
-        slope = z.sigmoid().mul_(1.0 - y).sub_(z.neg().sigmoid_().mul_(y * pos_weight))
+        slope = z.sigmoid().mul_(_lack_of_one(labels, z))
+        slope.sub_(z.neg().sigmoid_().mul_(labels.to(z.dtype) * pos_weight))
     return slope if weight is None else slope.mul_(weight)
 
 
@@ -108,6 +107,12 @@ def _error_of_sign(z: Tensor, labels: Tensor) -> Tensor:
     """[z >= 0] - y: 0 where the sign of z says what y says."""
     y = labels.to(torch.promote_types(labels.dtype, z.dtype))
     return torch.where(z.signbit(), -y, 1.0 - y).to(z.dtype)
+
+
+def _lack_of_one(labels: Tensor, z: Tensor) -> Tensor:
+    """1 - y: of a label in fp64 near 1 with the digits that rounding to z's dtype would take."""
+    y = labels.to(torch.promote_types(labels.dtype, z.dtype))
+    return (1.0 - y).to(z.dtype)
 
 
 def _times(loss: Tensor, weight: Tensor) -> Tensor:

@@ -157,7 +157,8 @@ def cross_entropy(
         num_items: what "mean" divides by instead (gradient accumulation); an int or a 0-d tensor on
             any device.
         spread_rest: what a teacher's top-k classes lack of probability 1 is spread evenly over the
-            other classes, not dropped.
+            other classes, not dropped. A logit of -inf then makes the loss +inf, whichever class it
+            is; but not where they lack no more than their dtype's rounding.
         inplace_backward: see :func:`token_stats`.
         grad_in_forward: computes the gradient in forward, reading the logits once: 4 bytes moved
             per bf16 logit instead of 6. The gradient, N·V elements, is held until backward, which

@@ -174,10 +174,8 @@ class TopK(_Distribution):
         if self.spread_rest:
             first = self.given & is_first(self.indices)
             others = self.vocab_size - first.sum(-1)
-            rest = 1.0 - q.sum(-1)
-            # Less than the probabilities' own rounding is no rest, and nobody's where no class is.
-            none = (rest <= torch.finfo(self.prob.dtype).eps) | (others == 0)
-            share = (rest / others.clamp(min=1)).masked_fill(none, 0.0)
+            share = self._rest(q, answer.mean_logprob).masked_fill(others == 0, 0.0)
+            share = share / others.clamp(min=1)
             q = q - share[..., None] * first
             floor = (1.0 - s) * share + floor
         if self.weight is not None:
@@ -187,11 +185,22 @@ class TopK(_Distribution):
         near = (z - at_index) + answer.logprob[..., None]
         logprob = torch.where(at_index.isfinite(), near, z - answer.lse[..., None])
         q = (1.0 - s) * q
-        loss = -(q * logprob).masked_fill(q == 0, 0.0).sum(-1)
+        # At a logit of -inf the mean below is infinite: less than the even share of that is none.
+        nothing = (q == 0) | ((q < 0) & (logprob == -torch.inf))
+        loss = -(q * logprob).masked_fill(nothing, 0.0).sum(-1)
         if self.wants_mean_logprob:
             even = floor * self.vocab_size * answer.mean_logprob
             loss = loss - (even if s > 0 else even.masked_fill(floor == 0, 0.0))
         return loss
+
+    def _rest(self, q: Tensor, mean_logprob: Tensor) -> Tensor:
+        """[...] what `q` [..., K] lacks of 1: from 1 - the largest, exact where that is near 1."""
+        largest = q.gather(-1, self.likeliest)
+        others = q.scatter(-1, self.likeliest, 0.0).sum(-1)
+        rest = (1.0 - largest)[..., 0] - others
+        # What may be the probabilities' own rounding makes no loss infinite.
+        rounding = (rest <= torch.finfo(self.prob.dtype).eps) & (mean_logprob == -torch.inf)
+        return rest.masked_fill((rest <= 0) | rounding, 0.0)
 
 
 def target_of(

@@ -54,7 +54,10 @@ def label_terms(
     if y_ptr is not None:
         y = tl.load(y_ptr + at(columns, y_stride_v, Y_CONTIGUOUS), mask=valid, other=0.0)
         positive = y.to(DTYPE)
-        negative -= positive
+        if y.dtype == tl.float64:  # near 1, whose difference is not that of the rounded
+            negative = tl.where(valid, 1.0 - y, 0.0).to(DTYPE)
+        else:
+            negative -= positive
     if v_ptr is not None:
         v = tl.load(v_ptr + columns * v_stride_v, mask=valid, other=0.0).to(DTYPE)
         positive *= v

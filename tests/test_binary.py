@@ -233,3 +233,22 @@ def test_extra_memory_with_600_000_labels(labels):
     used = extra_memory(256, 600_000, 100, labels)
     print(f"\nextra memory, 256 x 600000, {labels} labels: {used:.3f} x the logits")
     assert used <= 1.05
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_labels_in_fp64_keep_their_digits(weighted, backend, device):
+    """1 - y of a label near 1 is not that of the label in fp32."""
+    y = torch.tensor([[1 - 1e-5 / 3, 1 - 1e-6 / 7, 0.9]], dtype=torch.float64, device=device)
+    x = torch.tensor([[15.0, 17.0, 1.0]], device=device)
+    given = dict(pos_weight=torch.full((3,), 0.6, device=device)) if weighted else {}
+    wide = {k: v.double() for k, v in given.items()}
+    loss = binary_cross_entropy_with_logits(x, y, reduction="none", backend=backend, **given)
+    exact = F.binary_cross_entropy_with_logits(x.double(), y, reduction="none", **wide)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+    def of(function, y, given):
+        return lambda x: function(x, y, reduction="sum", **given)
+
+    grad = gradient(of(binary_cross_entropy_with_logits, y, given | dict(backend=backend)), x)
+    truth = gradient(of(F.binary_cross_entropy_with_logits, y, wide), x.double())
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-6, atol=1e-12)

@@ -575,6 +575,45 @@ def test_a_teachers_rest_that_is_rounding_is_none(backend, device):
     assert cross_entropy(x, whole, spread_rest=True, backend=backend).isfinite()
 
 
+def test_a_teachers_classes_where_there_are_as_many_positions(backend, device):
+    """[N, C, d1] with C = d1 tells nothing about where the classes are."""
+    x = torch.randn(2, 3, 3, device=device)
+    indices, prob = torch.tensor([[0, 2]], device=device), torch.tensor([[0.7, 0.3]], device=device)
+    top = indices.expand(2, 3, 2), prob.expand(2, 3, 2)
+    dense = torch.tensor([0.7, 0.0, 0.3], device=device)[:, None].expand(2, 3, 3)
+    loss = cross_entropy(x, top, backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(x, dense), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_teachers_small_rest_is_spread(dtype, backend, device):
+    """However near to 1 the probabilities, rounded to their dtype, add up: what they lack is not noise."""
+    x = torch.randn(3, 9, device=device) * 3
+    top = torch.tensor([[1, 0], [4, 2], [8, 3]], device=device)
+    prob = torch.tensor([[0.3372, 0.6626], [0.97, 0.026], [1 - 2**-12, 2**-14]], device=device).to(dtype)  # fmt: skip
+    rest = (1 - prob.double().sum(-1, keepdim=True)).clamp(min=0)
+    dense = (rest / 7).expand(3, 9).scatter(-1, top, prob.double())
+    loss = cross_entropy(x, (top, prob), spread_rest=True, reduction="none", backend=backend)
+    exact = F.cross_entropy(x.double(), dense, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_a_confident_teachers_rest_keeps_its_digits(backend, device):
+    x = torch.tensor([[30.0, 0.0, 1.0, -2.0]], device=device)
+    prob = torch.tensor([[1 - 2**-20, 2**-22, 2**-23 / 3]], device=device)
+    dense = torch.cat([prob.double(), 1 - prob.double().sum(-1, keepdim=True)], -1)
+    top = torch.tensor([[0, 1, 2]], device=device), prob
+    loss = cross_entropy(x, top, spread_rest=True, backend=backend)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(x.double(), dense), rtol=1e-6, atol=0)
+
+
+def test_a_rest_beside_a_masked_class_is_infinite(backend, device):
+    x = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]], device=device)
+    for q in (0.0, 0.01, 0.4):  # of the masked class: less than its even share, and more
+        top = torch.tensor([[0, 1]], device=device), torch.tensor([[0.5, q]], device=device)
+        assert cross_entropy(x, top, spread_rest=True, backend=backend) == torch.inf
+
+
 def test_what_has_no_weight_costs_nothing(backend, device):
     inf = torch.inf
     x = torch.tensor([[0.0, -inf, -inf]], device=device)

@@ -158,7 +158,8 @@ def _top_k(input: Tensor, target: Any, dim: int) -> None:
             "pass probabilities.detach()"
         )
     rows = _without(input, dim)
-    _classes_last(input, indices.shape[:-1], input.shape[:-1], indices, dim)
+    if indices.shape[:-1] != rows:
+        _classes_last(input, indices.shape[:-1], input.shape[:-1], indices, dim)
     for name, t in (("indices", indices), ("probabilities", prob)):
         if t.shape[:-1] != rows or t.dim() == 0 or t.shape[-1] == 0:
             raise ValueError(

@@ -1,11 +1,13 @@
 """What a call may be given: logits in any dtype, shape and memory layout, and every kind of target."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -23,12 +25,41 @@ SHAPES = st.one_of(
     st.lists(st.integers(0, 4), min_size=0, max_size=3).map(tuple),
     st.sampled_from([(17,), (37,), (5, 1), (2, 0)]),
 )
-SMALL_SHAPES = st.sampled_from([(), (0,), (1,), (3,), (2, 2), (2, 1, 2)])
 # One class; ragged; a block or a segment of the kernels (conftest's small_tiles: 300, 256), and many of them
 VOCABS = st.one_of(st.integers(1, 40), st.sampled_from([63, 128, 257, 300, 301, 1025]))
+# For kernels in Triton's interpreter, which takes its time
+SMALL_SHAPES = st.sampled_from([(), (0,), (1,), (3,), (2, 2), (2, 1, 2)])
+SMALL_VOCABS = st.one_of(st.integers(1, 20), st.sampled_from([128, 257, 300, 301]))
 # Elements a block: one that cuts every row, conftest's, all in one
 BLOCKS = st.sampled_from([7, 64, 300, 1 << 20])
 VIEWS = ["whole", "whole", "offset", "every other class", "classes outermost", "transposed", "expanded", "every other row"]  # fmt: skip
+
+
+def backends(torch: int, triton: int, long: int):
+    """A test for each backend, and how many cases each tries; the kernels at length `long`."""
+    marks = dict(torch=pytest.mark.cases(torch), triton=pytest.mark.cases(triton, long=long))
+    each = [pytest.param(name, marks=mark) for name, mark in marks.items()]
+    return pytest.mark.parametrize("backend", each)
+
+
+def sizes(backend: str) -> dict[str, Any]:
+    if backend == "triton":
+        return dict(shapes=SMALL_SHAPES, vocabs=SMALL_VOCABS)
+    return dict(shapes=SHAPES, vocabs=VOCABS)
+
+
+def on(device: str, case: Any) -> Any:
+    """A case with its tensors, wherever they are within it, on a device."""
+    if isinstance(case, Tensor):
+        return case.detach().to(device).requires_grad_(case.requires_grad)
+    if isinstance(case, dict):
+        return {k: on(device, v) for k, v in case.items()}
+    if isinstance(case, list | tuple):
+        return type(case)(on(device, v) for v in case)
+    if dataclasses.is_dataclass(case):
+        fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+        return dataclasses.replace(case, **on(device, fields))
+    return case
 
 
 @contextlib.contextmanager
@@ -98,6 +129,8 @@ class Goal:
     prob: Tensor  # [..., V], before smoothing
     counted: Tensor  # [...] rows that are not ignored
     options: dict[str, Any] = field(default_factory=dict)
+    # Where `prob` spreads what may be the rounding of a teacher's: the same without it
+    unspread: Tensor | None = None
 
 
 def indices_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> Goal:
@@ -135,21 +168,24 @@ def top_k_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> G
     index = torch.where(padding, ignore_index, index)
     given = index != ignore_index
     q = torch.rand(index.shape, generator=g, dtype=torch.float64)
-    q = (q / q.sum(-1, keepdim=True) * draw(st.sampled_from([0.5, 1.0]))).to(
-        draw(st.sampled_from(DTYPES))
-    )
+    q = q / q.sum(-1, keepdim=True) * draw(st.sampled_from([0.5, 0.999, 1.0]))
     spread = draw(st.booleans())
+    if not spread and draw(st.booleans()):
+        q = q.where(torch.rand(q.shape, generator=g) < 0.5, 0.0)
+    q = q.to(draw(st.sampled_from(DTYPES)))
     prob = torch.zeros(*rows, vocab, dtype=torch.float64)
     named = torch.zeros_like(prob).scatter_add_(-1, index.where(given, 0), given.double()) > 0
     prob.scatter_add_(-1, index.where(given, 0), q.double() * given)
+    unspread = None
     if spread:
         others = (~named).sum(-1, keepdim=True)
-        share = (1.0 - prob.sum(-1, keepdim=True)) / others.clamp(min=1)
-        prob = torch.where(named, prob, share)
+        rest = (1.0 - prob.sum(-1, keepdim=True)).clamp(min=0.0)
+        spread_out = torch.where(named, prob, rest / others.clamp(min=1))
+        unspread = torch.where(rest <= torch.finfo(q.dtype).eps, prob, spread_out)
+        prob = spread_out
     options = dict(ignore_index=ignore_index, spread_rest=spread)
-    return Goal(
-        "top k", (index.to(draw(st.sampled_from(INTEGERS[:4]))), q), prob, given.any(-1), options
-    )
+    index = index.to(draw(st.sampled_from(INTEGERS[:4])))
+    return Goal("top k", (index, q), prob, given.any(-1), options, unspread)
 
 
 GOALS = dict(indices=indices_goal, probabilities=probabilities_goal) | {"top k": top_k_goal}

@@ -2,6 +2,7 @@
 
 `make test` and `make long` try the same cases every time. `make fuzz N=20000 SEED=7` tries N others, shared out
 among the tests as their `cases` are; those that failed are kept in .hypothesis/fuzz, and tried first the next time.
+The kernels run where the `device` fixture says: on a GPU where there is one, else in Triton's interpreter.
 """
 
 import os
@@ -10,14 +11,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import hypothesis
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.strategies import SearchStrategy
 
 N, SEED = (int(os.environ.get(name) or 0) for name in ("FUZZ_CASES", "FUZZ_SEED"))
-AT_LENGTH = 10  # times what the fast slice tries
+AT_LENGTH = 10  # times what the fast slice tries, where `cases` does not say how many
 TRIED: Counter[str] = Counter()
 SHARES = pytest.StashKey[int]()
 
@@ -32,44 +35,52 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("explore", slices, indirect=True)
 
 
-def _share(item: pytest.Item) -> int:
+def _share(item: pytest.Item, at_length: bool) -> int:
     marker = item.get_closest_marker("cases")
-    return marker.args[0] if marker else 0
+    if marker is None:
+        return 0
+    return marker.kwargs.get("long", marker.args[0] * AT_LENGTH) if at_length else marker.args[0]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.stash[SHARES] = sum(map(_share, items))
+    config.stash[SHARES] = sum(_share(item, at_length=True) for item in items)
 
 
 @pytest.fixture
-def explore(
-    request: pytest.FixtureRequest,
-) -> Callable[[SearchStrategy[Any], Callable[[Any], None]], None]:
+def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
     """Runs a check on so many cases of a strategy as this run has for the test."""
-    share = _share(request.node)
+    at_length = request.param != "fast"
+    tried = _share(request.node, at_length)
     if N:
-        cases = -(-N * share // request.config.stash[SHARES])
-    else:
-        cases = share * (AT_LENGTH if request.param == "long" else 1)
+        tried = -(-N * tried // request.config.stash[SHARES])
     name = re.sub(r"\W+", "_", request.node.name).strip("_")
+    backend = request.node.callspec.params.get("backend")
+    if backend == "triton":
+        pytest.importorskip("triton")
 
-    def run(strategy: SearchStrategy[Any], check: Callable[[Any], None]) -> None:
+    def run(strategy: SearchStrategy[Any], check: Callable[..., None]) -> None:
         def test(case: Any) -> None:
             TRIED[name] += 1
-            check(case)
+            if backend == "triton":
+                with torch.device(device):
+                    check(cases.on(device, case), backend)
+            else:
+                check(case)
 
-        test.__name__ = test.__qualname__ = name  # under which the failures are kept
+        test.__name__ = test.__qualname__ = name
         how = settings(
-            max_examples=cases,
+            max_examples=tried,
             deadline=None,
             derandomize=not N,
-            database=DirectoryBasedExampleDatabase(".hypothesis/fuzz") if N else None,
+            database=DirectoryBasedExampleDatabase(f".hypothesis/fuzz/{name}") if N else None,
             print_blob=bool(N),
             phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        hypothesis.seed(SEED)(how(hypothesis.given(strategy)(test)))()
+        how(
+            hypothesis.seed(SEED)(hypothesis.given(strategy)(test))
+        )()  # seed() forgets the database
 
     return run
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import cases
-import pytest
 import torch
 import torch.nn.functional as F
 import truth
@@ -25,7 +24,7 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
     shape = (*shape, vocab)
     x = cases.values(draw, g, shape, draw(st.sampled_from(cases.DTYPES)))
@@ -103,13 +102,7 @@ def check(call: Call, backend: str = "torch") -> None:
     truth.assert_gradient(leaf.grad, exact, tolerance, call.x.dtype, exact.isnan())
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param("torch", marks=pytest.mark.cases(20))],
-)
+@cases.backends(torch=60, triton=2, long=40)
 def test_binary(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
-    else:
-        explore(calls(), check)
+    small = dict(vocabs=st.integers(1, 20)) if backend == "triton" else {}  # strided rows are slow
+    explore(calls(**cases.sizes(backend) | small), check)

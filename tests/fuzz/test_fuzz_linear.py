@@ -13,9 +13,12 @@ import truth
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunked_ce import linear_cross_entropy, linear_token_stats
+from chunked_ce import linear_cross_entropy, linear_token_stats, token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore:target of shape")
+
+
+SOMETIMES = st.integers(0, 3).map(lambda i: i == 0)
 
 
 class _Rounded(torch.autograd.Function):
@@ -48,10 +51,10 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, statistics=SOMETIMES):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
     dtype, hidden = draw(st.sampled_from(cases.DTYPES)), draw(st.sampled_from([1, 3, 8, 17]))
-    size = draw(st.sampled_from([4, 8, 30]))  # in eighths
+    size = draw(st.sampled_from([4, 8, 30, 800]))  # in eighths; of 800, products leave fp16
 
     def grid(*shape: int) -> Tensor:
         return (torch.randint(-size, size + 1, shape, generator=g) / 8).to(dtype)
@@ -63,7 +66,7 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
         bias = bias.masked_fill(
             torch.rand(bias.shape, generator=g) < 0.1, -torch.inf
         )  # masked classes
-    statistics = draw(st.integers(0, 3)) == 0
+    statistics = draw(statistics)
     goal = (cases.indices_goal if statistics else cases.goals)(draw, g, shape, vocab)
     options = cases.loss_options(draw, g, shape, vocab)
     if statistics:
@@ -72,6 +75,9 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):  # noqa: B008
         options["vocab_size"] = vocab
         if goal.kind == "probabilities":
             goal.target = torch.nn.functional.pad(goal.target, (0, padding))
+    if draw(st.integers(0, 3)) == 0:
+        special = torch.rand(x.shape, generator=g) < 0.05
+        x = x.masked_fill(special, draw(st.sampled_from([torch.nan, torch.inf, -0.0])))
     if not goal.counted.all() and draw(st.booleans()):  # what is ignored is not read
         x = torch.where(goal.counted[..., None], x, torch.nan)
     chunks = dict(
@@ -125,44 +131,91 @@ def check(call: Call, backend: str = "torch") -> None:
     rounded.retain_grad()
     z = truth.head_of(rounded, call.head, call.vocab)
     indices = call.goal.kind == "indices"
-    exact = truth.cross_entropy(z, call.goal.prob, counted, indices=indices, **call.options)
+    exact = truth.cross_entropy(
+        z, call.goal.prob, counted, indices=indices, unspread=call.goal.unspread, **call.options
+    )
     exact.value.backward(call.upstream.to(exact.value))
     moved = truth.rounding(call.x, z, call.head)
     slack = truth.slack(exact, moved, call.options["reduction"], dtype)
     truth.assert_values(loss, exact.value, dtype, slack)
-    fine = exact.of_rows.isfinite().all() and not exact.broken.any()
+    fine = x.isfinite().all() and exact.of_rows.isfinite().all() and not exact.broken.any()
     if not fine or (exact.divisor == 0 and counted.any()):
         return
     steepest = exact.steepest * abs(call.head.get("logit_scale", 1.0))
     bound = (call.upstream.abs() / exact.divisor.abs() * steepest).nan_to_num(0.0)
     of_logits = rounded.grad.nan_to_num(0.0)
     tolerance = truth.gradient_tolerance(of_logits, dtype, bound, moved)
+    if (of_logits.abs() > 0.99 * torch.finfo(dtype).max).any():  # inf in the chunk
+        return
     # What of rounding reaches the products, and their own: a sum's in fp32, their dtype's, the chunks'.
-    rows = (of_logits.abs() * 1e-6 + tolerance).reshape(-1, len(weight))
-    flat = x.detach().reshape(-1, x.shape[-1])
-    noise = dict(
-        x=(rows @ weight.detach().abs()).view(x.shape),
-        weight=rows.t() @ flat.abs(),
-        bias=rows.sum(0),
-    )
-    nothing = torch.zeros((), dtype=torch.bool)
-    for (name, near), t, got in zip(noise.items(), (x, weight, bias), grads, strict=True):
-        if got is None:
-            continue
-        expected = t.grad.nan_to_num(0.0)
-        of_sum = (
-            2 * near
-            + 4 * truth.ULP[dtype] * expected.abs()
-            + (2.0**-24 if dtype == torch.float16 else 0.0)
+    sizes = products(of_logits.abs(), x.abs(), weight.abs())
+    noise = products(of_logits.abs() * 1e-6 + tolerance, x.abs(), weight.abs())
+    floor = 2.0**-24 if dtype == torch.float16 else 0.0
+    each_rounded = [0.0, 2.0 * truth.ULP[dtype] if dtype.itemsize == 2 else 0.0, 0.0]
+    for leaf, got, near, size, of_chunk in zip(
+        (x, weight, bias), grads, noise, sizes, each_rounded, strict=True
+    ):
+        if got is not None:
+            expected = leaf.grad.nan_to_num(0.0)
+            of_sum = 2 * near + 4 * truth.ULP[dtype] * expected.abs() + of_chunk * size + floor
+            partial_overflows = size > 0.99 * torch.finfo(dtype).max
+            truth.assert_gradient(got, expected, of_sum, dtype, partial_overflows)
+
+
+@torch.no_grad()
+def products(rows: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """What a gradient of logits [..., V] gives the hidden states, the weight and the bias."""
+    rows = rows.reshape(-1, len(weight))
+    return [
+        (rows @ weight).view(x.shape),
+        rows.t() @ x.reshape(-1, x.shape[-1]),
+        rows.sum(0),
+    ]
+
+
+def check_statistics(call: Call, backend: str = "torch") -> None:
+    """All of them, and their gradients, as :func:`token_stats` has them of the same logits."""
+    call.options.pop("reduction")
+    dtype, counted = call.x.dtype, call.goal.counted
+    shared = call.goal.options | call.options | call.head
+    shared |= dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (call.x, call.weight, call.bias)]  # fmt: skip
+    x, weight, bias = leaves
+    flat = torch.where(counted[..., None], call.x, 0.0).double()
+    logits = flat @ call.weight.double().t() + (0.0 if bias is None else call.bias.double())
+    logits = logits.to(dtype).requires_grad_()
+    with cases.block_size(call.block):
+        of_logits = token_stats(logits, call.goal.target, backend=backend, **shared)
+        stats = linear_token_stats(
+            x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared, **call.chunks
         )
-        if name == "weight" and dtype in (
-            torch.float16,
-            torch.bfloat16,
-        ):  # each chunk's product is rounded
-            of_sum = of_sum + 2 * truth.ULP[dtype] * (
-                of_logits.abs().reshape(-1, of_logits.shape[-1]).t() @ flat.abs()
-            )
-        truth.assert_gradient(got, expected, of_sum, dtype, nothing)
+        assert torch.equal(stats.rank, of_logits.rank)
+        assert torch.equal(stats.argmax, of_logits.argmax)
+        g = torch.Generator().manual_seed(call.x.numel())
+        size = torch.zeros_like(of_logits.lse, dtype=torch.float64)
+        total, total_of_logits = 0.0, 0.0
+        for a, b in zip(stats[:4], of_logits[:4], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)
+            up = torch.randn(a.shape, generator=g).to(a).where(b.isfinite(), 0.0)
+            size = size + up.abs() * (20.0 + b.detach().abs().nan_to_num(0.0, 0.0, 0.0))
+            total = total + (a.where(b.isfinite(), 0.0) * up).sum()
+            total_of_logits = total_of_logits + (b.where(b.isfinite(), 0.0) * up).sum()
+        if of_logits.lse.isnan().any() or not flat.isfinite().all():  # 0 * inf reaches the weight
+            return
+        total.backward()
+        total_of_logits.backward()
+    size = size * abs(call.head.get("logit_scale", 1.0))
+    # Of the chunk's gradient, rounded to the dtype once more, and of the products of that.
+    dz, wide = logits.grad.double(), call.weight.double()
+    floor = 2.0**-24 if dtype == torch.float16 else 1e-36
+    eps = truth.EPSILON[truth.compute_dtype(dtype)]
+    near = 3 * truth.ULP[dtype] * dz.abs() + 8 * eps * size[..., None] + floor
+    exact, noise = products(dz, flat, wide), products(near, flat.abs(), wide.abs())
+    nothing = torch.zeros((), dtype=torch.bool)
+    for leaf, expected, tolerance in zip(leaves, exact, noise, strict=True):
+        if leaf is not None:
+            tolerance = tolerance + truth.ULP[dtype] * expected.abs() + floor
+            truth.assert_gradient(leaf.grad, expected, tolerance, dtype, nothing)
 
 
 def check_heads(call: Call) -> None:
@@ -191,16 +244,14 @@ def check_heads(call: Call) -> None:
         torch.testing.assert_close(both, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param("torch", marks=pytest.mark.cases(20))],
-)
+@cases.backends(torch=40, triton=2, long=40)
 def test_linear(explore, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        explore(calls(cases.SMALL_SHAPES), lambda call: check(call, backend))
-    else:
-        explore(calls(), check)
+    explore(calls(**cases.sizes(backend)), check)
+
+
+@cases.backends(torch=12, triton=1, long=20)
+def test_statistics(explore, backend):
+    explore(calls(**cases.sizes(backend), statistics=st.just(True)), check_statistics)
 
 
 @pytest.mark.cases(20)

@@ -29,6 +29,7 @@ def cross_entropy(
     counted: Tensor,  # [...]
     *,
     indices: bool,
+    unspread: Tensor | None = None,  # see cases.Goal
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
@@ -41,6 +42,9 @@ def cross_entropy(
     broken = (z.isnan() | (z == torch.inf)).any(-1) | (z == -torch.inf).all(-1)
     z = torch.where(broken[..., None], 0.0, z)
     w = torch.ones_like(z) if weight is None else weight.double().expand(z.shape)
+    if unspread is not None:  # no rounding makes a loss infinite
+        masked = ((z == -torch.inf) & (w != 0)).any(-1, keepdim=True)
+        prob = torch.where(masked, unspread, prob)
     q = w * ((1.0 - label_smoothing) * prob + label_smoothing / z.shape[-1])
     largest = z.detach().amax(-1, keepdim=True)  # which costs 1e4 its digits, in fp64 too
     near = z - largest
@@ -51,7 +55,8 @@ def cross_entropy(
     loss = torch.where(broken, torch.nan, loss)
     unweighted = loss.detach().where(counted & loss.isfinite(), 0.0).abs()
     of_token = torch.ones_like(loss) if token_weight is None else token_weight.double()
-    loss = torch.where(counted, loss * of_token, 0.0)
+    nothing = ~counted | ((of_token == 0) & loss.isinf())
+    loss = torch.where(nothing, 0.0, loss * of_token)
     in_mean = of_token * counted
     if indices and weight is not None:
         in_mean = in_mean * (w * prob).sum(-1)
@@ -113,7 +118,7 @@ def assert_gradient(
     assert ours.dtype == dtype and ours.shape == truth.shape
     near = ((ours.double() - truth).abs() <= tolerance) | _overflows(ours, truth) | skip
     assert near.all(), (
-        f"{ours[~near][:9]} should be {truth[~near][:9]} within {tolerance.expand(near.shape)[~near][:9]}"
+        f"{ours[~near][:9]} should be {truth[~near][:9]} within {tolerance.expand_as(near)[~near][:9]}"
     )
 
 
