@@ -186,7 +186,8 @@ class TopK(_Distribution):
         logprob = torch.where(at_index.isfinite(), near, z - answer.lse[..., None])
         q = (1.0 - s) * q
         # At a logit of -inf the mean below is infinite: less than the even share of that is none.
-        nothing = (q == 0) | ((q < 0) & (logprob == -torch.inf))
+        # A row that is broken is NaN, whatever weighs 0 in it.
+        nothing = ((q == 0) & ~(self.given & logprob.isnan())) | ((q < 0) & (logprob == -torch.inf))
         loss = -(q * logprob).masked_fill(nothing, 0.0).sum(-1)
         if self.wants_mean_logprob:
             even = floor * self.vocab_size * answer.mean_logprob

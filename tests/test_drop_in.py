@@ -658,3 +658,13 @@ def test_another_vocabulary_compiles_no_more_than_with_indices():
     for shape in [(4, 7), (6, 7), (9, 7), (5, 11), (8, 13), (12, 17)]:
         step(torch.randn(shape), torch.rand(shape).softmax(1))
     assert len(compiles) <= 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_row_is_nan_though_the_teachers_class_weighs_0(backend, device, value):
+    x = torch.zeros(2, 9, device=device)
+    x[0, 3] = value
+    top = torch.tensor([[5], [5]], device=device), torch.tensor([[0.5], [0.5]], device=device)
+    weight = torch.ones(9, device=device).index_fill_(0, torch.tensor([5], device=device), 0.0)
+    loss = cross_entropy(x, top, weight, reduction="none", backend=backend)
+    assert loss[0].isnan() and loss[1] == 0

@@ -33,7 +33,7 @@ def check(call: Call, backend: str = "torch") -> None:
             )
             for piece, p in zip(pieces, parts, strict=True)
         ]
-        with mock.patch.object(shards, "_gather", lambda *_: torch.stack(sent)):
+        with mock.patch.object(shards, "all_gather", lambda *_: torch.stack(sent)):
             stats = [
                 shard_stats(piece, call.goal.target, o)
                 for piece, o in zip(pieces, options, strict=True)
