@@ -175,6 +175,31 @@ def test_with_the_options_of_language_models(backend, device, softcap):
         compare_gradient(gradient(loss, x), gradient(truth, x.double()), x.dtype)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_weights_over_several_parts_of_a_row(backend, device, kind, step):
+    """A row long enough to be summed in segments, and its gradient written in spans."""
+    wide = torch.randn(4, 305 * step, device=device) * 3
+    x = wide[:, step * 3 : step * 304 : step]  # rows that start anywhere
+    vocab = x.shape[-1]
+    weight = torch.rand(vocab, device=device)
+    weight[::7] = 0
+    if kind == "indices":
+        target = torch.tensor([2, 200, 270, 300], device=device)
+    else:
+        target = torch.empty(4, vocab * step, device=device)[:, ::step]
+        target.copy_(torch.randn(4, vocab).softmax(-1))
+    for w in (weight, None) if kind == "probabilities" else (weight,):
+        options = dict(weight=w, label_smoothing=0.2)
+
+        def loss(x, options=options):
+            return cross_entropy(x, target, backend=backend, **options)
+
+        compare(loss(x), torchs(x, target, 1, **options), x.dtype)
+        exact = gradient(lambda x, o=options: torchs(x, target, 1, **o), x.double())
+        compare_gradient(gradient(loss, x), exact, x.dtype)
+
+
 def test_class_weights_are_token_weights_in_one_pass(backend, device):
     """grad_in_forward takes class weights where they scale a token's whole loss."""
     x, target = torch.randn(6, 50, device=device), torch.randint(0, 50, (6,), device=device)

@@ -33,15 +33,23 @@ _TRITON = [
     _of("test_token_stats", _triton(f"(test_values or everything) and {_FLOAT32} or ties")),
     _of("test_token_stats", _triton("confident and (40] or 10]) or non_finite or head_and and 70")),
     _of("test_token_stats", _triton("common and float32 or infinity or low_precision or unbatched")),
+    _of("test_token_stats", _triton("everything and bfloat16 and 100")),
     _of("test_cross_entropy", _triton("few_classes and 3- or softcap_is_felt")),
 ]  # fmt: skip
 _OF_VIEWS = [_of("test_token_stats", _triton("test_strides or ignored_row or every_output"))]
-_OF_WEIGHTS = [_of("test_drop_in", _triton("masked_classes or confident and probabilities"))]
+_OF_WEIGHTS = [
+    _of("test_drop_in", _triton("masked_classes or confident and probabilities or several_parts"))
+]
 _ONE_PASS = [
     _of("test_grad_in_forward", "(chip or streamed) and (value_and and float32 or odd and (65 or 3])"),
     _of("test_grad_in_forward", "(chip or streamed) and (bfloat16 or extremes or divisor or device)"),
     _of("test_grad_in_forward", "(chip or streamed) and (strided or all_ignored or upstream)"),
 ]  # fmt: skip
+_REPORTS = [
+    _of("test_perplexity"),
+    _of("test_perplexity_meter", "not ranks"),
+    _of("test_evaluation", "not mistakes"),
+]
 _LINEAR = _of(
     "test_linear",
     "(torch- or torch] or not triton) and not compile and not operators and not readme",
@@ -58,7 +66,10 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/targets.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
     "chunked_ce/at_classes.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
     "chunked_ce/windows.py": [_of("test_windows")],
-    "chunked_ce/perplexity.py": [_of("test_perplexity"), _of("test_perplexity_meter")],
+    "chunked_ce/documents.py": [_of("test_evaluation")],
+    "chunked_ce/scoring.py": [_of("test_evaluation", "not mistakes")],
+    "chunked_ce/report.py": _REPORTS,
+    "chunked_ce/perplexity.py": [*_REPORTS[:2], _of("test_perplexity_meter", "ranks")],
     "chunked_ce/shards.py": [_of("test_distributed", "2")],
     "chunked_ce/binary_torch.py": [_of("test_binary", "torch and not compile and not operators and not memory")],
     "kernels/streaming.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
