@@ -238,6 +238,13 @@ def test_masked_classes_of_probability_0_add_nothing(backend, device):
     compare(smooth, exact, x.dtype)
 
 
+def test_a_certain_class_beside_masked_ones_costs_nothing(backend, device):
+    x = torch.tensor([[float("-inf"), 2.0, float("-inf")]] * 2, device=device)
+    prob = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 0.0]], device=device)
+    loss = cross_entropy(x, prob, reduction="none", backend=backend)
+    assert torch.equal(loss.cpu(), torch.zeros(2))
+
+
 def test_nothing_left_to_spread_over_masked_classes(backend, device):
     x = torch.tensor([[1.0, 2.0, float("-inf"), 0.5]], device=device)
     indices, prob = (

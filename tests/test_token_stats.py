@@ -306,6 +306,14 @@ def test_non_finite_rows(backend, device, softcap):
         torch.testing.assert_close(logprob.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
 
 
+def test_every_class_beats_a_target_that_is_no_number(backend, device):
+    x = torch.randn(3, 100, device=device)
+    target = torch.tensor([0, 40, 99], device=device)
+    x[0, 0] = x[2, 99] = float("nan")
+    x[1, 40] = float("inf")  # as torch has it: NaN less its lse
+    assert token_stats(x, target, backend=backend, rank=True).rank.tolist() == [99, 99, 99]
+
+
 @pytest.mark.parametrize("value", [-1e4, 0.0, 1e4, 1e9, 3e38])
 def test_all_logits_equal(backend, device, value):
     if backend == "triton" and value > 1e9:
@@ -341,9 +349,12 @@ def test_out_of_range_target_poisons_its_row_alone(device):
     x, target = batch(6, 100, device=device, ignored=0)
     target[1], target[3], target[4] = 100, -1, 10**9
     leaf = x.clone().requires_grad_()
-    logprob = token_stats(leaf, target, backend="triton").logprob
+    stats = token_stats(leaf, target, backend="triton", **ALL)
+    logprob = stats.logprob
     logprob.sum().backward()
     bad = torch.tensor([False, True, False, True, True, False])
+    assert torch.equal(stats.rank.cpu() == -1, bad)
+    assert torch.equal(stats.argmax.cpu(), x.argmax(1).cpu())
     assert torch.equal(logprob.isnan().cpu(), bad)
     assert torch.equal(leaf.grad.isnan().any(1).cpu(), bad)
     assert leaf.grad[bad.to(device)].isnan().all()

@@ -3,6 +3,7 @@
 STATISTICS = "test_values or head_and or under_a_common or confident or infinity or non_finite"
 MORE_STATISTICS = "all_logits_equal or far_apart or ties or ignore_index_any or every_output"
 VIEWS = "test_strides or unbatched or ignored_row or target_dtypes"
+TARGETS = "every_target or masked or several_parts"
 LOSS = "test_options or test_upstream or token_weight or nothing_to or plus_zero or few_classes"
 
 
@@ -23,7 +24,7 @@ _TORCH = [
     _of("test_stats", "not triton"),
     _of("test_token_stats", _torch(f"{STATISTICS} or {MORE_STATISTICS} or {_EVERYTHING}")),
     _of("test_cross_entropy", _torch(f"{LOSS} or softcap_is_felt or few_classes")),
-    _of("test_drop_in", _torch("every_target or masked_classes or confident or padding or linear")),
+    _of("test_drop_in", _torch(f"{TARGETS} or confident or padding or linear")),
     _of("test_grad_in_forward", _torch("not operators and not compile")),
     _of("test_token_stats", _torch(f"{VIEWS} or alone_bit or masked_vocab") + " or masked_vocab"),
 ]
@@ -33,7 +34,7 @@ _TRITON = [
     _of("test_token_stats", _triton(f"(test_values or everything) and {_FLOAT32} or ties")),
     _of("test_token_stats", _triton("confident and (40] or 10]) or non_finite or head_and and 70")),
     _of("test_token_stats", _triton("common and float32 or infinity or low_precision or unbatched")),
-    _of("test_token_stats", _triton("everything and bfloat16 and 100")),
+    _of("test_token_stats", f"poisons or {_triton('everything and bfloat16 and 100 or no_number')}"),
     _of("test_cross_entropy", _triton("few_classes and 3- or softcap_is_felt")),
 ]  # fmt: skip
 _OF_VIEWS = [_of("test_token_stats", _triton("test_strides or ignored_row or every_output"))]
@@ -44,6 +45,7 @@ _ONE_PASS = [
     _of("test_grad_in_forward", "(chip or streamed) and (value_and and float32 or odd and (65 or 3])"),
     _of("test_grad_in_forward", "(chip or streamed) and (bfloat16 or extremes or divisor or device)"),
     _of("test_grad_in_forward", "(chip or streamed) and (strided or all_ignored or upstream)"),
+    _of("test_drop_in", _triton("all_smoothed")),
 ]  # fmt: skip
 _REPORTS = [
     _of("test_perplexity"),
@@ -73,7 +75,7 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/shards.py": [_of("test_distributed", "2")],
     "chunked_ce/binary_torch.py": [_of("test_binary", "torch and not compile and not operators and not memory")],
     "kernels/streaming.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
-    "kernels/token_stats.py": [*_TRITON, *_OF_WEIGHTS],
+    "kernels/token_stats.py": [*_TRITON, *_OF_WEIGHTS, _of("test_stats", _triton("shard"))],
     "kernels/finish.py": [*_TRITON, *_OF_WEIGHTS],
     "kernels/token_grad.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
     "kernels/loss_and_grad.py": _ONE_PASS,
