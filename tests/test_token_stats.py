@@ -482,6 +482,28 @@ def test_gradcheck_on_the_kernels_themselves(backend, device):
     assert torch.autograd.gradcheck(function, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_gradients_of_either_sign(backend, device, dtype):
+    """A positive factor of p may go into the exponent, where nothing else is added or multiplied."""
+    x, target = batch(6, 100, dtype, device, ignored=0)
+    target = target.clamp(max=89)
+    g = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.1, -3.0], device=device)
+    cases = [("lse", {}), ("lse", dict(vocab_size=90)), ("lse", dict(softcap=5.0))]
+    cases += [("lse", dict(logit_scale=0.5)), ("entropy", {}), ("mean_logprob", {})]
+    for name, options in cases:
+        wanted = {} if name == "lse" else {name: True}
+
+        def ours(x, name=name, options=options | wanted):
+            return getattr(token_stats(x, target, backend=backend, **options), name)
+
+        def truth(x, name=name, options=options):
+            return oracle.token_stats(x, target, **options)[name]
+
+        exact = gradient(truth, x.double(), upstream=g)
+        largest = g.abs().max() if "softcap" in options else None
+        assert_gradient(gradient(ours, x, upstream=g), exact, dtype, largest)
+
+
 def test_low_precision_gradient_is_rounded_once(backend, device):
     """bf16 gradients are the fp32 ones, rounded; accumulation never happens in bf16 (PITFALLS, loss 11)."""
     x, target = batch(4, 100, torch.bfloat16, device)

@@ -38,7 +38,7 @@ _TRITON = [
     _of("test_token_stats", _triton(f"(test_values or everything) and {_FLOAT32} or ties")),
     _of("test_token_stats", _triton("confident and (40] or 10]) or non_finite or head_and and 70")),
     _of("test_token_stats", _triton("common and float32 or infinity or low_precision or unbatched")),
-    _of("test_token_stats", f"poisons or {_triton('everything and bfloat16 and 100 or no_number')}"),
+    _of("test_token_stats", f"poisons or {_triton('everything and bfloat16 and 100 or no_number or either_sign')}"),
     _of("test_cross_entropy", _triton("few_classes and 3- or softcap_is_felt")),
 ]  # fmt: skip
 _OF_VIEWS = [_of("test_token_stats", _triton("test_strides or ignored_row or every_output"))]
@@ -46,7 +46,7 @@ _OF_WEIGHTS = [
     _of("test_drop_in", _triton("masked_classes or confident and probabilities or several_parts"))
 ]
 _ONE_PASS = [
-    _of("test_grad_in_forward", "(chip or streamed) and (value_and and float32 or odd and (65 or 3])"),
+    _of("test_grad_in_forward", "(chip or streamed) and (value_and and float32 or odd and (65 or 3]))"),
     _of("test_grad_in_forward", "(chip or streamed) and (bfloat16 or extremes or divisor or device)"),
     _of("test_grad_in_forward", "(chip or streamed) and (strided or all_ignored or upstream)"),
     _of("test_drop_in", _triton("all_smoothed")),
