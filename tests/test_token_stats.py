@@ -400,6 +400,20 @@ def test_masked_vocabulary_is_clamped_on_the_cpu():
     assert (got[:, ::2] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "depths"),
+    [(torch.float32, [0, -50, -80, -200]), (torch.float64, [0, -200, -500, -700, -800])],
+    ids=str,
+)
+def test_small_probabilities_keep_their_digits(backend, device, dtype, depths):
+    """Down to the smallest normal number, whatever lies below it."""
+    x = torch.tensor([depths] * 3, dtype=dtype, device=device)
+    target = torch.tensor([0, 1, 2], device=device)
+    grad = gradient(lambda x: token_stats(x, target, backend=backend).lse.sum(), x)
+    rtol = 1e-11 if dtype == torch.float64 else 2e-5  # an ulp of an exponent of 80
+    torch.testing.assert_close(grad, x.double().softmax(-1).to(dtype), rtol=rtol, atol=0)
+
+
 # --- repeatability ---------------------------------------------------------------------------------
 
 
