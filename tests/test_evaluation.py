@@ -16,7 +16,7 @@ from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, 
 
 from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
 from chunked_ce import evaluation as module
-from chunked_ce.documents import from_text
+from chunked_ce.documents import _bytes_of, from_text
 from chunked_ce.language_model import examine
 
 
@@ -329,11 +329,13 @@ def test_bytes_after_a_first_token_of_characters(text, n_bytes, words):
 def test_bytes_after_a_first_token_that_is_a_byte_or_a_space(scheme):
     """<0xF0> is a byte of the character; the space put before the text is none of its bytes."""
     first = 1 if scheme == "never" else 0
-    for text in ("😀b", "😀", "😀 "):
+    for text in ("😀b", "😀", "😀 ", "ß"):
         (document,) = from_text(text, pieces(prepend_scheme=scheme), None, 0)
         assert document.n_bytes == len(text.encode()) - first
     (document,) = from_text(" 😀b", pieces(prepend_scheme=scheme), None, 0)
     assert document.n_bytes == 5
+    for text, n_bytes in (("😀", 1), (" 😀", 2)):
+        assert _bytes_of("Ġð", text) == n_bytes
 
 
 def test_numpy_s_ids(gpt2):

@@ -160,6 +160,8 @@ def test_a_bad_state_changes_nothing(change, error, message):
         (lambda m: m.load_state_dict([1]), TypeError, "state_dict must be a mapping, got list"),
         (lambda m: m.load_state_dict({"loss": 1}), ValueError, "has keys loss, expected nll_sum"),
         (lambda m: m.update(*batch(3, 20), rank=1), TypeError, "rank must be True or False"),
+        (lambda m: m.update(*batch(3, 20), words=2.0), TypeError, "words must be an int or None"),
+        (lambda m: m.update(*batch(3, 20), n_bytes=-1), ValueError, "n_bytes is -1"),
         (lambda m: m.update_nll(1.0, 1, nll_square_sum="x"), TypeError, "nll_square_sum must be"),
     ],
 )  # fmt: skip

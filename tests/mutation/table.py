@@ -51,9 +51,10 @@ _ONE_PASS = [
     _of("test_grad_in_forward", "(chip or streamed) and (strided or upstream or token_weight)"),
     _of("test_drop_in", _triton("all_smoothed")),
 ]  # fmt: skip
+_RANKS = _of("test_perplexity_meter", "ranks_report")
 _REPORTS = [
     _of("test_perplexity"),
-    _of("test_perplexity_meter", "not ranks"),
+    _of("test_perplexity_meter", "not ranks_report"),
     _of("test_evaluation", "not mistakes"),
 ]
 _LINEAR = _of(
@@ -77,9 +78,9 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/at_classes.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
     "chunked_ce/windows.py": [_of("test_windows")],
     "chunked_ce/documents.py": [_of("test_evaluation")],
-    "chunked_ce/scoring.py": [_of("test_evaluation", "not mistakes")],
+    "chunked_ce/scoring.py": [_of("test_evaluation", "not mistakes"), _RANKS],
     "chunked_ce/report.py": _REPORTS,
-    "chunked_ce/perplexity.py": [*_REPORTS[:2], _of("test_perplexity_meter", "ranks")],
+    "chunked_ce/perplexity.py": [*_REPORTS[:2], _RANKS],
     "chunked_ce/shards.py": [_of("test_distributed", "2")],
     "chunked_ce/binary_torch.py": [_of("test_binary", "torch and not compile and not operators and not memory")],
     "kernels/streaming.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
