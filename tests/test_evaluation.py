@@ -247,6 +247,9 @@ def test_measures_of_each_token(gpt2):
     assert [r.nll_sum for r in report.per_window] == pytest.approx(
         [float(losses.sum()) for losses in nll], rel=1e-6
     )
+    plain = report.to_dict()
+    assert plain["per_document"] is None and len(plain["per_position"]) == 16
+    assert [window["tokens"] for window in plain["per_window"]] == [16, 16, 16, 11]
 
 
 def test_corpus_and_documents_are_told_apart(gpt2):
