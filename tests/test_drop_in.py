@@ -236,6 +236,10 @@ def test_masked_classes_of_probability_0_add_nothing(backend, device):
     logp = x.double().log_softmax(-1)
     exact = -0.9 * logp.gather(1, target[:, None]).sum() - 0.1 / 40 * logp[:, keep].sum()
     compare(smooth, exact, x.dtype)
+    target[1] = 7
+    smooth = cross_entropy(x, target, weight, label_smoothing=0.1, reduction="sum", backend=backend)
+    exact += 0.9 * logp[1, 2]
+    compare(smooth, exact, x.dtype)
 
 
 def test_a_certain_class_beside_masked_ones_costs_nothing(backend, device):
