@@ -175,6 +175,23 @@ def test_with_the_options_of_language_models(backend, device, softcap):
         compare_gradient(gradient(loss, x), gradient(truth, x.double()), x.dtype)
 
 
+@pytest.mark.parametrize("kind", ["top k", "top k, rest spread"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_teachers_top_k_under_a_head(backend, device, dtype, kind):
+    x = (torch.randn(5, 60, device=device) * 3).to(dtype)
+    ours, theirs, more = kinds((5, 60), 1, device)[kind]
+    ours, theirs = to(device, ours), to(device, theirs)
+
+    def loss(x):
+        return cross_entropy(x, ours, softcap=5.0, logit_scale=0.7, backend=backend, **more)
+
+    def truth(x):
+        return torchs(5 * torch.tanh(x.double() * 0.7 / 5), theirs, 1)
+
+    compare(loss(x), truth(x), dtype)
+    compare_gradient(gradient(loss, x), gradient(truth, x.double()), dtype)
+
+
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("step", [1, 2])
 def test_weights_over_several_parts_of_a_row(backend, device, kind, step):

@@ -66,7 +66,12 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/stats.py": _TORCH,
     "chunked_ce/blocks.py": [*_TORCH, *_ELSEWHERE],
     "chunked_ce/backend_torch.py": [*_TORCH, *_ELSEWHERE],
-    "chunked_ce/row_blocks.py": [*_TORCH[:2], _TORCH[5], *_TORCH[2:5], _of("test_state", "inference")],
+    "chunked_ce/row_blocks.py": [
+        *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
+        _of("test_state", "inference"),
+        _of("test_binary", _torch("labels or views")),
+        _of("test_drop_in", _torch("not_copied")),
+    ],
     "chunked_ce/strided_rows.py": [*_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/chunks.py": [_LINEAR],
     "chunked_ce/reduction.py": [
