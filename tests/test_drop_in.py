@@ -175,6 +175,48 @@ def test_with_the_options_of_language_models(backend, device, softcap):
         compare_gradient(gradient(loss, x), gradient(truth, x.double()), x.dtype)
 
 
+@pytest.mark.parametrize("kind", ["top k", "top k, rest spread"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_teachers_top_k_under_a_head(backend, device, dtype, kind):
+    x = (torch.randn(5, 60, device=device) * 3).to(dtype)
+    ours, theirs, more = kinds((5, 60), 1, device)[kind]
+    ours, theirs = to(device, ours), to(device, theirs)
+
+    def loss(x):
+        return cross_entropy(x, ours, softcap=5.0, logit_scale=0.7, backend=backend, **more)
+
+    def truth(x):
+        return torchs(5 * torch.tanh(x.double() * 0.7 / 5), theirs, 1)
+
+    compare(loss(x), truth(x), dtype)
+    compare_gradient(gradient(loss, x), gradient(truth, x.double()), dtype)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_weights_over_several_parts_of_a_row(backend, device, kind, step):
+    """A row long enough to be summed in segments, and its gradient written in spans."""
+    wide = torch.randn(4, 305 * step, device=device) * 3
+    x = wide[:, step * 3 : step * 304 : step]  # rows that start anywhere
+    vocab = x.shape[-1]
+    weight = torch.rand(vocab, device=device)
+    weight[::7] = 0
+    if kind == "indices":
+        target = torch.tensor([2, 200, 270, 300], device=device)
+    else:
+        target = torch.empty(4, vocab * step, device=device)[:, ::step]
+        target.copy_(torch.randn(4, vocab).softmax(-1))
+    for w in (weight, None) if kind == "probabilities" else (weight,):
+        options = dict(weight=w, label_smoothing=0.2)
+
+        def loss(x, options=options):
+            return cross_entropy(x, target, backend=backend, **options)
+
+        compare(loss(x), torchs(x, target, 1, **options), x.dtype)
+        exact = gradient(lambda x, o=options: torchs(x, target, 1, **o), x.double())
+        compare_gradient(gradient(loss, x), exact, x.dtype)
+
+
 def test_class_weights_are_token_weights_in_one_pass(backend, device):
     """grad_in_forward takes class weights where they scale a token's whole loss."""
     x, target = torch.randn(6, 50, device=device), torch.randint(0, 50, (6,), device=device)
@@ -211,6 +253,17 @@ def test_masked_classes_of_probability_0_add_nothing(backend, device):
     logp = x.double().log_softmax(-1)
     exact = -0.9 * logp.gather(1, target[:, None]).sum() - 0.1 / 40 * logp[:, keep].sum()
     compare(smooth, exact, x.dtype)
+    target[1] = 7
+    smooth = cross_entropy(x, target, weight, label_smoothing=0.1, reduction="sum", backend=backend)
+    exact += 0.9 * logp[1, 2]
+    compare(smooth, exact, x.dtype)
+
+
+def test_a_certain_class_beside_masked_ones_costs_nothing(backend, device):
+    x = torch.tensor([[float("-inf"), 2.0, float("-inf")]] * 2, device=device)
+    prob = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 0.0]], device=device)
+    loss = cross_entropy(x, prob, reduction="none", backend=backend)
+    assert torch.equal(loss.cpu(), torch.zeros(2))
 
 
 def test_nothing_left_to_spread_over_masked_classes(backend, device):

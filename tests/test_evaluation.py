@@ -16,6 +16,7 @@ from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, 
 
 from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
 from chunked_ce import evaluation as module
+from chunked_ce.documents import _bytes_of, from_text
 from chunked_ce.language_model import examine
 
 
@@ -246,6 +247,9 @@ def test_measures_of_each_token(gpt2):
     assert [r.nll_sum for r in report.per_window] == pytest.approx(
         [float(losses.sum()) for losses in nll], rel=1e-6
     )
+    plain = report.to_dict()
+    assert plain["per_document"] is None and len(plain["per_position"]) == 16
+    assert [window["tokens"] for window in plain["per_window"]] == [16, 16, 16, 11]
 
 
 def test_corpus_and_documents_are_told_apart(gpt2):
@@ -286,6 +290,55 @@ def test_bytes_of_a_first_token_within_a_character(gpt2, tokenizer, text):
     assert report.bytes == len(text.encode()) - len(first)  # byte-level: a character is a byte
     whole = evaluate_perplexity(gpt2, text=text, tokenizer=tokenizer, bos=True)
     assert whole.bytes == len(text.encode())
+
+
+def pieces(**options):
+    """A tokenizer of whole characters and, where it does not know one, of its bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abé"]
+    tokenizer = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(known)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**options)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+class Characters:
+    """No fast tokenizer: it knows no offsets."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(character) for character in text]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes", "words"),
+    [("éab a", 4, 2), ("ab", 1, 1), ("a", 0, 0), ("a b é", 5, 2), ("aé b", 4, 2), ("é b a", 4, 2)],
+)
+def test_bytes_after_a_first_token_of_characters(text, n_bytes, words):
+    """Without a BOS the first token, of any number of bytes, is context."""
+    for tokenizer in (pieces(prepend_scheme="never"), Characters()):
+        (document,) = from_text(text, tokenizer, None, 0)
+        assert (document.n_bytes, document.words) == (n_bytes, words)
+        (whole,) = from_text(text, tokenizer, 1, 0)
+        assert (whole.n_bytes, whole.words) == (len(text.encode()), len(text.split()))
+
+
+@pytest.mark.parametrize("scheme", ["never", "first"])
+def test_bytes_after_a_first_token_that_is_a_byte_or_a_space(scheme):
+    """<0xF0> is a byte of the character; the space put before the text is none of its bytes."""
+    first = 1 if scheme == "never" else 0
+    for text in ("😀b", "😀", "😀 ", "ß"):
+        (document,) = from_text(text, pieces(prepend_scheme=scheme), None, 0)
+        assert document.n_bytes == len(text.encode()) - first
+    (document,) = from_text(" 😀b", pieces(prepend_scheme=scheme), None, 0)
+    assert document.n_bytes == 5
+    for text, n_bytes in (("😀", 1), (" 😀", 2)):
+        assert _bytes_of("Ġð", text) == n_bytes
 
 
 def test_numpy_s_ids(gpt2):
@@ -353,10 +406,25 @@ def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
         evaluate_perplexity(gpt2, ids, batch_size=2)
     report = caught.value.report
     assert report.partial and report.tokens == 4 * CONTEXT and report.windows == 6
-    assert isinstance(caught.value, KeyboardInterrupt)
+    assert isinstance(caught.value, KeyboardInterrupt) and str(caught.value) == str(report)
     monkeypatch.undo()
     expected = brute_force(gpt2, ids[0][: 4 * CONTEXT + 1], CONTEXT, CONTEXT)
     assert report.nll_sum == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):
+    """The others wait for it: no report of its own may pass for theirs."""
+    from chunked_ce import checks, scoring
+
+    def interrupted(self, chosen):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "process_group", lambda group: group)
+    monkeypatch.setattr(scoring, "rank_and_size", lambda group: (0, 2))
+    monkeypatch.setattr(scoring.Scoring, "_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluate_perplexity(gpt2, documents(40), group=object())
+    assert not isinstance(caught.value, EvaluationInterrupted)
 
 
 def test_windows_and_positions_of_a_partial_report_agree(gpt2):

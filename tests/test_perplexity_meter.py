@@ -41,6 +41,22 @@ def test_equal_losses_have_no_spread():
     report = PerplexityReport(0.1 * 3000, 3000, nll_square_sum=0.1**2 * 3000)
     assert 0 <= report.mean_nll_stderr < 1e-8
     assert math.isnan(PerplexityReport(1.0, 1, nll_square_sum=1.0).mean_nll_stderr)
+    # Of losses 1 and 2.
+    assert PerplexityReport(3.0, 2, nll_square_sum=5.0).mean_nll_stderr == pytest.approx(0.5)
+
+
+def test_sums_go_where_the_first_batch_is():
+    there = dict(device="meta")
+    meter = Perplexity()
+    meter.update_nll(2.0, 1)
+    elsewhere = meter.state_dict() | {
+        "nll_sum": torch.zeros((), dtype=torch.float64, **there),
+        "tokens": torch.zeros((), dtype=torch.int64, **there),
+    }
+    meter._add(elsewhere)
+    meter.update_nll(torch.tensor(2.0), torch.tensor(1))
+    assert meter.nll_sum.device.type == meter.tokens.device.type == "meta"
+    assert meter.nll_sum.dtype == torch.float64 and meter.tokens.dtype == torch.int64
 
 
 def test_json_has_no_infinities():
@@ -144,6 +160,8 @@ def test_a_bad_state_changes_nothing(change, error, message):
         (lambda m: m.load_state_dict([1]), TypeError, "state_dict must be a mapping, got list"),
         (lambda m: m.load_state_dict({"loss": 1}), ValueError, "has keys loss, expected nll_sum"),
         (lambda m: m.update(*batch(3, 20), rank=1), TypeError, "rank must be True or False"),
+        (lambda m: m.update(*batch(3, 20), words=2.0), TypeError, "words must be an int or None"),
+        (lambda m: m.update(*batch(3, 20), n_bytes=-1), ValueError, "n_bytes is -1"),
         (lambda m: m.update_nll(1.0, 1, nll_square_sum="x"), TypeError, "nll_square_sum must be"),
     ],
 )  # fmt: skip

@@ -83,7 +83,7 @@ def test_rows_of_several_blocks(dtype, vocab):
 
 @pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
 @pytest.mark.parametrize("head", [Head(None, 1.0), Head(5.0, 0.5)], ids=str)
-def test_shards_of_a_vocabulary_in_one_process(leading, head):
+def test_shards_of_a_vocabulary_in_one_process(backend, leading, head):
     """The sums that ranks send; leading dimensions that do not merge, a target of +inf and of -inf."""
     vocab, cuts = 70, (0, 11, 12, 70)
     wide = torch.randn(2, *leading, vocab, dtype=torch.float64) * 3
@@ -96,7 +96,7 @@ def test_shards_of_a_vocabulary_in_one_process(leading, head):
         local = flat_target - start
         local = local.masked_fill((local < 0) | (local >= stop - start), -1)
         part, logit = backends.row_part(
-            "torch", x[..., start:stop], local, NEVER, stop - start, head,
+            backend, x[..., start:stop], local, NEVER, stop - start, head,
             entropy=True, mean_logprob=True, argmax=True,
         )  # fmt: skip
         assert torch.equal(logit == -math.inf, local == -1)
@@ -120,6 +120,21 @@ def test_a_shards_infinite_target_is_nan():
     )  # fmt: skip
     assert logit[0].isnan() and logit[1] == -math.inf and logit[2] == x[2, 2]
     torch.testing.assert_close(part.m[1] + part.s[1].log(), x[1].logsumexp(0))
+
+
+def test_a_shard_whose_first_class_is_masked(backend, device):
+    """Sums are taken from it where the target lies elsewhere; the mean of log p is -inf, not NaN."""
+    x = torch.randn(3, 9, device=device)
+    x[0, 0] = -math.inf
+    part, _ = backends.row_part(
+        backend, x, torch.tensor([-1, -1, 2], device=device), NEVER, 9, Head(None, 1.0),
+        entropy=False, mean_logprob=True, argmax=False,
+    )  # fmt: skip
+    assert part.total[0] == -math.inf
+    total = part.total + (part.m - x.amax(1)) * part.mass  # where the target is the maximum
+    exact = (x - x.amax(1, keepdim=True)).sum(1)
+    exact[2] -= x[2, 2] - x[2].amax()
+    torch.testing.assert_close(total[1:], exact[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

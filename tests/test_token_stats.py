@@ -306,6 +306,14 @@ def test_non_finite_rows(backend, device, softcap):
         torch.testing.assert_close(logprob.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
 
 
+def test_every_class_beats_a_target_that_is_no_number(backend, device):
+    x = torch.randn(3, 100, device=device)
+    target = torch.tensor([0, 40, 99], device=device)
+    x[0, 0] = x[2, 99] = float("nan")
+    x[1, 40] = float("inf")  # as torch has it: NaN less its lse
+    assert token_stats(x, target, backend=backend, rank=True).rank.tolist() == [99, 99, 99]
+
+
 @pytest.mark.parametrize("value", [-1e4, 0.0, 1e4, 1e9, 3e38])
 def test_all_logits_equal(backend, device, value):
     if backend == "triton" and value > 1e9:
@@ -341,9 +349,12 @@ def test_out_of_range_target_poisons_its_row_alone(device):
     x, target = batch(6, 100, device=device, ignored=0)
     target[1], target[3], target[4] = 100, -1, 10**9
     leaf = x.clone().requires_grad_()
-    logprob = token_stats(leaf, target, backend="triton").logprob
+    stats = token_stats(leaf, target, backend="triton", **ALL)
+    logprob = stats.logprob
     logprob.sum().backward()
     bad = torch.tensor([False, True, False, True, True, False])
+    assert torch.equal(stats.rank.cpu() == -1, bad)
+    assert torch.equal(stats.argmax.cpu(), x.argmax(1).cpu())
     assert torch.equal(logprob.isnan().cpu(), bad)
     assert torch.equal(leaf.grad.isnan().any(1).cpu(), bad)
     assert leaf.grad[bad.to(device)].isnan().all()
@@ -387,6 +398,20 @@ def test_masked_vocabulary_is_clamped_on_the_cpu():
     exact = gradient(lambda x: oracle.token_stats(x, target)["logprob"].sum(), x.double())
     assert_gradient(got, exact, torch.float32)
     assert (got[:, ::2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "depths"),
+    [(torch.float32, [0, -50, -80, -200]), (torch.float64, [0, -200, -500, -700, -800])],
+    ids=str,
+)
+def test_small_probabilities_keep_their_digits(backend, device, dtype, depths):
+    """Down to the smallest normal number, whatever lies below it."""
+    x = torch.tensor([depths] * 3, dtype=dtype, device=device)
+    target = torch.tensor([0, 1, 2], device=device)
+    grad = gradient(lambda x: token_stats(x, target, backend=backend).lse.sum(), x)
+    rtol = 1e-11 if dtype == torch.float64 else 2e-5  # an ulp of an exponent of 80
+    torch.testing.assert_close(grad, x.double().softmax(-1).to(dtype), rtol=rtol, atol=0)
 
 
 # --- repeatability ---------------------------------------------------------------------------------
@@ -469,6 +494,28 @@ def test_gradcheck_on_the_kernels_themselves(backend, device):
         )[:4]
 
     assert torch.autograd.gradcheck(function, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_gradients_of_either_sign(backend, device, dtype):
+    """A positive factor of p may go into the exponent, where nothing else is added or multiplied."""
+    x, target = batch(6, 100, dtype, device, ignored=0)
+    target = target.clamp(max=89)
+    g = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.1, -3.0], device=device)
+    cases = [("lse", {}), ("lse", dict(vocab_size=90)), ("lse", dict(softcap=5.0))]
+    cases += [("lse", dict(logit_scale=0.5)), ("entropy", {}), ("mean_logprob", {})]
+    for name, options in cases:
+        wanted = {} if name == "lse" else {name: True}
+
+        def ours(x, name=name, options=options | wanted):
+            return getattr(token_stats(x, target, backend=backend, **options), name)
+
+        def truth(x, name=name, options=options):
+            return oracle.token_stats(x, target, **options)[name]
+
+        exact = gradient(truth, x.double(), upstream=g)
+        largest = g.abs().max() if "softcap" in options else None
+        assert_gradient(gradient(ours, x, upstream=g), exact, dtype, largest)
 
 
 def test_low_precision_gradient_is_rounded_once(backend, device):

@@ -166,6 +166,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.modules) - set(TESTS):
         parser.error(f"no tests are listed for {', '.join(sorted(unknown))}")
+    if arguments.record and arguments.lines:
+        parser.error("--record wants all mutants of a module: leave out --lines")
     import_what_takes_long()
     for module in arguments.modules:
         run, killed = attack(

@@ -1,8 +1,9 @@
 """Which tests decide about a module: a handful that reach all of it, the quickest first."""
 
-STATISTICS = "test_values or head_and or under_a_common or confident or infinity or non_finite"
+STATISTICS = "test_values or head_and or under_a_common or keep_their_digits or confident or infinity or non_finite"
 MORE_STATISTICS = "all_logits_equal or far_apart or ties or ignore_index_any or every_output"
 VIEWS = "test_strides or unbatched or ignored_row or target_dtypes"
+TARGETS = "every_target or masked or several_parts"
 LOSS = "test_options or test_upstream or token_weight or nothing_to or plus_zero or few_classes"
 
 
@@ -23,9 +24,13 @@ _TORCH = [
     _of("test_stats", "not triton"),
     _of("test_token_stats", _torch(f"{STATISTICS} or {MORE_STATISTICS} or {_EVERYTHING}")),
     _of("test_cross_entropy", _torch(f"{LOSS} or softcap_is_felt or few_classes")),
-    _of("test_drop_in", _torch("every_target or masked_classes or confident or padding or linear")),
+    _of("test_drop_in", _torch(f"{TARGETS} or confident or padding or linear")),
     _of("test_grad_in_forward", _torch("not operators and not compile")),
     _of("test_token_stats", _torch(f"{VIEWS} or alone_bit or masked_vocab") + " or masked_vocab"),
+]
+_ELSEWHERE = [
+    _of("test_token_stats", "accelerators and False"),
+    _of("test_cross_entropy", "inductor_backend and float32 and not softcap"),
 ]
 # The interpreter takes seconds a case: one case of each kind.
 _FLOAT32 = "float32 and (301] or 17])"
@@ -33,15 +38,25 @@ _TRITON = [
     _of("test_token_stats", _triton(f"(test_values or everything) and {_FLOAT32} or ties")),
     _of("test_token_stats", _triton("confident and (40] or 10]) or non_finite or head_and and 70")),
     _of("test_token_stats", _triton("common and float32 or infinity or low_precision or unbatched")),
+    _of("test_token_stats", f"poisons or {_triton('everything and bfloat16 and 100 or no_number or either_sign')}"),
     _of("test_cross_entropy", _triton("few_classes and 3- or softcap_is_felt")),
 ]  # fmt: skip
 _OF_VIEWS = [_of("test_token_stats", _triton("test_strides or ignored_row or every_output"))]
-_OF_WEIGHTS = [_of("test_drop_in", _triton("masked_classes or confident and probabilities"))]
+_OF_WEIGHTS = [
+    _of("test_drop_in", _triton("masked_classes or confident and probabilities or several_parts"))
+]
 _ONE_PASS = [
-    _of("test_grad_in_forward", "(chip or streamed) and (value_and and float32 or odd and (65 or 3])"),
-    _of("test_grad_in_forward", "(chip or streamed) and (bfloat16 or extremes or divisor or device)"),
-    _of("test_grad_in_forward", "(chip or streamed) and (strided or all_ignored or upstream)"),
+    _of("test_grad_in_forward", "(chip or streamed) and (value_and or odd and (65 or 3]))"),
+    _of("test_grad_in_forward", "(chip or streamed) and (extremes or out_of_range or all_ignored)"),
+    _of("test_grad_in_forward", "(chip or streamed) and (strided or upstream or token_weight)"),
+    _of("test_drop_in", _triton("all_smoothed")),
 ]  # fmt: skip
+_RANKS = _of("test_perplexity_meter", "ranks_report")
+_REPORTS = [
+    _of("test_perplexity"),
+    _of("test_perplexity_meter", "not ranks_report"),
+    _of("test_evaluation", "not mistakes"),
+]
 _LINEAR = _of(
     "test_linear",
     "(torch- or torch] or not triton) and not compile and not operators and not readme",
@@ -49,20 +64,32 @@ _LINEAR = _of(
 
 TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/stats.py": _TORCH,
-    "chunked_ce/blocks.py": _TORCH,
-    "chunked_ce/backend_torch.py": _TORCH,
-    "chunked_ce/row_blocks.py": [*_TORCH[:2], _TORCH[5], *_TORCH[2:5]],
+    "chunked_ce/blocks.py": [*_TORCH, *_ELSEWHERE],
+    "chunked_ce/backend_torch.py": [*_TORCH, *_ELSEWHERE],
+    "chunked_ce/row_blocks.py": [
+        *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
+        _of("test_state", "inference"),
+        _of("test_binary", _torch("labels or views")),
+        _of("test_drop_in", _torch("not_copied")),
+    ],
     "chunked_ce/strided_rows.py": [*_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/chunks.py": [_LINEAR],
-    "chunked_ce/reduction.py": [_TORCH[2], _TORCH[4], _TORCH[3]],
+    "chunked_ce/reduction.py": [
+        *(_TORCH[2], _TORCH[4], _TORCH[3]),
+        _of("test_drop_in", "no_weight"),
+        _of("test_linear", "token_weight or num_items or loss_scale"),
+    ],
     "chunked_ce/targets.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
     "chunked_ce/at_classes.py": [_TORCH[3], _of("test_drop_in", "torch or device")],
     "chunked_ce/windows.py": [_of("test_windows")],
-    "chunked_ce/perplexity.py": [_of("test_perplexity"), _of("test_perplexity_meter")],
+    "chunked_ce/documents.py": [_of("test_evaluation")],
+    "chunked_ce/scoring.py": [_of("test_evaluation", "not mistakes"), _RANKS],
+    "chunked_ce/report.py": _REPORTS,
+    "chunked_ce/perplexity.py": [*_REPORTS[:2], _RANKS],
     "chunked_ce/shards.py": [_of("test_distributed", "2")],
     "chunked_ce/binary_torch.py": [_of("test_binary", "torch and not compile and not operators and not memory")],
     "kernels/streaming.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
-    "kernels/token_stats.py": [*_TRITON, *_OF_WEIGHTS],
+    "kernels/token_stats.py": [*_TRITON, *_OF_WEIGHTS, _of("test_stats", _triton("shard"))],
     "kernels/finish.py": [*_TRITON, *_OF_WEIGHTS],
     "kernels/token_grad.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
     "kernels/loss_and_grad.py": _ONE_PASS,
