@@ -17,7 +17,6 @@ from .streaming import (
     LOG2_E,
     body_start,
     group_starts,
-    head_transform,
     lanes,
     log2_e_of,
     merge,
@@ -107,7 +106,7 @@ def loss_and_grad_kernel(
     CONTIGUOUS: tl.constexpr,
     GRAD_CONTIGUOUS: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
-    ON_CHIP: tl.constexpr,  # a tile holds a row
+    ON_CHIP: tl.constexpr,  # a tile holds a row, whose logits are as they come
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -148,9 +147,7 @@ def loss_and_grad_kernel(
             valid = tl.broadcast_to((groups < body) & (groups != group), [GROUPS, WIDTH])
             read = valid & (position < readable) if PADDED else valid & (groups < readable)
             x = tl.load(x_body + position, mask=read, other=float("-inf"))
-            z = head_transform(x.to(DTYPE), softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
-            if HAS_SOFTCAP or HAS_SCALE:
-                z = tl.where(read, z, float("-inf"))
+            z = x.to(DTYPE)
             if SMOOTHING:
                 total += tl.sum(tl.where(read, z - origin, 0.0))
             body_m = tl.maximum(tl.max(z) * LOG2_E, m)
@@ -187,7 +184,7 @@ def loss_and_grad_kernel(
                 x.to(DTYPE), lse, scaled, scale, slope, u, softcap, logit_scale,
                 HAS_SOFTCAP, HAS_SCALE, False, SMOOTHING,
             )  # fmt: skip
-            if SMOOTHING or HAS_SOFTCAP or HAS_SCALE:  # else exp(-inf) is 0
+            if SMOOTHING:  # else exp(-inf) is 0
                 grad = tl.where(read, grad, 0.0)
             tl.store(grad_body + position, grad.to(grad_ptr.dtype.element_ty), mask=valid)
         else:
