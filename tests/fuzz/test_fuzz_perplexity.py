@@ -42,9 +42,8 @@ def check_meters(call: Call) -> None:
         meters[i % 2].update(flat[rows], labels[rows], rank=True, n_bytes=3, words=1)
     both = meters[0] + meters[1]
     synced, report = both.sync(), both.report()
-    torch.testing.assert_close(
-        both.compute(), value, rtol=1e-9 * (1 + float(size)), atol=0.0, equal_nan=True
-    )
+    # Rows whose classes lie apart are summed in another order among others than alone.
+    torch.testing.assert_close(both.compute(), value, rtol=float(rtol), atol=0.0, equal_nan=True)
     assert torch.equal(synced.compute().nan_to_num(), both.compute().nan_to_num())
     assert report.tokens == int(counted.sum()) == int(is_scored(target, ignore_index).sum())
     if not exact.broken.any() and report.tokens:
