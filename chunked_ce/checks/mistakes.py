@@ -51,7 +51,9 @@ def _is_free(values: Tensor) -> bool:
 def looks_like_logits(input: Tensor) -> None:
     """Warns where rows of `input` [..., V] are probabilities: not negative, their sum 1."""
     rows = _some_rows("probabilities", input)
-    if rows is None or rows.shape[1] < 2 or float(rows[0, 0]) < 0 or float(rows[0, -1]) < 0:
+    if rows is None or rows.shape[1] < 2:
+        return
+    if float(rows[0, :: max(1, rows.shape[1] // 32)].amin()) < 0:  # of logits some are, at once
         return
     rows = rows.float()
     near = 1e-2 if input.dtype.itemsize < 4 else 1e-3
