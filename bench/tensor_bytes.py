@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chunked_ce import (
-    backend_torch,
     chunks,
     clusters,
     functional,
@@ -132,7 +131,6 @@ def _fake(architecture: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))
-        stack.enter_context(mock.patch.object(backend_torch, "advise_huge_pages", lambda t: t))
         for module in (functional, linear):
             stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))
         gpu_values = {"architecture": architecture, "processors": 132, "l2_bytes": 50 << 20}

@@ -24,7 +24,6 @@ from .blocks import (
     compute_dtype,
     lowest_exponent,
 )
-from .huge_pages import advise_huge_pages
 from .row_blocks import Block, Scratch, blocks, flat, mergeable, two_dimensional
 from .stats import (
     UNIFORM,
@@ -121,7 +120,7 @@ def logits_gradient(
     inplace: bool,
 ) -> Tensor:
     """dL/dinput, in a new tensor or over `input`."""
-    out = input if inplace else advise_huge_pages(torch.empty_like(input))
+    out = input if inplace else torch.empty_like(input)
     x, grad = _flat(input, out, weights.prob), _flat(out, input, weights.prob)
     target, skipped, _ = _targets(target, ignore_index, options)
     rows = row_gradient(logprob, lse_low, coefficients)

@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 
 from .backend_torch import DEVICE_ELEMENTS
 from .blocks import compute_dtype
-from .huge_pages import advise_huge_pages
 from .row_blocks import Block, blocks, two_dimensional
 
 # 512 KiB of fp32: what a block's operations allocate comes from memory just freed.
@@ -41,7 +40,7 @@ def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
     """The loss of each logit."""
-    out = advise_huge_pages(torch.empty_like(input, dtype=compute_dtype(input.dtype)))
+    out = torch.empty_like(input, dtype=compute_dtype(input.dtype))
     for block, x, (y, w, v) in _walk(input, labels, weight, pos_weight):
         part = block.of(out)
         part.copy_(losses(x.to(out.dtype), y, w, v).view(part.shape))
@@ -55,7 +54,7 @@ def gradient(
     pos_weight: Tensor | None,
     upstream: Tensor,  # as input, expanded where it is one number
 ) -> Tensor:
-    grad = advise_huge_pages(torch.empty_like(input))
+    grad = torch.empty_like(input)
     dtype = compute_dtype(input.dtype)
     for block, x, (y, w, v) in _walk(input, labels, weight, pos_weight):
         part = block.of(grad)
