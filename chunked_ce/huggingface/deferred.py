@@ -101,7 +101,7 @@ class DeferredLogits:
         hidden: Tensor,
         parent: DeferredLogits | None = None,
         operation: Callable[[Tensor], Tensor] | None = None,
-        factors: tuple[float, float | None] = (1.0, None),
+        factors: tuple[builtins.float, builtins.float | None] = (1.0, None),
         dtype: torch.dtype | None = None,
     ) -> None:
         self.head, self._hidden = head, hidden
@@ -121,7 +121,7 @@ class DeferredLogits:
                     self._real = self._operation(self._parent.tensor())
         return self._real
 
-    def linear(self) -> tuple[Tensor, Head, float, float | None] | None:
+    def linear(self) -> tuple[Tensor, Head, builtins.float, builtins.float | None] | None:
         """(hidden states, head, logit_scale, softcap): what the logits would be made of.
 
         None where they exist already, and may have been changed.
