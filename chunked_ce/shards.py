@@ -88,7 +88,8 @@ def check_agreement(
 def _checksum(values: Tensor) -> float:
     """In which their order counts."""
     flat = values.detach().reshape(-1)
-    return (flat * torch.arange(1, len(flat) + 1, device=flat.device)).sum().item()
+    dtype = torch.float64 if flat.is_floating_point() else torch.int64  # fp16 would end in inf
+    return (flat * torch.arange(1, len(flat) + 1, dtype=dtype, device=flat.device)).sum().item()
 
 
 def fields(

@@ -96,6 +96,21 @@ def with_gradients(
     return {name: value.detach() for name, value in values.items()} | grads
 
 
+def compare_loss(
+    loss: Tensor,
+    leaves: Sequence[Tensor],
+    truth: Callable[..., Tensor],  # of the leaves in float64
+    dtype: torch.dtype,
+    values: torch.dtype = torch.float32,
+) -> str:
+    """A loss and its gradients, as :func:`compare` does."""
+    got = with_gradients({"loss": loss}, UPSTREAM * loss, leaves)
+    true_leaves = wide(leaves)
+    true_loss = truth(*true_leaves)
+    true = with_gradients({"loss": true_loss}, UPSTREAM * true_loss, true_leaves)
+    return compare(got, true, dtype, values)
+
+
 def compare(
     got: dict[str, Tensor],
     truth: dict[str, Tensor],

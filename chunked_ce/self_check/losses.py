@@ -15,15 +15,12 @@ from ..targets import AnyTarget
 from .against_eager import (
     EXISTING,
     TOKENS,
-    UPSTREAM,
     VOCAB,
     Batch,
     Check,
     batch_on,
-    compare,
+    compare_loss,
     eager,
-    wide,
-    with_gradients,
 )
 
 _TOP = 5  # classes that a teacher names
@@ -120,11 +117,7 @@ def _from_logits(case_of: Callable[[Batch], _Case], how: dict[str, Any] | None =
         logits = leaf + torch.zeros((), dtype=dtype, device=device)  # may be overwritten
         options = case.options | (how or {})
         loss = cross_entropy(logits, case.target, **options, backend=backend)
-        got = with_gradients({"loss": loss}, UPSTREAM * loss, [leaf])
-        (true_logits,) = wide([leaf])
-        true_loss = case.truth(true_logits)
-        truth = with_gradients({"loss": true_loss}, UPSTREAM * true_loss, [true_logits])
-        return compare(got, truth, dtype)
+        return compare_loss(loss, [leaf], case.truth, dtype)
 
     return check
 
@@ -136,11 +129,10 @@ def _from_hidden_states(case_of: Callable[[Batch], _Case]) -> Check:
         leaves = [t.requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]
         options = case.options | {"linear_bias": leaves[2], "token_chunk_size": 10}
         loss = linear_cross_entropy(leaves[0], leaves[1], case.target, **options, backend=backend)
-        got = with_gradients({"loss": loss}, UPSTREAM * loss, leaves)
-        true_leaves = wide(leaves)
-        true_loss = case.truth(F.linear(*true_leaves))
-        truth = with_gradients({"loss": true_loss}, UPSTREAM * true_loss, true_leaves)
-        return compare(got, truth, dtype, values=dtype)  # each chunk's logits are rounded to it
+        # Each chunk's logits are rounded to dtype.
+        return compare_loss(
+            loss, leaves, lambda *head: case.truth(F.linear(*head)), dtype, values=dtype
+        )
 
     return check
 
@@ -151,11 +143,7 @@ def _check_dimensions(device: torch.device, backend: str, dtype: torch.dtype) ->
     target = batch.target[:36].view(2, 3, 6)
     leaf = batch.logits[:36].detach().view(2, 3, 6, VOCAB).movedim(-1, 1).requires_grad_()
     loss = cross_entropy(leaf, target, backend=backend)
-    got = with_gradients({"loss": loss}, UPSTREAM * loss, [leaf])
-    (true_logits,) = wide([leaf])
-    true_loss = F.cross_entropy(true_logits, target)
-    truth = with_gradients({"loss": true_loss}, UPSTREAM * true_loss, [true_logits])
-    return compare(got, truth, dtype)
+    return compare_loss(loss, [leaf], lambda logits: F.cross_entropy(logits, target), dtype)
 
 
 _KINDS: dict[str, Callable[[Batch], _Case]] = {

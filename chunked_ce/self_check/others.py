@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..binary import binary_cross_entropy_with_logits
 from ..perplexity import Perplexity, perplexity
-from .against_eager import (
-    TOKENS,
-    UPSTREAM,
-    VOCAB,
-    batch_on,
-    compare,
-    eager_rank,
-    wide,
-    with_gradients,
-)
+from .against_eager import TOKENS, VOCAB, batch_on, compare, compare_loss, eager_rank
 
 
 def check_binary(device: torch.device, backend: str, dtype: torch.dtype) -> str:
@@ -28,13 +20,13 @@ def check_binary(device: torch.device, backend: str, dtype: torch.dtype) -> str:
     loss = binary_cross_entropy_with_logits(
         leaf, labels, weight, pos_weight=pos_weight, backend=backend
     )
-    got = with_gradients({"loss": loss}, UPSTREAM * loss, [leaf])
-    (logits,) = wide([leaf])
-    true_loss = F.binary_cross_entropy_with_logits(
-        logits, labels.double(), weight.double(), pos_weight=pos_weight.double()
-    )
-    truth = with_gradients({"loss": true_loss}, UPSTREAM * true_loss, [logits])
-    return compare(got, truth, dtype)
+
+    def truth(logits: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            logits, labels.double(), weight.double(), pos_weight=pos_weight.double()
+        )
+
+    return compare_loss(loss, [leaf], truth, dtype)
 
 
 def check_binary_by_index(device: torch.device, backend: str, dtype: torch.dtype) -> str:
@@ -44,13 +36,13 @@ def check_binary_by_index(device: torch.device, backend: str, dtype: torch.dtype
     target = target.masked_fill(batch.target[:, None] == -100, -100)
     leaf = batch.logits.detach().requires_grad_()
     loss = binary_cross_entropy_with_logits(leaf, target, reduction="sum", backend=backend)
-    got = with_gradients({"loss": loss}, UPSTREAM * loss, [leaf])
     labels = torch.zeros(TOKENS, VOCAB, dtype=torch.float64, device=device)
     labels.scatter_(-1, target.clamp(min=0), (target != -100).double())
-    (logits,) = wide([leaf])
-    true_loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-    truth = with_gradients({"loss": true_loss}, UPSTREAM * true_loss, [logits])
-    return compare(got, truth, dtype)
+
+    def truth(logits: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+
+    return compare_loss(loss, [leaf], truth, dtype)
 
 
 def check_perplexity(device: torch.device, backend: str, dtype: torch.dtype) -> str:
