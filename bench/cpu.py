@@ -11,9 +11,10 @@ seems 25 times slower, unless they wait passively (up to 2 times slower where no
 The bounds are meant for the default sizes and two cores. A missed bound fails nothing; a wrong
 result, looked for before timing, raises.
 
-time        N x V against torch, eager and compiled, and the seconds that compiling took
+time        N x V against torch, eager and compiled, and the fewest compiled loops that could do it;
+            the seconds that compiling took
 memory      peak extra memory in units of the logits, each in a fresh process (needs /proc)
-small       few rows, beside the fewest torch calls that add up exp; the fixed cost of a call
+small       few rows, beside the fewest torch calls that could do it; the fixed cost of a call
 vocabulary  time per logit from V = 4096 to a million
 masked      half of the classes at -inf, -1e4 or -100, where exp is slow on a CPU
 """

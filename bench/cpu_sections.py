@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import measure, providers
+from . import floors, measure, providers
+from .floors import CALLS, LOOPS
 from .measure import Answer, Loss, Quantiles
 from .providers import COMPILED, EAGER, INDUCTOR, INPLACE, LOGITS, OURS
 from .records import Comparison, Measurement, Report, dtype_name
 
 FORWARD, BOTH = "forward", "forward+backward"
-BARE = "bare torch calls"
 MODES = {FORWARD: measure.forward, BOTH: measure.forward_backward}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -87,12 +87,15 @@ def time(config: Config, report: Report) -> None:
         check([p for p in providers if p in (OURS, INDUCTOR)], logits, target)
         for mode, step in MODES.items():
             steps = {p: step(loss_of(p), logits, target) for p in providers}
+            if config.compile:
+                steps[LOOPS] = step(floors.bare_loops, logits, target)
             times = measure.interleaved(steps, config.repeats)
             for provider, taken in times.items():
                 report.add(provider, mode, logits, taken)
-            rows.append((dtype, mode, *(spread(times[p], MS) for p in providers)))
+            rows.append((dtype, mode, *(spread(taken, MS) for taken in times.values())))
             comparisons += _time_comparisons(dtype, mode, times)
-    report.table([("dtype", "mode", *providers), *rows], labels=2)
+    floor = (LOOPS,) if config.compile else ()
+    report.table([("dtype", "mode", *providers, *floor), *rows], labels=2)
     if first_calls:
         print(
             "\nThe first call compiles (in less time where torch's cache on disk has the code):\n"
@@ -186,35 +189,18 @@ def small(config: Config, report: Report) -> None:
     for tokens, bound in SMALL_BOUNDS.items():
         for dtype, mode, times in _small(config, report, tokens, config.vocab, calls=3):
             rows.append((f"N = {tokens}, ms", dtype, mode, *_spreads(times, MS)))
-            for provider, of_provider in ((OURS, bound), (BARE, None)):
-                if provider in times:
-                    ratio = times[provider].median / times[EAGER].median
-                    what = f"N = {tokens} {dtype} {mode}: {provider} / eager"
-                    comparisons.append(Comparison(what, ratio, of_provider))
+            for provider, of_provider in ((OURS, bound), (CALLS, None)):
+                ratio = times[provider].median / times[EAGER].median
+                what = f"N = {tokens} {dtype} {mode}: {provider} / eager"
+                comparisons.append(Comparison(what, ratio, of_provider))
     for dtype, mode, times in _small(config, report, 1, 100, calls=30):
         rows.append(("a call, microseconds", dtype, mode, *_spreads(times, US)))
-    report.table([("", "dtype", "mode", EAGER, OURS, BARE), *rows], labels=3)
+    report.table([("", "dtype", "mode", EAGER, OURS, CALLS), *rows], labels=3)
     report.compare(comparisons)
 
 
-def bare(logits: Tensor) -> Loss:
-    """The fewest calls of torch that add up exp in float32: no check, no range, no autograd.
-
-    The floor under whatever is written in torch; what ours takes beyond it is ours to save.
-    """
-    memory = torch.empty(logits.shape)
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        z = logits if logits.dtype == torch.float32 else memory.copy_(logits)
-        picked = z.gather(1, target[:, None])
-        lse = torch.exp(z, out=memory).sum(1, keepdim=True).log_()
-        return lse.sub_(picked).mean()
-
-    return loss
-
-
 def _spreads(times: Mapping[str, Quantiles], unit: float) -> Iterable[str]:
-    return (spread(times[p], unit) if p in times else "" for p in (EAGER, OURS, BARE))
+    return (spread(times[p], unit) for p in (EAGER, OURS, CALLS))
 
 
 def _small(
@@ -224,9 +210,8 @@ def _small(
         logits, target = batch(tokens, vocab, torch_dtype)
         check([OURS], logits, target)
         for mode, step in MODES.items():
-            steps = {p: step(loss_of(p), logits, target) for p in (EAGER, OURS)}
-            if mode == FORWARD:
-                steps[BARE] = step(bare(logits), logits, target)
+            losses = {EAGER: loss_of(EAGER), OURS: loss_of(OURS), CALLS: floors.bare_calls(logits)}
+            steps = {p: step(loss, logits, target) for p, loss in losses.items()}
             times = measure.interleaved(steps, 4 * config.repeats, calls)
             for provider, taken in times.items():
                 report.add(provider, mode, logits, taken)

@@ -43,9 +43,9 @@ from .stats import (
     token_loss_coefficients,
 )
 
-# 4 MiB of fp32: with less the calls cost more, with more the cache misses.
-CACHED_ELEMENTS = 1 << 20
-_COMPILED_ELEMENTS = 1 << 23  # a compiled block keeps nothing in cache, and has guards to check
+# 2.5 MiB of fp32: with less the calls cost more, with more the cache misses.
+CACHED_ELEMENTS = 5 << 17
+_COMPILED_ELEMENTS = 1 << 27  # a compiled block keeps nothing in cache, and has guards to check
 DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 # Between these, exp z of the target and its sum over the others may be taken as they are, with no
