@@ -39,17 +39,25 @@ class _Calls(NamedTuple):
         return logits if logits.dtype == torch.float32 else self.memory.copy_(logits)
 
 
-class _Loops:
-    @staticmethod
-    @torch.compile(dynamic=True)
-    def lse(logits: Tensor) -> Tensor:
-        m = logits.float().amax(1, keepdim=True)
-        return (logits.float() - m).exp().sum(1, keepdim=True).log() + m
+@torch.compile(dynamic=True)
+def _maximum_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    z = logits.float()
+    m = z.amax(1, keepdim=True)
+    return m, (z - m).exp().sum(1, keepdim=True)
 
-    @staticmethod
-    @torch.compile(dynamic=True)
-    def gradient(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
-        out.copy_((logits.float() - lse).exp() * scale)
+
+@torch.compile(dynamic=True)
+def _scaled_softmax(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
+    out.copy_((logits.float() - lse).exp() * scale)
+
+
+class _Loops:
+    def lse(self, logits: Tensor) -> Tensor:
+        m, s = _maximum_and_sum(logits)
+        return s.log_().add_(m)
+
+    def gradient(self, logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
+        _scaled_softmax(logits, lse, scale, out)
 
 
 class _Mean(torch.autograd.Function):
@@ -77,4 +85,4 @@ def bare_calls(logits: Tensor) -> Loss:
 
 def bare_loops(logits: Tensor, target: Tensor) -> Tensor:
     """From two loops that torch.compile makes, one for each pass."""
-    return _Mean.apply(logits, target, _Loops)  # type: ignore[no-untyped-call,no-any-return]
+    return _Mean.apply(logits, target, _Loops())  # type: ignore[no-untyped-call,no-any-return]

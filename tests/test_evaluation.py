@@ -427,6 +427,7 @@ def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):
     assert not isinstance(caught.value, EvaluationInterrupted)
 
 
+@pytest.mark.struck
 def test_windows_and_positions_of_a_partial_report_agree(gpt2):
     """Signals strike between any two steps of a batch."""
     ids = torch.randint(3, 300, (1, 12 * CONTEXT))

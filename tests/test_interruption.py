@@ -131,6 +131,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.struck
 @pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_interruptions_at_any_moment(times):
     """A timer's signals, wherever they strike; then backward again, where autograd allows it."""
@@ -167,6 +168,7 @@ def test_interruptions_at_any_moment(times):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.struck
 def test_a_signal_handler_may_compute_a_loss():
     """As one that validates before the job is taken away; it comes between two blocks of a call."""
     x, target = batch(60, 400)
