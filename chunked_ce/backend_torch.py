@@ -482,8 +482,8 @@ def _sample(x: Tensor, reference: Tensor | None, options: Options) -> tuple[floa
     A CPU's exp is 30 to 100 times slower where its result is subnormal: masked vocabularies. The
     sample decides whether to clamp, and only speed depends on it.
     """
-    if options.compiled or x.dim() != 2:
-        return -math.inf, math.inf  # clamping is free there, or a sample is not
+    if x.dim() != 2:
+        return -math.inf, math.inf  # a sample is not free there
     rows, columns = max(1, x.shape[0] // 64), max(1, options.vocab_size // 64)
     sample = x[::rows, : options.vocab_size : columns]
     if not options.head.is_identity:
