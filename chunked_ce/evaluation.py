@@ -86,7 +86,8 @@ def evaluate_perplexity(
     Raises:
         TypeError, ValueError: an argument of the wrong type or range, a document of fewer than two
             tokens, ids that the model does not know, a model that is not causal; before scoring.
-        EvaluationInterrupted: on Ctrl-C, with the report so far; without `group`.
+        EvaluationInterrupted: on Ctrl-C, with the report so far; without `group`, and once there is
+            something to report.
     """
     checks.flags(
         full_last_window=full_last_window, rank=rank, per_document=per_document,

@@ -22,11 +22,18 @@ def perplexity_bar(tokens: int, shown: bool) -> Iterator[Callable[[int, Tensor],
     from tqdm.auto import tqdm  # the caller has looked whether it is there
 
     with tqdm(total=tokens, unit="token", unit_scale=True) as bar:
+        so_far: list[Tensor] = []
+
+        def show() -> None:
+            nll_sum, count = so_far[0].tolist()
+            perplexity = PerplexityReport(nll_sum, int(count)).perplexity
+            bar.set_postfix(perplexity=f"{perplexity:.4g}")
 
         def advance(scored: int, sums: Tensor) -> None:
+            so_far[:] = [sums]
             if bar.update(scored):
-                nll_sum, count = sums.tolist()
-                perplexity = PerplexityReport(nll_sum, int(count)).perplexity
-                bar.set_postfix(perplexity=f"{perplexity:.4g}")
+                show()
 
         yield advance
+        if so_far:
+            show()

@@ -54,8 +54,8 @@ class Scoring:
                     if turn < len(plan):
                         advance(self._keep(plan[turn], *sums), self.table[:, [NLL, TOKENS]].sum(0))
         except KeyboardInterrupt:
-            if size > 1:
-                raise  # the others wait for this rank
+            if size > 1 or not self.table[:, TOKENS].any():
+                raise  # the others wait for this rank, or there is nothing to report
             return True
         if size > 1:
             self.sums.copy_(all_reduce(self.sums, group))

@@ -114,6 +114,14 @@ def test_message(make, args, kwargs, error, message, monkeypatch):
         assert then is None or torch.equal(now, then), "nothing of the user's is changed"
 
 
+def test_numpys_integers_are_ints():
+    numpy = pytest.importorskip("numpy")
+    options = dict(ignore_index=numpy.int64(3), vocab_size=numpy.int32(10))
+    assert torch.equal(
+        cross_entropy(X, T.abs() % 10, **options), cross_entropy(X, T.abs() % 10, ignore_index=3)
+    )
+
+
 def test_expanded_logits_cannot_take_a_gradient_in_place():
     x = (torch.randn(10, requires_grad=True) * 1).expand(4, 10)
     with pytest.raises(ValueError, match="one memory location per logit.*expanded"):

@@ -87,6 +87,16 @@ def test_ctrl_c_reports_what_there_is(folder, tmp_path, monkeypatch, capsys):
     assert "PARTIAL" in capsys.readouterr().out and picture.exists()
 
 
+def test_an_interruption_before_anything_was_scored(folder, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scoring, "_batch", interrupted)
+    argv = ["perplexity", str(folder), "--text", *texts(folder), "--device", "cpu"]
+    assert main(argv) == 130
+    assert capsys.readouterr().err.endswith("chunked-ce: interrupted before anything was scored\n")
+
+
 @pytest.mark.long
 def test_a_real_ctrl_c(folder, tmp_path):
     (tmp_path / "long.txt").write_text(TEXTS[0] * 4000)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from chunked_ce import checks
 from chunked_ce.distributed import vocab_parallel_cross_entropy
 
 HERE = Path(__file__).parent
@@ -41,6 +42,12 @@ def test_every_case_on_ranks_started_by_torchrun(world: int, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(results) == world
     assert all(len(cases) > 20 for cases in results.values())
+
+
+def test_a_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="this build of torch has no torch.distributed"):
+        checks.process_group(None)
 
 
 def test_without_a_process_group() -> None:

@@ -4,6 +4,7 @@ import math
 import random
 import signal
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -464,11 +465,13 @@ def test_windows_and_positions_of_a_partial_report_agree(gpt2):
     assert seen
 
 
-def test_progress_shows_the_running_perplexity(gpt2, capfd):
-    pytest.importorskip("tqdm")
-    evaluate_perplexity(gpt2, documents(70), progress=True, batch_size=1)
+def test_progress_shows_the_running_perplexity(gpt2, capfd, monkeypatch):
+    auto = pytest.importorskip("tqdm.auto")
+    monkeypatch.setattr(auto, "tqdm", partial(auto.tqdm, mininterval=0))
+    report = evaluate_perplexity(gpt2, documents(70), progress=True, batch_size=1)
     err = capfd.readouterr().err
     assert "69.0/69.0" in err or "69/69" in err
+    assert f"perplexity={report.perplexity:.4g}" in err
 
 
 # loglikelihood
@@ -494,6 +497,20 @@ def test_loglikelihood(gpt2):
         assert is_greedy == bool((logits.argmax(-1, keepdim=True) == target).all())
     assert results[-1].is_greedy and not results[1].is_greedy
     assert loglikelihood(gpt2, []) == []
+
+
+def test_an_interrupted_loglikelihood_gives_no_partial_list(gpt2, monkeypatch):
+    batch, calls = module.Scoring._batch, []
+
+    def interrupted(self, chosen):
+        calls.append(chosen)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return batch(self, chosen)
+
+    monkeypatch.setattr(module.Scoring, "_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loglikelihood(gpt2, [([1], [2]), ([3], [4]), ([5], [6])], batch_size=1)
 
 
 # Mistakes
@@ -537,6 +554,11 @@ MISTAKES = [
     ("ids of floats", dict(input_ids=IDS.float()), TypeError, "input_ids has dtype torch.float32"),
     ("ids of three dimensions", dict(input_ids=IDS[None, None]), ValueError, r"input_ids has shape \[1, 1, 37\]"),
     ("ragged nested lists", dict(input_ids=[[[1], [2, 3]]]), TypeError, "document 0 of input_ids is"),
+    ("documents of two dimensions", dict(input_ids=[IDS[None]]), ValueError, r"document 0 of input_ids has shape \[1, 37\], expected \[T\]"),
+    ("mask in a list", dict(input_ids=IDS[None], attention_mask=[[1] * 37]), TypeError, "attention_mask must be a Tensor beside input_ids .* got list"),
+    ("text of bytes in a list", dict(text=[b"ab cd"], tokenizer="own"), TypeError, "document 0 of text must be a str, got bytes"),
+    ("text of a number", dict(text=7, tokenizer="own"), TypeError, "text must be a str or a sequence of them, got int"),
+    ("bos below 0", dict(input_ids=IDS, bos=-1), ValueError, "bos is -1, expected a token id of at least 0"),
     ("context of one", dict(input_ids=IDS, context_length=1), ValueError, "context_length is 1, expected at least 2"),
     ("context of float", dict(input_ids=IDS, context_length=8.0), TypeError, "context_length must be an int or None, got float"),
     ("context past the positions", dict(input_ids=IDS, context_length=33), ValueError, "context_length is 33, but the model has positions for 32"),

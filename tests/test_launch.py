@@ -43,6 +43,19 @@ def test_known_architectures(monkeypatch, properties, name):
     assert gpu.architecture(device_with(monkeypatch, **properties)) == name
 
 
+@pytest.mark.parametrize(
+    ("properties", "processors", "l2_bytes"),
+    [
+        (dict(multi_processor_count=132, L2_cache_size=50 << 20), 132, 50 << 20),
+        (dict(gpu_subslice_count=64), 64, 16 << 20),
+        (dict(), 64, 16 << 20),
+    ],
+)
+def test_sizes_of_a_device(monkeypatch, properties, processors, l2_bytes):
+    device = device_with(monkeypatch, **properties)
+    assert gpu.processors(device) == processors and gpu.l2_bytes(device) == l2_bytes
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_tiles(architecture, itemsize):

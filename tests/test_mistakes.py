@@ -95,6 +95,15 @@ OURS = {
     "probabilities that learn, in the linear form": (lambda: linear_cross_entropy(X, torch.randn(9, 6), torch.rand(4, 9, requires_grad=True)), ValueError, "target.detach"),
     "top-k with the classes last": (lambda: cross_entropy(BTV, (BT[..., None], torch.ones(2, 3, 1))), ValueError, "pass dim=-1"),
     "integers for one question": (lambda: binary_cross_entropy_with_logits(X[:, :1], T[:, None]), ValueError, "use target.float"),
+    "weights in a list": (lambda: cross_entropy(X, T, [1.0] * 6), TypeError, "weight must be a Tensor of class weights, got list"),
+    "complex probabilities": (lambda: cross_entropy(X, P.to(torch.complex64)), TypeError, "target has dtype torch.complex64, expected one of float16"),
+    "pair of indices": (lambda: cross_entropy(X, (T[:, None], T[:, None])), TypeError, "target probabilities have dtype torch.int64"),
+    "spread_rest of int": (lambda: cross_entropy(X, (T[:, None], torch.ones(4, 1)), spread_rest=1), TypeError, "spread_rest must be True or False, got int"),
+    "labels in a list": (lambda: binary_cross_entropy_with_logits(X, [0.0]), TypeError, "target must be a Tensor of labels, got list"),
+    "labels without dimension": (lambda: binary_cross_entropy_with_logits(X[0, 0], T[0]), ValueError, r"class indices for input of shape \[\]"),
+    "labels' weights in a list": (lambda: binary_cross_entropy_with_logits(X, Y, [1.0] * 6), TypeError, "weight must be a Tensor or None, got list"),
+    "labels' weights of ints": (lambda: binary_cross_entropy_with_logits(X, Y, pos_weight=T), TypeError, "pos_weight has dtype torch.int64.*pos_weight.float"),
+    "labels' weights with a gradient": (lambda: binary_cross_entropy_with_logits(X, Y, torch.ones(6, requires_grad=True)), ValueError, "weight requires a gradient.*weight.detach"),
     "explain several losses": (lambda: explain_loss(torch.ones(2), 10), ValueError, r"loss has shape \[2\]"),
     "explain a list": (lambda: explain_loss(1.0, 10, [0, 1]), TypeError, "target must be a Tensor"),
     "explain without classes": (lambda: explain_loss(1.0, 1), ValueError, "vocab_size is 1"),
@@ -172,4 +181,5 @@ def test_explain_loss_names_the_padding():
     assert "Label 0 is 67% of the targets: if it is the padding" in explain_loss(1.0, 100, target)
     masked = target.masked_fill(target == 0, -100)
     assert "Label" not in explain_loss(1.0, 100, masked)
+    assert "Label" not in explain_loss(1.0, 100, target[:1])
     assert checks.explain_loss is explain_loss

@@ -224,6 +224,23 @@ def test_a_plan_checks_the_heads_factors(values, said):
         planner.plan(planner.HeadShape(9, 9)._replace(**values), 9)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((planner.HeadShape(0, 9), 9), "vocab_size is 0, expected at least 1"), ((LLAMA, 0), "tokens is 0"),
+     ((LLAMA, 9, "tpu"), "device is 'tpu', expected one of"), ((LLAMA._replace(dtype=torch.int8), 9), "dtype is torch.int8")],
+)  # fmt: skip
+def test_a_plan_checks_sizes_device_and_dtype(arguments, said):
+    head, tokens, *device = arguments
+    with pytest.raises(ValueError, match=said):
+        planner.plan(head, tokens, **dict(zip(["device"], device, strict=False)))
+
+
+def test_tokens_that_fit_nowhere(capsys):
+    sizes = ["--vocab", "128256", "--hidden", "4096", "--tokens", "99999999", "--memory", "24GiB"]
+    assert main(["plan", *sizes]) == 0
+    assert "99999999 tokens do not fit in 24.00 GiB; 1" in capsys.readouterr().out
+
+
 def test_a_config_of_transformers():
     transformers = pytest.importorskip("transformers")
     head = planner.head_of_config(transformers.Gemma2Config(hidden_size=64).to_dict())
