@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -51,8 +50,6 @@ def strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
         sizes.insert(0, 1)
         strides.insert(0, [0] * len(tensors))
     rows = sizes[-2] * sizes[-1]
-    if prod(sizes) == 0:
-        return
     for piece, index in enumerate(product(*(range(size) for size in sizes[:-2]))):
         views = []
         for i, t in enumerate(tensors):

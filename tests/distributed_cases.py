@@ -131,6 +131,21 @@ def shards_of_all_sizes():
 
 
 @case
+def targets_of_small_integers():
+    """More classes than uint8 can count."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    x, target = torch.randn(N, 300, dtype=torch.float64), torch.randint(0, 256, (N,))
+    here = slice(300 * rank // world, 300 * (rank + 1) // world)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        stats = vocab_parallel_token_stats(
+            x[:, here], target.to(dtype), vocab_start=here.start, vocab_size=300, argmax=True
+        )
+        expected = F.log_softmax(x, 1).gather(1, target[:, None])[:, 0]
+        torch.testing.assert_close(stats.logprob, expected, rtol=1e-12, atol=0.0)
+        assert torch.equal(stats.argmax, x.argmax(1))
+
+
+@case
 def equal_shards_need_no_start_and_may_be_padded():
     world, rank = dist.get_world_size(), dist.get_rank()
     x, target = batch()

@@ -72,7 +72,7 @@ TESTS: dict[str, list[list[str]]] = {
         _of("test_binary", _torch("labels or views")),
         _of("test_drop_in", _torch("not_copied")),
     ],
-    "chunked_ce/strided_rows.py": [*_OF_VIEWS, _of("test_binary", _triton("views"))],
+    "chunked_ce/strided_rows.py": [_of("test_strided_rows"), *_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/chunks.py": [_LINEAR],
     "chunked_ce/reduction.py": [
         *(_TORCH[2], _TORCH[4], _TORCH[3]),
@@ -93,5 +93,6 @@ TESTS: dict[str, list[list[str]]] = {
     "kernels/finish.py": [*_TRITON, *_OF_WEIGHTS],
     "kernels/token_grad.py": [*_TRITON, *_OF_WEIGHTS, *_OF_VIEWS],
     "kernels/loss_and_grad.py": _ONE_PASS,
+    "kernels/scale.py": [_of("test_grad_in_forward", "triton and (upstream or strided or ignored)"), *_ONE_PASS],
     "kernels/binary.py": [_of("test_binary", _triton("not compile and not operators and not memory"))],
 }  # fmt: skip
