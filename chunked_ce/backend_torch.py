@@ -6,6 +6,7 @@ split and merged. Nothing of N x V elements is allocated but the gradient.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -45,7 +46,10 @@ from .stats import (
 
 # 2.5 MiB of fp32: with less the calls cost more, with more the cache misses.
 CACHED_ELEMENTS = 5 << 17
-_COMPILED_ELEMENTS = 1 << 27  # a compiled block keeps nothing in cache, and has guards to check
+# Compiled, nothing stays in cache, and guards are checked and threads waited for at each block's end:
+# many, but for loops that write out what they compute on the way.
+_COMPILED_ELEMENTS = 1 << 23
+_FUSED_ELEMENTS = 1 << 27
 DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
 
 # Between these, exp z of the target and its sum over the others may be taken as they are, with no
@@ -121,7 +125,8 @@ def logits_gradient(
 ) -> Tensor:
     """dL/dinput, in a new tensor or over `input`."""
     out = input if inplace else torch.empty_like(input)
-    x, grad = _flat(input, out, weights.prob), _flat(out, input, weights.prob)
+    x = _flat(input, out, weights.prob)
+    grad = x if inplace else _flat(out, input, weights.prob)
     target, skipped, _ = _targets(target, ignore_index, options)
     rows = row_gradient(logprob, lse_low, coefficients)
     reference: Tensor | None = lse
@@ -137,14 +142,18 @@ def logits_gradient(
         grad[..., options.vocab_size :].zero_()
     # Compiled, a comparison per element costs more than writing the targets afterwards.
     apart = options.compiled and x.dim() == 2 and options.head.is_identity
-    together = mergeable(x, grad)
-    for block in blocks(
-        x.shape[:-1], options.vocab_size, _elements_per_block(x, options), together
-    ):
+    elements = _elements_per_block(x, options)
+    if apart and (rows.u is None or weights.are_one):
+        elements = _FUSED_ELEMENTS
+    for block in blocks(x.shape[:-1], options.vocab_size, elements, mergeable(x, grad)):
         column, inside = _column(target, block, options)
         skip = None if skipped is None else block.of_rows(skipped)[:, None]
         of_rows = RowGradient(*(None if r is None else block.of_rows(r) for r in rows))  # type: ignore[arg-type]
-        out_block, x_block = block.of(grad), block.of(x)
+        out_block = block.of(grad)
+        x_block = out_block if inplace else block.of(x)  # a compiler must see that they are one
+        into = out_block
+        if options.compiled and x.dim() > 2:  # inductor may lose what is written to such a view
+            into = x_block = two_dimensional(x_block).clone()
         write(
             x_block,
             None if apart and inside is None else column,
@@ -156,8 +165,10 @@ def logits_gradient(
             clamp,
             weights_of(block) if rows.u is not None else None,
             skip,
-            out_block,
+            into,
         )
+        if into is not out_block:
+            out_block.copy_(into.view(out_block.shape))
         if apart and inside is None:
             at_target = of_rows.at_target if skip is None else of_rows.at_target.where(~skip, 0.0)
             row = torch.arange(column.shape[0], device=x.device)[:, None]
@@ -266,7 +277,7 @@ def _less_target(
     part = _merge_blocks(
         x,
         options,
-        _COMPILED_ELEMENTS,
+        _FUSED_ELEMENTS if options.head.is_identity else _COMPILED_ELEMENTS,
         lambda block, block_x: Part(*sums(block_x, options.head), *[None] * 5),
     )
     assert part.m is not None
@@ -496,4 +507,9 @@ def _sample(x: Tensor, reference: Tensor | None, options: Options) -> tuple[floa
 
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.no_grad()(torch.compile(function, dynamic=True))
+    """Compiled for each dtype, option and kind of batch that comes; beyond torch's usual 8 of them
+    the function would run as it is, with temporaries as large as a block."""
+    many: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        many["recompile_limit"] = 64
+    return torch.no_grad()(torch.compile(function, dynamic=True, **many))

@@ -76,6 +76,7 @@ CROSS_ENTROPY = [
     ("num_items 0", (X, T), dict(num_items=0), ValueError, "num_items is 0, expected at least 1"),
     ("num_items of float", (X, T), dict(num_items=3.0), TypeError, "num_items must be an int or a 0-dimensional tensor"),
     ("num_items of one dimension", (X, T), dict(num_items=torch.ones(1)), ValueError, r"num_items has shape \[1\]"),
+    ("num_items on meta", (X, T), dict(num_items=torch.tensor(4, device="meta")), ValueError, "num_items is on meta, where it has no value"),
     ("num_items of bool", (X, T), dict(num_items=torch.tensor(True)), TypeError, "num_items has dtype torch.bool"),
     ("num_items with sum", (X, T), dict(num_items=3, reduction="sum"), ValueError, "reduction is 'sum': leave it None"),
 ]  # fmt: skip

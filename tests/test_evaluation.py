@@ -555,6 +555,8 @@ MISTAKES = [
     ("ids of three dimensions", dict(input_ids=IDS[None, None]), ValueError, r"input_ids has shape \[1, 1, 37\]"),
     ("ragged nested lists", dict(input_ids=[[[1], [2, 3]]]), TypeError, "document 0 of input_ids is"),
     ("documents of two dimensions", dict(input_ids=[IDS[None]]), ValueError, r"document 0 of input_ids has shape \[1, 37\], expected \[T\]"),
+    ("ids on meta", dict(input_ids=IDS.to("meta")), ValueError, "input_ids is on meta, where it holds no token ids"),
+    ("a document on meta", dict(input_ids=[IDS.to("meta")]), ValueError, "document 0 of input_ids is on meta"),
     ("mask in a list", dict(input_ids=IDS[None], attention_mask=[[1] * 37]), TypeError, "attention_mask must be a Tensor beside input_ids .* got list"),
     ("text of bytes in a list", dict(text=[b"ab cd"], tokenizer="own"), TypeError, "document 0 of text must be a str, got bytes"),
     ("text of a number", dict(text=7, tokenizer="own"), TypeError, "text must be a str or a sequence of them, got int"),

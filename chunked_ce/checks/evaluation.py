@@ -82,6 +82,8 @@ def token_array(name: str, value: Any) -> Tensor:
 
 
 def _integers(name: str, ids: Tensor) -> None:
+    if ids.is_meta:
+        raise ValueError(f"{name} is on meta, where it holds no token ids: load them first")
     if ids.dtype not in TARGET_DTYPES:
         raise TypeError(f"{name} has dtype {ids.dtype}, expected an integer dtype of token ids")
 

@@ -125,6 +125,8 @@ def num_items(value: Any, reduction: str) -> int | Tensor | None:
                 f"num_items has shape {shape(value)}, expected an int or a 0-dimensional tensor: "
                 "sum it first"
             )
+        if value.is_meta:
+            raise ValueError("num_items is on meta, where it has no value: pass an int")
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
         tensor: Tensor = value
