@@ -44,10 +44,11 @@ from .stats import (
     token_loss_coefficients,
 )
 
-# 2.5 MiB of fp32: with less the calls cost more, with more the cache misses.
-CACHED_ELEMENTS = 5 << 17
-# Compiled, nothing stays in cache, and guards are checked and threads waited for at each block's end:
-# many, but for loops that write out what they compute on the way.
+# 4 MiB of fp32: with less the calls cost more, and a row of a million is in pieces; with more the
+# cache misses.
+CACHED_ELEMENTS = 1 << 20
+# Compiled, nothing stays in cache, and each block has guards to check and threads to wait for: as
+# few as there can be where loops hold nothing in full.
 _COMPILED_ELEMENTS = 1 << 23
 _FUSED_ELEMENTS = 1 << 27
 DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB

@@ -32,7 +32,7 @@ from .chunks import PRODUCT_BYTES
 from .linear import default_chunk_bytes, padded_row_bytes
 
 CHUNKS = (None, 64 << 20, 1 << 30)  # bytes of logits at a time; None: the default
-_SCRATCH = 5 << 17  # elements of the CPU backend's block
+_SCRATCH = 1 << 20  # elements of the CPU backend's block
 _MOST_TOKENS = 1 << 40
 
 
