@@ -127,7 +127,7 @@ def vocab_parallel_cross_entropy(
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.token_weight(token_weight, call.target.shape, call.input)
-    num_items = checks.num_items(num_items, reduction)
+    num_items = checks.num_items(num_items, reduction, call.input)
     options = _options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale,
         inplace_backward, backend,
@@ -190,7 +190,6 @@ def vocab_parallel_linear_cross_entropy(
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
-    num_items = checks.num_items(num_items, reduction)
     checks.target_indices(target)
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = _local(head, 0, group, vocab_start, vocab_size)
@@ -199,6 +198,7 @@ def vocab_parallel_linear_cross_entropy(
     checks.shard_of_weight(weight, input, target)
     checks.linear_bias(bias, weight)
     checks.token_weight(token_weight, target.shape, input)
+    num_items = checks.num_items(num_items, reduction, input)
     input, weight, bias = autocast(input, weight, bias)
     shard = shard_of(weight.shape[0], group, vocab_start, vocab_size)
     row_bytes = -(-max(1, shard.columns) * weight.element_size() // 128) * 128

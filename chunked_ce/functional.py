@@ -187,7 +187,7 @@ def cross_entropy(
     checks.spread_rest(spread_rest, target)
     checks.token_weight(token_weight, input.shape[:-1], input)
     checks.grad_in_forward(grad_in_forward, token_weight, num_items)
-    num_items = checks.num_items(num_items, reduction)
+    num_items = checks.num_items(num_items, reduction, input)
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )

@@ -150,7 +150,7 @@ def linear_cross_entropy(
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.spread_rest(spread_rest, target)
     checks.token_weight(token_weight, input.shape[:-1] + linear_weight.shape[1:-1], input)
-    num_items = checks.num_items(num_items, reduction)
+    num_items = checks.num_items(num_items, reduction, input)
     ignore_index = -100 if ignore_index is None else ignore_index
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(

@@ -111,7 +111,7 @@ def token_weight(weight: Any, rows: torch.Size, input: Tensor) -> None:
     same_device("token_weight", weight, input)
 
 
-def num_items(value: Any, reduction: str) -> int | Tensor | None:
+def num_items(value: Any, reduction: str, input: Tensor) -> int | Tensor | None:
     if value is None:
         return None
     if reduction != "mean":
@@ -125,7 +125,7 @@ def num_items(value: Any, reduction: str) -> int | Tensor | None:
                 f"num_items has shape {shape(value)}, expected an int or a 0-dimensional tensor: "
                 "sum it first"
             )
-        if value.is_meta:
+        if value.is_meta and not input.is_meta:
             raise ValueError("num_items is on meta, where it has no value: pass an int")
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
