@@ -132,6 +132,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.struck
+@pytest.mark.filterwarnings(  # Python's own, called back as something is freed: it swallows what strikes there
+    "ignore:Exception ignored in. <function WeakValueDictionary:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_interruptions_at_any_moment(times):
     """A timer's signals, wherever they strike; then backward again, where autograd allows it."""
