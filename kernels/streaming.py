@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# In fp32 log2 e is rounded: 1 / fl(log2 e) = LN_2 + what it lacks, and log2 e / fl(log2 e) - 1.
+# log2 e is rounded: 1 / fl(log2 e) = LN_2 + what it lacks, and log2 e / fl(log2 e) - 1.
 LN_2 = tl.constexpr(0.6931471805599453)
-LN_2_LOW = tl.constexpr(7.3487e-09)
-LOG2_E_LOW = tl.constexpr(1.335e-08)
+LN_2_LOW, LN_2_LOW_FP64 = tl.constexpr(7.3487e-09), tl.constexpr(3.297e-17)
+LOG2_E_LOW, LOG2_E_LOW_FP64 = tl.constexpr(1.335e-08), tl.constexpr(1.411e-17)
 
 
 @triton.jit
@@ -213,6 +213,8 @@ def row_loss(m, s, z_target):
     low -= tl.fma(z_target, e, -scaled)
     if z_target.dtype == tl.float32:
         low += gap * LOG2_E_LOW
+    else:
+        low += gap * LOG2_E_LOW_FP64
     low = tl.where((low == low) & (tl.abs(gap) != float("inf")), low, 0.0)
     log2_s = tl.log2(s)
     d = gap + (log2_s + low)
@@ -225,6 +227,8 @@ def row_loss(m, s, z_target):
     base_low = tl.fma(m, tl.full(m.shape, LN_2, m.dtype), -base)
     if z_target.dtype == tl.float32:
         base_low += m * LN_2_LOW
+    else:
+        base_low += m * LN_2_LOW_FP64
     lse_low = (base - lse) + above * LN_2 + base_low
     lse_low = tl.where(d > 0.0, lse_low, (z_target - lse) + loss)
     return loss, lse, lse_low, above

@@ -526,3 +526,14 @@ def test_low_precision_gradient_is_rounded_once(backend, device):
     if backend == "torch":
         assert torch.equal(low, full.bfloat16())
     torch.testing.assert_close(low.float(), full, rtol=ULP[torch.bfloat16], atol=0)
+
+
+def test_fp64_keeps_its_digits_far_from_zero(backend, device):
+    """lse is rounded to 2e-12 at 1e4, and log2 e to 2e-17 of itself: neither reaches a gradient."""
+    x = torch.full((1, 2), 1e4, dtype=torch.float64, device=device)
+    target = torch.tensor([1], device=device)
+    loss = lambda x: token_stats(x, target, backend=backend, mean_logprob=True)  # noqa: E731
+    expected = torch.tensor([[0.5, 0.5]], dtype=torch.float64, device=device)
+    got = gradient(lambda x: loss(x).lse.sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-15, atol=0.0)
+    assert gradient(lambda x: loss(x).mean_logprob.sum(), x).abs().max() < 1e-15
