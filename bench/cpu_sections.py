@@ -60,10 +60,10 @@ def batch(
     return logits.to(device), target.to(device)
 
 
-def check(providers: Iterable[str], logits: Tensor, target: Tensor) -> None:
+def check(losses: Mapping[str, Loss], logits: Tensor, target: Tensor) -> None:
     expected = measure.reference(logits, target)
-    for provider in providers:
-        measure.check(provider, measure.answer(loss_of(provider), logits, target), expected)
+    for name, loss in losses.items():
+        measure.check(name, measure.answer(loss, logits, target), expected)
 
 
 def spread(q: Quantiles, unit: float) -> str:
@@ -84,11 +84,13 @@ def time(config: Config, report: Report) -> None:
         for provider in providers:
             if provider in (COMPILED, INDUCTOR):
                 first_calls += _first_calls(provider, dtype, logits, target, report)
-        check([p for p in providers if p in (OURS, INDUCTOR)], logits, target)
+        losses = {p: loss_of(p) for p in providers}
+        if config.compile:
+            losses[LOOPS] = floors.bare_loops
+        written = {p: f for p, f in losses.items() if p not in (EAGER, COMPILED)}
+        check(written, logits, target)
         for mode, step in MODES.items():
-            steps = {p: step(loss_of(p), logits, target) for p in providers}
-            if config.compile:
-                steps[LOOPS] = step(floors.bare_loops, logits, target)
+            steps = {p: step(loss, logits, target) for p, loss in losses.items()}
             times = measure.interleaved(steps, config.repeats)
             for provider, taken in times.items():
                 report.add(provider, mode, logits, taken)
@@ -208,9 +210,10 @@ def _small(
 ) -> Iterable[tuple[str, str, Mapping[str, Quantiles]]]:
     for dtype, torch_dtype in DTYPES.items():
         logits, target = batch(tokens, vocab, torch_dtype)
-        check([OURS], logits, target)
+        ours = {OURS: loss_of(OURS), CALLS: floors.bare_calls(logits)}
+        check(ours, logits, target)
         for mode, step in MODES.items():
-            losses = {EAGER: loss_of(EAGER), OURS: loss_of(OURS), CALLS: floors.bare_calls(logits)}
+            losses = {EAGER: loss_of(EAGER), **ours}
             steps = {p: step(loss, logits, target) for p, loss in losses.items()}
             times = measure.interleaved(steps, 4 * config.repeats, calls)
             for provider, taken in times.items():
@@ -227,7 +230,7 @@ def vocabulary(config: Config, report: Report) -> None:
         n = max(1, elements // v)
         target = torch.randint(v, (n,), generator=torch.Generator().manual_seed(0))
         batches[v] = everything[0, : n * v].view(n, v), target
-        check([OURS], *batches[v])
+        check({OURS: loss_of(OURS)}, *batches[v])
     per_logit = {mode: _time_per_logit(mode, batches, config, report) for mode in MODES}
     rows = [
         (str(v), str(len(batches[v][0])), *(spread(per_logit[mode][v], 1) for mode in MODES))
@@ -258,7 +261,7 @@ def masked(config: Config, report: Report) -> None:
     report.title(f"masked: half of the classes masked, fp32, N = {n}, V = {v}, ms")
     batches, target = _masked_batches(n, v)
     for logits in batches.values():
-        check([OURS], logits, target)
+        check({OURS: loss_of(OURS)}, logits, target)
     rows: list[tuple[str, ...]] = []
     comparisons: list[Comparison] = []
     for mode, step in MODES.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,14 @@ from .backend_triton import launch_sums
 from .blocks import Head, compute_dtype
 from .kernels.streaming import LOG2_E
 from .stats import UNIFORM, Part, concatenate, merge
+
+Number = TypeVar("Number", Tensor, float)
+
+# As the kernels have it: in fp32 rounded.
+_LOG2_E = {
+    torch.float32: struct.unpack("f", struct.pack("f", LOG2_E.value))[0],
+    torch.float64: LOG2_E.value,
+}
 
 
 def row_part(
@@ -53,20 +63,32 @@ def _natural(floats: Tensor, integers: Tensor, entropy: bool, argmax: bool) -> P
     In fp64: rounding a maximum of 1e4 to fp32 would change the sum by 5e-4, and the kernel's
     log2 e, rounded to fp32, by 1e-4.
     """
-    s = floats[1].double()
-    log2_e = torch.tensor(LOG2_E.value, dtype=floats.dtype).item()
-    exact = (floats[0].double() / log2_e).masked_fill(s == 0, -math.inf)
-    m = exact.to(floats.dtype)
+    base_2, s = floats[0].double(), floats[1].double()
+    log2_e = _LOG2_E[floats.dtype]
+    m = (base_2 / log2_e).masked_fill(s == 0, -math.inf).to(floats.dtype)
     best = None
     if argmax:  # the kernel's maxima are of groups of classes, its keys those of single ones
         m = floats[4].masked_fill(s.isnan(), math.nan)
         best = integers[1].long()
-    shift = (exact - m.double()).masked_fill(m == -math.inf, 0.0)
+    shift = (_less_product(base_2, m.double(), log2_e) / log2_e).masked_fill(m == -math.inf, 0.0)
     scale = shift.exp()
     weighted = None
     if entropy:
         weighted = (scale * (floats[2].double() * math.log(2) + s * shift)).to(m.dtype)
     return Part(m, (s * scale).to(m.dtype), weighted, None, None, None, best)
+
+
+def _less_product(x: Tensor, a: Tensor, b: float) -> Tensor:
+    """x - a b of fp64 numbers, the product not rounded: of halves (Veltkamp's split), as Dekker."""
+    a_high, b_high = _high(a), _high(b)
+    a_low, b_low = a - a_high, b - b_high
+    return ((x - a_high * b_high) - a_high * b_low) - a_low * b_high - a_low * b_low
+
+
+def _high(a: Number) -> Number:
+    """The upper 26 of a's 53 bits."""
+    c = a * (2.0**27 + 1.0)
+    return c - (c - a)
 
 
 def _with_total(part: Part, floats: tuple[Tensor, ...], origin: Tensor, columns: Tensor) -> Part:
