@@ -31,9 +31,9 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, largest=cases.LARGEST["torch"]):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
-    x = cases.values(draw, g, (*shape, vocab), draw(st.sampled_from(cases.DTYPES)))
+    x = cases.values(draw, g, (*shape, vocab), draw(st.sampled_from(cases.DTYPES)), largest)
     padding = draw(st.sampled_from([0, 0, 3]))
     x = torch.nn.functional.pad(x, (0, padding), value=cases.NAN)
     wanted = {name: draw(st.booleans()) for name in ("entropy", "mean_logprob", "rank", "argmax")}

@@ -27,7 +27,7 @@ class Call:
 def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
     shape = (*shape, vocab)
-    x = cases.values(draw, g, shape, draw(st.sampled_from(cases.DTYPES)))
+    x = cases.values(draw, g, shape, draw(st.sampled_from(cases.DTYPES)), cases.LARGEST["torch"])
     options: dict[str, Any] = dict(reduction=draw(st.sampled_from(["mean", "sum", "none"])))
     for name in ("weight", "pos_weight"):
         if draw(st.integers(0, 2)) == 0:

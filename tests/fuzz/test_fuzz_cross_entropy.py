@@ -31,9 +31,9 @@ class Call:
 
 
 @st.composite
-def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS):
+def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, largest=cases.LARGEST["torch"]):
     g, shape, vocab = cases.generator(draw), draw(shapes), draw(vocabs)
-    x = cases.values(draw, g, (*shape, vocab), draw(st.sampled_from(cases.DTYPES)))
+    x = cases.values(draw, g, (*shape, vocab), draw(st.sampled_from(cases.DTYPES)), largest)
     padding = draw(st.sampled_from([0, 0, 1, 3]))
     x = torch.nn.functional.pad(x, (0, padding), value=cases.NAN)
     schedule = draw(st.sampled_from(SCHEDULES))
@@ -131,4 +131,4 @@ def check(call: Call, backend: str = "torch") -> None:
 
 @cases.backends(torch=100, triton=4, long=80)
 def test_cross_entropy(explore, backend):
-    explore(calls(**cases.sizes(backend)), check)
+    explore(calls(**cases.sizes(backend), largest=cases.LARGEST[backend]), check)

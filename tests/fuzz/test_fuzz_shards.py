@@ -55,4 +55,4 @@ def check(call: Call, backend: str = "torch") -> None:
 
 @cases.backends(torch=40, triton=1, long=20)
 def test_shards(explore, backend):
-    explore(calls(**cases.sizes(backend)), check)
+    explore(calls(**cases.sizes(backend), largest=cases.LARGEST[backend]), check)

@@ -31,4 +31,4 @@ def check(call: Call, backend: str = "torch") -> None:
 
 @cases.backends(torch=70, triton=3, long=60)
 def test_token_stats(explore, backend):
-    explore(calls(**cases.sizes(backend)), check)
+    explore(calls(**cases.sizes(backend), largest=cases.LARGEST[backend]), check)
