@@ -25,7 +25,8 @@ from .blocks import (
     compute_dtype,
     lowest_exponent,
 )
-from .row_blocks import Block, Scratch, blocks, flat, mergeable, two_dimensional
+from .from_zero import all_in_range, in_range, relative_to_zero, sample
+from .row_blocks import Block, Scratch, blocks, flat, largest, mergeable, two_dimensional
 from .stats import (
     UNIFORM,
     ClassWeights,
@@ -44,19 +45,14 @@ from .stats import (
     token_loss_coefficients,
 )
 
-# 4 MiB of fp32: with less the calls cost more, and a row of a million is in pieces; with more the
-# cache misses.
-CACHED_ELEMENTS = 1 << 20
+# 2 MiB of fp32: with less the calls cost more; with more the cache misses, which matters most where
+# half precision is converted.
+CACHED_ELEMENTS = 1 << 19
 # Compiled, nothing stays in cache, and each block has guards to check and threads to wait for: as
 # few as there can be where loops hold nothing in full.
 _COMPILED_ELEMENTS = 1 << 23
 _FUSED_ELEMENTS = 1 << 27
 DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
-
-# Between these, exp z of the target and its sum over the others may be taken as they are, with no
-# maximum subtracted; and so may exp z in a gradient between these lse, where p >= 1e-37.
-_SMALLEST_SUM, _LARGEST_SUM = 1e-18, 1e18
-_SMALLEST_LSE, _LARGEST_LSE = -1.0, 40.0
 
 
 class Options(NamedTuple):
@@ -132,10 +128,11 @@ def logits_gradient(
     rows = row_gradient(logprob, lse_low, coefficients)
     reference: Tensor | None = lse
     if _on_host(x) and not options.compiled and rows.slope is None:
-        reference, rows = _relative_to_zero(lse, rows)
+        reference, rows = relative_to_zero(lse, rows)
     reference = None if reference is None else reference[:, None]
     rows, target = rows.as_columns(), target[:, None]
-    clamp = _on_host(x) and _sample(x, reference, options)[0] < lowest_exponent(lse.dtype)
+    lowest = lowest_exponent(lse.dtype)
+    clamp = _on_host(x) and sample(x, reference, options.vocab_size, options.head)[0] < lowest
     write = _compile(_write_gradient) if options.compiled else _write_gradient
     scratch = _scratch(x, options)
     weights_of = _weights_by_block(x, weights, options)
@@ -224,16 +221,6 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
         part.copy_((part * by[..., None]).masked_fill_(part == 0, 0.0))  # ignored rows stay 0
 
 
-def _relative_to_zero(lse: Tensor, rows: RowGradient) -> tuple[Tensor | None, RowGradient]:
-    """(what to subtract from z before exp, rows): nothing, and p = exp(z) exp(-lse), wherever
-    exp z stays a normal number. A pass less."""
-    lowest, highest = lse.aminmax()
-    if float(lowest) > _SMALLEST_LSE and float(highest) < _LARGEST_LSE:
-        return None, rows._replace(scale=rows.scale * (-lse).exp())
-    reference = lse.masked_fill((lse > _SMALLEST_LSE) & (lse < _LARGEST_LSE), 0.0)
-    return reference, rows._replace(scale=rows.scale * (reference - lse).exp())
-
-
 def _from_zero(
     x: Tensor,
     target: Tensor,
@@ -247,16 +234,17 @@ def _from_zero(
     Rows in which that leaves the range of normal numbers (logits beyond 40, inf, NaN, a target so
     likely that all others vanish) are done again from their maximum.
     """
-    lowest, highest = _sample(x, None, options)
+    e_target = target_logit.exp()
+    fine = None if all_in_range(e_target) else in_range(e_target)
+    if fine is not None and not fine.any():  # as in GPT-2, whose logits are near -80
+        return _by_maximum(x, target, target_logit, options, wanted, UNIFORM)
+    lowest, highest = sample(x, None, options.vocab_size, options.head)
     clamp = max(-lowest, highest) > -lowest_exponent(target_logit.dtype)
     part = _sum_rows(x, target, target_logit, options, wanted, clamp, by_maximum=False)
-    e_target = target_logit.exp()
     rows = finish_from_zero(part, e_target)
-    smallest, largest = torch.cat((part.s, e_target)).aminmax()
-    if float(smallest) > _SMALLEST_SUM and float(largest) < _LARGEST_SUM:
+    if fine is None and all_in_range(part.s):
         return rows
-    fine = (part.s > _SMALLEST_SUM) & (part.s < _LARGEST_SUM)
-    fine &= (e_target > _SMALLEST_SUM) & (e_target < _LARGEST_SUM)
+    fine = in_range(e_target) & in_range(part.s)
     _redo(fine, rows, x, target, target_logit, skipped, options, wanted)
     return rows
 
@@ -301,18 +289,27 @@ def _redo(
 ) -> None:
     """Overwrites the statistics of rows that are not `fine`, nor skipped, with those by maximum."""
     again = ~fine if skipped is None else ~(fine | skipped)
-    if not again.any():
-        return
+    count = int(again.sum())
     plain = options._replace(compiled=False)
-    for rows in again.nonzero()[:, 0].split(max(1, CACHED_ELEMENTS // options.vocab_size)):
-        some = x[torch.unravel_index(rows, x.shape[:-1])]
-        redone = _by_maximum(some, target[rows], target_logit[rows], plain, wanted, UNIFORM)
-        pairs = zip(
-            (*statistics.stats, statistics.lse_low), (*redone.stats, redone.lse_low), strict=True
-        )
-        for whole, changed in pairs:
-            if whole is not None and changed is not None:
-                whole[rows] = changed
+    if 2 * count > again.numel():  # all of them in place take less time than copies of many
+        redone = _by_maximum(x, target, target_logit, plain, wanted, UNIFORM)
+        _overwrite(statistics, again, redone, again)
+    elif count:
+        for rows in again.nonzero()[:, 0].split(max(1, CACHED_ELEMENTS // options.vocab_size)):
+            some = x[torch.unravel_index(rows, x.shape[:-1])]
+            redone = _by_maximum(some, target[rows], target_logit[rows], plain, wanted, UNIFORM)
+            _overwrite(statistics, rows, redone, slice(None))
+
+
+def _overwrite(
+    statistics: RowStatistics, rows: Tensor, others: RowStatistics, their_rows: Tensor | slice
+) -> None:
+    pairs = zip(
+        (*statistics.stats, statistics.lse_low), (*others.stats, others.lse_low), strict=True
+    )
+    for mine, theirs in pairs:
+        if mine is not None and theirs is not None:
+            mine[rows] = theirs[their_rows]
 
 
 def _by_maximum(
@@ -442,7 +439,8 @@ def _elements_per_block(x: Tensor, options: Options) -> int:
 def _scratch(x: Tensor, options: Options) -> Scratch | None:
     if options.compiled:
         return None
-    elements = min(prod(x.shape[:-1]) * options.vocab_size, _elements_per_block(x, options))
+    most = largest(_elements_per_block(x, options))
+    elements = min(prod(x.shape[:-1]) * options.vocab_size, most)
     return Scratch(elements, compute_dtype(x.dtype), x.device)
 
 
@@ -472,7 +470,7 @@ def _targets(
 
 def _on_host(x: Tensor) -> bool:
     """Whether reading a value of `x` makes nothing wait, and exp is slow on subnormal results."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def _column(
@@ -486,24 +484,6 @@ def _column(
         return column, None
     inside = (column >= block.start) & (column < block.stop)
     return (column - block.start).clamp(0, block.stop - block.start - 1), inside
-
-
-def _sample(x: Tensor, reference: Tensor | None, options: Options) -> tuple[float, float]:
-    """Least and largest of a sample of z, or of z - reference [rows, 1].
-
-    A CPU's exp is 30 to 100 times slower where its result is subnormal: masked vocabularies. The
-    sample decides whether to clamp, and only speed depends on it.
-    """
-    if x.dim() != 2:
-        return -math.inf, math.inf  # a sample is not free there
-    rows, columns = max(1, x.shape[0] // 64), max(1, options.vocab_size // 64)
-    sample = x[::rows, : options.vocab_size : columns]
-    if not options.head.is_identity:
-        sample = options.head.apply_(sample.to(compute_dtype(x.dtype), copy=True))
-    if reference is not None:
-        sample = sample - reference[::rows]
-    lowest, highest = sample.aminmax()
-    return float(lowest), float(highest)
 
 
 @cache

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .blocks import compute_dtype
+from .few_rows import loss_of_few_rows
 from .one_pass import one_pass_loss
 from .ops import Classes, as_stats
 from .reduction import reduction_of
@@ -192,6 +193,17 @@ def cross_entropy(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
     weight = checks.class_weight(weight, input, vocab_size)
+    is_plain = (
+        weight is None
+        and token_weight is None
+        and num_items is None
+        and not (label_smoothing or z_loss_weight or softcap or inplace_backward or grad_in_forward)
+        and (logit_scale, vocab_size, backend) == (1.0, input.shape[-1], "torch")
+    )
+    if is_plain and isinstance(target, Tensor):
+        loss = loss_of_few_rows(input, target, ignore_index, reduction)
+        if loss is not None:
+            return loss
     checks.looks_like_logits(input)
     goal = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
     dtype = compute_dtype(input.dtype)

@@ -32,16 +32,16 @@ class Block(NamedTuple):
 def blocks(
     leading: torch.Size, columns: int, elements: int, together: int | None = None
 ) -> Iterator[Block]:
-    """Blocks of at most `elements` of [*leading, columns].
+    """Blocks of at most `elements` of [*leading, columns], or of one row of up to twice as many.
 
-    The pieces of a row follow one another. `together`: how many of the leading dimensions, from
-    the last, a block may span; None: all.
+    The pieces of a longer row follow one another. `together`: how many of the leading dimensions,
+    from the last, a block may span; None: all.
     """
     outermost = 0 if together is None else len(leading) - together
     if outermost == 0 and leading.numel() * columns <= elements:
         yield Block(None, slice(None), 0, columns)
         return
-    width = -(-columns // -(-columns // elements))  # pieces of like size
+    width = -(-columns // -(-columns // largest(elements)))  # pieces of like size
     limit = elements // width
     dim, inner = len(leading) - 1, 1
     while dim > outermost and inner * leading[dim] <= limit:
@@ -56,6 +56,11 @@ def blocks(
             row = rows.stop
             for start in range(0, columns, width):
                 yield Block((*outer, slice(first, last)), rows, start, min(start + width, columns))
+
+
+def largest(elements: int) -> int:
+    """What a block may have at most, of `elements` in general."""
+    return 2 * elements
 
 
 def flat(x: Tensor) -> Tensor:

@@ -214,11 +214,20 @@ def finish_from_zero(part: Part, e_target: Tensor) -> RowStatistics:
 
     Holds where neither s nor exp(z_target) leaves the range of normal numbers.
     """
-    loss = (part.s / e_target).log1p_()
-    total = part.s + e_target
-    lse = total.log()
-    lse_low = lse.neg().exp_().mul_(total).sub_(1.0)  # exp(true lse - lse) - 1
+    loss = loss_from_zero(part.s, e_target)
+    lse, lse_low = lse_from_zero(part.s, e_target)
     return RowStatistics(TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low)
+
+
+def loss_from_zero(s: Tensor, e_target: Tensor) -> Tensor:
+    return (s / e_target).log1p_()
+
+
+def lse_from_zero(s: Tensor, e_target: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse, what rounding took from it)"""
+    total = s + e_target
+    lse = total.log()
+    return lse, lse.neg().exp_().mul_(total).sub_(1.0)  # exp(true lse - lse) - 1
 
 
 def blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
@@ -302,7 +311,8 @@ def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -
     correction = (-lse_low).exp()  # p = exp(z - lse - lse_low)
     scale = at_target = None
     if c is not None:
-        scale, at_target = -c, -c * logprob.expm1()
+        scale = -c
+        at_target = scale * logprob.expm1()
     if a is not None or b is not None:
         p_target = logprob.exp()
         if a is not None:

@@ -62,7 +62,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     from chunked_ce import backend_torch
 
-    monkeypatch.setattr(backend_torch, "CACHED_ELEMENTS", 300)
+    monkeypatch.setattr(backend_torch, "CACHED_ELEMENTS", 150)
     try:
         from chunked_ce import gpu
         from chunked_ce.kernels import launch

@@ -164,7 +164,7 @@ def equal_shards_need_no_start_and_may_be_padded():
 
 @case
 def blocks_smaller_than_a_shard():
-    usual, backend_torch.CACHED_ELEMENTS = backend_torch.CACHED_ELEMENTS, 12
+    usual, backend_torch.CACHED_ELEMENTS = backend_torch.CACHED_ELEMENTS, 6
     try:
         shards_of_all_sizes()
         statistics_with_any_upstream_gradient()

@@ -45,7 +45,7 @@ def _some_rows(which: str, values: Tensor) -> Tensor | None:
 
 
 def _is_free(values: Tensor) -> bool:
-    return values.device.type == "cpu" or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
+    return values.is_cpu or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
 
 
 def looks_like_logits(input: Tensor) -> None:
@@ -53,7 +53,7 @@ def looks_like_logits(input: Tensor) -> None:
     rows = _some_rows("probabilities", input)
     if rows is None or rows.shape[1] < 2:
         return
-    if float(rows[0, :: max(1, rows.shape[1] // 32)].amin()) < 0:  # of logits some are, at once
+    if min(rows[0, :: max(1, rows.shape[1] // 32)].tolist()) < 0:  # of logits some are, at once
         return
     rows = rows.float()
     near = 1e-2 if input.dtype.itemsize < 4 else 1e-3

@@ -44,7 +44,7 @@ def is_int(value: object) -> TypeGuard[int]:
 
 def integer(name: str, value: Any, expected: str) -> int:
     """`value` as an int of 64 bits; numpy's integers are ints too."""
-    if isinstance(value, Integral) and not isinstance(value, (int, torch.SymInt)):
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, Integral):
         value = int(value)
     if not is_int(value):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
@@ -57,7 +57,7 @@ LARGEST = 1e30  # as large as fp32 can still be multiplied with
 
 
 def number(name: str, value: Any) -> float:
-    numbers = (Real, torch.SymFloat, torch.SymInt)
+    numbers = (float, int, Real, torch.SymFloat, torch.SymInt)  # abstract ones take a microsecond
     if not isinstance(value, numbers) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -LARGEST <= value <= LARGEST:  # type: ignore[operator]

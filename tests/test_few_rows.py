@@ -1,0 +1,256 @@
+"""The loss of few rows, without an operator: the operators' bits, or left to them."""
+
+import oracle
+import pytest
+import torch
+import torch.utils.flop_counter
+from helpers import assert_gradient, gradient
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from chunked_ce import backend_torch, cross_entropy, few_rows
+
+HALVES = [torch.float16, torch.bfloat16]
+DTYPES = [*HALVES, torch.float32, torch.float64]
+
+
+def rows_of(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    x = (torch.randn(n, vocab, dtype=torch.float64) * 3).to(dtype)
+    return x, torch.randint(0, vocab, (n,))
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many losses and how many gradients were computed without an operator."""
+    counts = [0, 0]
+    for i, name in enumerate(("_Loss.apply", "_gradient")):
+        owner = few_rows._Loss if i == 0 else few_rows
+        function = getattr(owner, name.rpartition(".")[2])
+
+        def counted(*args, i=i, function=function):
+            result = function(*args)
+            counts[i] += result is not None
+            return result
+
+        monkeypatch.setattr(owner, name.rpartition(".")[2], counted)
+    return counts
+
+
+def by_operators(x, target, upstream, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "_is_ordinary", lambda *_: False)
+        loss = cross_entropy(x, target, **options).detach()
+        return loss, gradient(cross_entropy_of(target, **options), x, upstream=upstream)
+
+
+def cross_entropy_of(target, **options):
+    return lambda x: cross_entropy(x, target, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("n", "vocab"), [(1, 1), (1, 100), (2, 300), (7, 50), (33, 17), (5, 299)])
+def test_bits_of_the_operators(n, vocab, reduction, dtype, taken):
+    """One block and several; a row longer than a block."""
+    x, target = rows_of(n, vocab, dtype)
+    upstream, options = torch.tensor(-3.7), dict(reduction=reduction)
+    expected = by_operators(x, target, upstream, **options)
+    ours = gradient(cross_entropy_of(target, **options), x, upstream=upstream)
+    assert taken == ([1, 1] if vocab > 1 else [0, 0])  # whose sum over no other class is 0
+    loss = cross_entropy(x, target, **options)
+    assert loss.dtype == expected[0].dtype and torch.equal(loss, expected[0])
+    assert ours.dtype == dtype and torch.equal(ours, expected[1])
+    truth = oracle.cross_entropy(x, target, **options)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    exact = gradient(
+        lambda x: oracle.cross_entropy(x, target, **options), x.double(), upstream=upstream
+    )
+    assert_gradient(ours, exact, dtype)
+
+
+VIEWS = dict(
+    columns=lambda x: torch.nn.functional.pad(x, (3, 2), value=float("nan"))[:, 3:-2],
+    rows=lambda x: torch.stack([x, x.neg()], 1).flatten(0, 1)[::2],
+    expanded=lambda x: x[:1].expand(x.shape),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view, dtype, taken):
+    x, target = rows_of(7, 50, dtype)
+    loss = lambda x: cross_entropy(VIEWS[view](x), target)  # noqa: E731
+    ours = gradient(loss, x, upstream=torch.tensor(2.0))
+    assert taken == [1, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "_is_ordinary", lambda *_: False)
+        assert torch.equal(ours, gradient(loss, x, upstream=torch.tensor(2.0)))
+
+
+def changed(x, target, **changes):
+    return dict(x=x, target=target, options={}) | changes
+
+
+# Arguments, of 7 rows of 50 logits and targets
+LEFT = {
+    "a row ignored": lambda x, t: changed(x, t.where(torch.arange(7) != 3, -100)),
+    "ignore_index within the targets": lambda x, t: changed(
+        x, t.clamp(1, 40).index_fill(0, torch.tensor([2]), 5), options=dict(ignore_index=5)
+    ),
+    "no reduction": lambda x, t: changed(x, t, options=dict(reduction="none")),
+    "label smoothing": lambda x, t: changed(x, t, options=dict(label_smoothing=0.1)),
+    "z-loss": lambda x, t: changed(x, t, options=dict(z_loss_weight=0.1)),
+    "softcap": lambda x, t: changed(x, t, options=dict(softcap=5.0)),
+    "logit_scale": lambda x, t: changed(x, t, options=dict(logit_scale=0.5)),
+    "vocab_size": lambda x, t: changed(x, t.clamp(max=39), options=dict(vocab_size=40)),
+    "class weights": lambda x, t: changed(x, t, options=dict(weight=torch.rand(50))),
+    "token weights": lambda x, t: changed(x, t, options=dict(token_weight=torch.rand(7))),
+    "num_items": lambda x, t: changed(x, t, options=dict(num_items=3)),
+    "probabilities": lambda x, t: changed(x, torch.rand(7, 50).softmax(1)),
+    "top k": lambda x, t: changed(x, (t[:, None], torch.ones(7, 1))),
+    "int32 targets": lambda x, t: changed(x, t.int()),
+    "three dimensions": lambda x, t: changed(x[None], t[None], options=dict(dim=-1)),
+    "one row": lambda x, t: changed(x[0], t[0]),
+    "classes apart": lambda x, t: changed(x.t().contiguous().t(), t),
+    "long rows": lambda x, t: changed(torch.randn(7, 301), t),
+    "a target below -41": lambda x, t: changed(x.scatter(1, t[:1, None], -42.0), t),
+    "a target above 41": lambda x, t: changed(x.scatter(1, t[:1, None], 42.0), t),
+    "a sum beyond 1e18": lambda x, t: changed(x.index_fill(1, (t[:1] + 1) % 50, 42.0), t),
+    "no other class": lambda x, t: changed(
+        torch.full_like(x, -60.0).scatter(1, t[:, None], 0.0), t
+    ),
+    "masked classes": lambda x, t: changed(
+        x.index_fill(1, torch.arange(0, 50, 2), float("-inf")), t // 2 * 2 + 1
+    ),
+    "NaN": lambda x, t: changed(x.index_fill(0, torch.tensor([3]), float("nan")), t),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_left_to_the_operators(case, taken):
+    """And right there. A row that is NaN is NaN."""
+    given = LEFT[case](*rows_of(7, 50))
+    x, target, options = given["x"], given["target"], given["options"]
+    ours = gradient(cross_entropy_of(target, **options), x, upstream=lambda loss: loss.sum() * -3.7)
+    assert taken == [0, 0]
+    dense = isinstance(target, torch.Tensor) and not target.is_floating_point()
+    if not dense or "weight" in case or case == "num_items":
+        return  # other tests' subject
+    if case == "one row":
+        x, target, ours = x[None], target[None], ours[None]
+    names = ("ignore_index", "reduction", "label_smoothing", "z_loss_weight")
+    head = {k: v for k, v in options.items() if k not in (*names, "dim")}
+    known = {k: v for k, v in options.items() if k in names}
+    exact = gradient(
+        lambda x: oracle.cross_entropy(x, target.long(), **known, **head),
+        x.double(), upstream=lambda loss: loss.sum() * -3.7,
+    )  # fmt: skip
+    if case == "NaN":
+        assert ours.isnan().any(1).tolist() == [row == 3 for row in range(7)]
+    else:
+        # Of a target without rivals the truth in fp64 is 1 - 1.
+        largest = 1e-10 if case == "no other class" else None
+        assert_gradient(ours, exact, torch.float32, largest)
+
+
+def test_too_many_logits(monkeypatch, taken):
+    x, target = rows_of(7, 50)
+    monkeypatch.setattr(few_rows, "_ELEMENTS", 350)
+    gradient(cross_entropy_of(target), x)
+    assert taken == [1, 1]
+    monkeypatch.setattr(few_rows, "_ELEMENTS", 349)
+    gradient(cross_entropy_of(target), x)
+    assert taken == [1, 1]
+
+
+@pytest.mark.parametrize("offset", [-25.0, 36.5])
+def test_a_gradient_out_of_range_is_left_to_the_operator(offset, taken):
+    """lse below -1 or above 40, with sums that are in range."""
+    x, target = rows_of(7, 50)
+    x = x / 30 + offset
+    ours = gradient(cross_entropy_of(target), x, upstream=torch.tensor(-3.7))
+    assert taken == [1, 0]
+    exact = gradient(
+        lambda x: oracle.cross_entropy(x, target), x.double(), upstream=torch.tensor(-3.7)
+    )
+    assert_gradient(ours, exact, torch.float32)
+
+
+def test_targets_out_of_range():
+    x, target = rows_of(7, 50)
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError, match=f"target {wrong} in row 3"):
+            cross_entropy(x, target.index_fill(0, torch.tensor([3]), wrong))
+
+
+def test_whoever_looks_for_operators_finds_them(taken):
+    x, target = rows_of(7, 50)
+    code = make_fx(lambda x: cross_entropy(x, target))(x).code
+    assert "chunked_ce.token_stats" in code
+    leaf = x.clone().requires_grad_()
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        cross_entropy(leaf, target).backward()
+    assert taken == [0, 0]
+    loss = cross_entropy(leaf, target)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        loss.backward()
+    assert taken == [1, 0]
+
+
+def test_backward_twice_and_double_backward(taken):
+    x, target = rows_of(7, 50)
+    leaf = x.clone().requires_grad_()
+    loss = cross_entropy(leaf, target)
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and taken == [1, 2]
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert torch.equal(grad, first) and taken == [1, 2]
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+def test_logits_changed_before_backward():
+    x, target = rows_of(7, 50)
+    logits = x.clone().requires_grad_() * 1
+    loss = cross_entropy(logits, target)
+    with torch.no_grad():
+        logits[0, 0] = 3.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_without_gradients(taken):
+    x, target = rows_of(7, 50)
+    leaf = x.clone().requires_grad_()
+    loss = cross_entropy(leaf, target).detach()
+    with torch.no_grad():
+        assert torch.equal(cross_entropy(leaf, target), loss)
+    with torch.inference_mode():
+        assert torch.equal(cross_entropy(leaf, target), loss)
+    assert (
+        torch.equal(cross_entropy(x, target), loss) and not cross_entropy(x, target).requires_grad
+    )
+    assert taken == [1, 0]
+
+
+def test_rows_all_out_of_range_are_read_once(monkeypatch):
+    """GPT-2's logits are near -80: no sum of exp z itself is worth its pass."""
+    passes, inner = [], backend_torch._sum_rows
+
+    def counted(*args, **kwargs):
+        passes.append(kwargs["by_maximum"])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(backend_torch, "_sum_rows", counted)
+    x, target = rows_of(40, 50)
+    for shift, expected in (
+        (torch.zeros(40), [False]),
+        (torch.full((40,), -80.0), [True]),
+        (torch.arange(40).lt(30) * -80.0, [False, True]),  # most
+    ):
+        shifted, scored = x + shift[:, None], target.index_fill(0, torch.tensor([39]), -100)
+        passes.clear()
+        loss = cross_entropy(shifted, scored)
+        assert passes == expected
+        torch.testing.assert_close(
+            loss.double(), oracle.cross_entropy(shifted, scored), rtol=1e-6, atol=0
+        )
