@@ -109,6 +109,7 @@ LEFT = {
     "top k": lambda x, t: changed(x, (t[:, None], torch.ones(7, 1))),
     "int32 targets": lambda x, t: changed(x, t.int()),
     "three dimensions": lambda x, t: changed(x[None], t[None], options=dict(dim=-1)),
+    "no row": lambda x, t: changed(x[:0], t[:0]),
     "one row": lambda x, t: changed(x[0], t[0]),
     "classes apart": lambda x, t: changed(x.t().contiguous().t(), t),
     "long rows": lambda x, t: changed(torch.randn(7, 301), t),
@@ -119,7 +120,7 @@ LEFT = {
         torch.full_like(x, -60.0).scatter(1, t[:, None], 0.0), t
     ),
     "masked classes": lambda x, t: changed(
-        x.index_fill(1, torch.arange(0, 50, 2), float("-inf")), t // 2 * 2 + 1
+        x.index_fill(1, torch.arange(25, 50), float("-inf")), t % 25
     ),
     "NaN": lambda x, t: changed(x.index_fill(0, torch.tensor([3]), float("nan")), t),
 }

@@ -65,7 +65,9 @@ _LINEAR = _of(
 TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/stats.py": _TORCH,
     "chunked_ce/blocks.py": [*_TORCH, *_ELSEWHERE],
-    "chunked_ce/backend_torch.py": [*_TORCH, *_ELSEWHERE],
+    "chunked_ce/backend_torch.py": [*_TORCH, _of("test_few_rows"), *_ELSEWHERE],
+    "chunked_ce/few_rows.py": [_of("test_few_rows")],
+    "chunked_ce/from_zero.py": [_of("test_few_rows"), *_TORCH],
     "chunked_ce/row_blocks.py": [
         *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
         _of("test_state", "inference"),
