@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from .blocks import (
     lowest_exponent,
 )
 from .from_zero import all_in_range, in_range, relative_to_zero, sample
-from .row_blocks import Block, Scratch, blocks, flat, largest, mergeable, two_dimensional
+from .row_blocks import Block, Scratch, blocks, flat, largest_block, mergeable, two_dimensional
 from .stats import (
     UNIFORM,
     ClassWeights,
@@ -439,8 +438,8 @@ def _elements_per_block(x: Tensor, options: Options) -> int:
 def _scratch(x: Tensor, options: Options) -> Scratch | None:
     if options.compiled:
         return None
-    most = largest(_elements_per_block(x, options))
-    elements = min(prod(x.shape[:-1]) * options.vocab_size, most)
+    elements = _elements_per_block(x, options)
+    elements = largest_block(x.shape[:-1], options.vocab_size, elements)
     return Scratch(elements, compute_dtype(x.dtype), x.device)
 
 

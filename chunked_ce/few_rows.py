@@ -18,7 +18,7 @@ from . import backend_torch, checks
 from .blocks import Head, block_gradient, block_statistics, compute_dtype, lowest_exponent
 from .from_zero import all_in_range, relative_to_zero, sample
 from .ops import Classes
-from .row_blocks import Block, Scratch, blocks, largest
+from .row_blocks import Block, Scratch, blocks, largest_block, longest_row
 from .stats import Coefficients, RowGradient, loss_from_zero, lse_from_zero, row_gradient
 
 # Of more logits what the calls take hardly shows, but what is left to the operators is done twice.
@@ -69,7 +69,8 @@ class _Loss(torch.autograd.Function):
         input, target, lse, lse_low, loss = ctx.saved_tensors
         logprob, c = -loss, -(upstream / ctx.divisor)
         grad = None
-        if not (torch.is_grad_enabled() or _is_traced()):
+        batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
+        if not (torch.is_grad_enabled() or batched or _is_traced()):
             rows = row_gradient(logprob, lse_low, Coefficients(None, None, c, None))
             grad = _gradient(input.detach(), target[:, None], lse, rows)
         if grad is None:
@@ -120,7 +121,7 @@ def _blocks(x: Tensor) -> Iterator[Block]:
 
 
 def _scratch(x: Tensor) -> Scratch:
-    elements = min(x.numel(), largest(backend_torch.CACHED_ELEMENTS))
+    elements = largest_block(x.shape[:1], x.shape[1], backend_torch.CACHED_ELEMENTS)
     return Scratch(elements, compute_dtype(x.dtype), x.device)
 
 
@@ -132,7 +133,7 @@ def _is_ordinary(input: Tensor, target: Tensor) -> bool:
         and input.dim() == 2
         and input.stride(1) == 1
         and 0 < input.numel() <= _ELEMENTS
-        and input.shape[1] <= largest(backend_torch.CACHED_ELEMENTS)  # no row in pieces
+        and input.shape[1] <= longest_row(backend_torch.CACHED_ELEMENTS)
         and target.dtype == torch.int64
         and not _is_traced()
     )

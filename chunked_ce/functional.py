@@ -194,7 +194,8 @@ def cross_entropy(
     )
     weight = checks.class_weight(weight, input, vocab_size)
     is_plain = (
-        weight is None
+        not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
+        and weight is None
         and token_weight is None
         and num_items is None
         and not (label_smoothing or z_loss_weight or softcap or inplace_backward or grad_in_forward)

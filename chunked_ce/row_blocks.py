@@ -41,7 +41,7 @@ def blocks(
     if outermost == 0 and leading.numel() * columns <= elements:
         yield Block(None, slice(None), 0, columns)
         return
-    width = -(-columns // -(-columns // largest(elements)))  # pieces of like size
+    width = -(-columns // -(-columns // longest_row(elements)))  # pieces of like size
     limit = elements // width
     dim, inner = len(leading) - 1, 1
     while dim > outermost and inner * leading[dim] <= limit:
@@ -58,9 +58,15 @@ def blocks(
                 yield Block((*outer, slice(first, last)), rows, start, min(start + width, columns))
 
 
-def largest(elements: int) -> int:
-    """What a block may have at most, of `elements` in general."""
+def longest_row(elements: int) -> int:
+    """Which is not cut into pieces."""
     return 2 * elements
+
+
+def largest_block(leading: torch.Size, columns: int, elements: int) -> int:
+    """How many elements the blocks of [*leading, columns] have at most."""
+    row = min(columns, longest_row(elements))
+    return min(leading.numel() * columns, max(elements, row))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -110,7 +116,7 @@ class Scratch:
             memory = kept[0]
         else:  # outside of inference mode it could not be written to, had it been made within
             with torch.inference_mode(False):
-                memory = torch.empty(elements, dtype=dtype)
+                memory = torch.empty(elements, dtype=dtype, device=device)
         # Not returned by a __del__, which would swallow a Ctrl-C.
         _kept.memory = (memory, weakref.ref(self))
         self._memory = memory

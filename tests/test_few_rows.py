@@ -1,13 +1,16 @@
 """The loss of few rows, without an operator: the operators' bits, or left to them."""
 
+import threading
+
 import oracle
 import pytest
 import torch
+import torch._dynamo
 import torch.utils.flop_counter
 from helpers import assert_gradient, gradient
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from chunked_ce import backend_torch, cross_entropy, few_rows
+from chunked_ce import backend_torch, cross_entropy, few_rows, row_blocks
 
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [*HALVES, torch.float32, torch.float64]
@@ -195,6 +198,41 @@ def test_whoever_looks_for_operators_finds_them(taken):
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         loss.backward()
     assert taken == [1, 0]
+
+
+def test_sizes_that_a_tracer_does_not_know():
+    """No size decides anything while tracing: neither a graph for each, nor an error."""
+    x, target = rows_of(7, 50)
+    target[2] = -100
+
+    def of_scored(x, target):
+        scored = (target != -100).nonzero()[:, 0]
+        return cross_entropy(x[scored], target[scored])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(of_scored, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, target), cross_entropy(x, target))
+
+
+def test_gradients_batched(taken):
+    x, target = rows_of(7, 50)
+    leaf = x.clone().requires_grad_()
+    loss = cross_entropy(leaf, target)
+    (grads,) = torch.autograd.grad(loss, leaf, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    assert taken == [1, 0]
+    exact = gradient(lambda x: oracle.cross_entropy(x, target), x.double())
+    assert_gradient(grads[0], exact, torch.float32)
+    assert_gradient(grads[1], -2 * exact, torch.float32)
+
+
+def test_another_default_device(monkeypatch):
+    """The memory to work in is that of the logits' device."""
+    monkeypatch.setattr(row_blocks, "_kept", threading.local())
+    x, target = rows_of(7, 50)
+    with torch.device("meta"):
+        ours = gradient(cross_entropy_of(target), x.bfloat16())
+    exact = gradient(lambda x: oracle.cross_entropy(x, target), x.bfloat16().double())
+    assert_gradient(ours, exact, torch.bfloat16)
 
 
 def test_backward_twice_and_double_backward(taken):

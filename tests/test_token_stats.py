@@ -386,6 +386,8 @@ def test_accelerators_without_triton_run_the_same_blocks(monkeypatch, compiled):
     grad = gradient(lambda x: token_stats(x, target, backend=backend).logprob.sum(), x)
     assert grad[2].isnan().all() and grad[keep].isfinite().all()
     assert (grad[target == -100] == 0).all()
+    one_class = token_stats(torch.randn(2, 1), torch.tensor([0, -100]), backend=backend)
+    assert one_class.logprob.tolist() == [0, 0]
 
 
 def test_masked_vocabulary_is_clamped_on_the_cpu():

@@ -71,6 +71,7 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/row_blocks.py": [
         *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
         _of("test_state", "inference"),
+        _of("test_interruption", "memory_of_its_own"),
         _of("test_binary", _torch("labels or views")),
         _of("test_drop_in", _torch("not_copied")),
     ],
