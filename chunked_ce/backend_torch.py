@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .blocks import (
+    LONG_ROW,
     Head,
     block_gradient,
     block_statistics,
@@ -46,7 +47,7 @@ from .stats import (
 
 # 2 MiB of fp32: with less the calls cost more; with more the cache misses, which matters most where
 # half precision is converted.
-CACHED_ELEMENTS = 1 << 19
+CACHED_ELEMENTS = LONG_ROW
 # Compiled, nothing stays in cache, and each block has guards to check and threads to wait for: as
 # few as there can be where loops hold nothing in full.
 _COMPILED_ELEMENTS = 1 << 23
@@ -133,7 +134,6 @@ def logits_gradient(
     lowest = lowest_exponent(lse.dtype)
     clamp = _on_host(x) and sample(x, reference, options.vocab_size, options.head)[0] < lowest
     write = _compile(_write_gradient) if options.compiled else _write_gradient
-    scratch = _scratch(x, options)
     weights_of = _weights_by_block(x, weights, options)
     if options.vocab_size < grad.shape[-1]:
         grad[..., options.vocab_size :].zero_()
@@ -142,6 +142,9 @@ def logits_gradient(
     elements = _elements_per_block(x, options)
     if apart and (rows.u is None or weights.are_one):
         elements = _FUSED_ELEMENTS
+    elif _on_host(x) and not options.compiled and out.dtype == lse.dtype:
+        elements *= 2  # where nothing is converted, what takes the time are fresh pages
+    scratch = _scratch(x, options, elements)
     for block in blocks(x.shape[:-1], options.vocab_size, elements, mergeable(x, grad)):
         column, inside = _column(target, block, options)
         skip = None if skipped is None else block.of_rows(skipped)[:, None]
@@ -340,7 +343,8 @@ def _sum_rows(
 ) -> Part:
     """The sums of every row over all classes but the target."""
     statistics = _compile(block_statistics) if options.compiled else block_statistics
-    scratch = _scratch(x, options)
+    elements = _elements_per_block(x, options)
+    scratch = _scratch(x, options, elements)
     weights_of = _weights_by_block(x, weights, options)
     target, target_logit = target[:, None], target_logit[:, None]
 
@@ -360,7 +364,7 @@ def _sum_rows(
         )
         return part if part.argmax is None else part._replace(argmax=part.argmax + block.start)
 
-    return _merge_blocks(x, options, _elements_per_block(x, options), of_block)
+    return _merge_blocks(x, options, elements, of_block)
 
 
 def _merge_blocks(
@@ -435,10 +439,9 @@ def _elements_per_block(x: Tensor, options: Options) -> int:
     return _COMPILED_ELEMENTS if options.compiled else CACHED_ELEMENTS
 
 
-def _scratch(x: Tensor, options: Options) -> Scratch | None:
+def _scratch(x: Tensor, options: Options, elements: int) -> Scratch | None:
     if options.compiled:
         return None
-    elements = _elements_per_block(x, options)
     elements = largest_block(x.shape[:-1], options.vocab_size, elements)
     return Scratch(elements, compute_dtype(x.dtype), x.device)
 

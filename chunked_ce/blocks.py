@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .stats import Part, RowGradient
 
+LONG_ROW = 1 << 19  # on a CPU a longer row shares no block with another
+
 
 class Head(NamedTuple):
     """What a model's head does to its logits: z = softcap tanh(logit_scale x / softcap)."""
@@ -185,6 +187,8 @@ def lowest_exponent(dtype: torch.dtype) -> float:
 def _row_sum(z: Tensor) -> Tensor:
     """Sum of each row.
 
-    torch splits a lone sum over its threads, which would round it differently: give it two rows.
+    torch splits a lone sum over its threads, which would round it differently from the same row's
+    among others: give it two rows. Not one so long that it is alone whatever the batch.
     """
-    return z.sum(1) if z.shape[0] > 1 else z.expand(2, -1).sum(1)[:1]
+    always_alone = z.shape[1] > LONG_ROW and z.is_cpu and not torch.compiler.is_compiling()
+    return z.sum(1) if z.shape[0] > 1 or always_alone else z.expand(2, -1).sum(1)[:1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ULP, assert_gradient, batch, gradient
 
-from chunked_ce import token_stats
+from chunked_ce import cross_entropy, token_stats
 
 ALL = dict(entropy=True, mean_logprob=True, rank=True, argmax=True)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -437,6 +437,24 @@ def test_twice_and_alone_bit_for_bit(backend, device, dtype, vocab):
     for row in (0, 5, rows - 1):
         alone = both(x[row : row + 1], target[row : row + 1])
         assert all(torch.equal(a[row], b[0]) for a, b in zip(first, alone, strict=True))
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("vocab", [(1 << 19) - 1, (1 << 19) + 1, (1 << 20) + 1])
+def test_a_long_row_alone_bit_for_bit(vocab):
+    """Two rows share a block, or none does, or each is in pieces."""
+    x, target = batch(2, vocab, ignored=0)
+    for entropy in (False, True):  # from zero, by maximum
+        both = token_stats(x, target, backend="torch", entropy=entropy)
+        torch.testing.assert_close(both.lse.double(), x.double().logsumexp(1), rtol=1e-6, atol=0)
+        for row in (0, 1):
+            alone = token_stats(x[row], target[row], backend="torch", entropy=entropy)
+            assert torch.equal(alone.lse, both.lse[row])
+            if entropy:
+                assert torch.equal(alone.entropy, both.entropy[row])
+            else:
+                loss = cross_entropy(x[row : row + 1], target[row : row + 1])
+                assert torch.equal(loss, -both.logprob[row])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
