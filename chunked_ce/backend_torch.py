@@ -140,7 +140,8 @@ def logits_gradient(
     # Compiled, a comparison per element costs more than writing the targets afterwards.
     apart = options.compiled and x.dim() == 2 and options.head.is_identity
     elements = _elements_per_block(x, options)
-    if apart and (rows.u is None or weights.are_one):
+    row_major = x.dim() == 2 and x.stride(1) == grad.stride(1) == 1
+    if apart and row_major and (rows.u is None or weights.are_one):
         elements = _FUSED_ELEMENTS
     elif _on_host(x) and not options.compiled and out.dtype == lse.dtype:
         elements *= 2  # where nothing is converted, what takes the time are fresh pages
@@ -152,8 +153,9 @@ def logits_gradient(
         out_block = block.of(grad)
         x_block = out_block if inplace else block.of(x)  # a compiler must see that they are one
         into = out_block
-        if options.compiled and x.dim() > 2:  # inductor may lose what is written to such a view
-            into = x_block = two_dimensional(x_block).clone()
+        if options.compiled and not row_major:  # inductor may lose what is written to such a view
+            x_block = two_dimensional(x_block).clone(memory_format=torch.contiguous_format)
+            into = x_block
         write(
             x_block,
             None if apart and inside is None else column,

@@ -190,5 +190,5 @@ def _row_sum(z: Tensor) -> Tensor:
     torch splits a lone sum over its threads, which would round it differently from the same row's
     among others: give it two rows. Not one so long that it is alone whatever the batch.
     """
-    always_alone = z.shape[1] > LONG_ROW and z.is_cpu and not torch.compiler.is_compiling()
+    always_alone = not torch.compiler.is_compiling() and z.is_cpu and z.shape[1] > LONG_ROW
     return z.sum(1) if z.shape[0] > 1 or always_alone else z.expand(2, -1).sum(1)[:1]
