@@ -26,7 +26,7 @@ from .blocks import (
     lowest_exponent,
 )
 from .from_zero import all_in_range, in_range, relative_to_zero, sample
-from .row_blocks import Block, Scratch, blocks, flat, largest_block, mergeable, two_dimensional
+from .row_blocks import Block, Scratch, blocks, flat, mergeable, two_dimensional
 from .stats import (
     UNIFORM,
     ClassWeights,
@@ -239,14 +239,14 @@ def _from_zero(
     likely that all others vanish) are done again from their maximum.
     """
     e_target = target_logit.exp()
-    fine = None if all_in_range(e_target) else in_range(e_target)
-    if fine is not None and not fine.any():  # as in GPT-2, whose logits are near -80
+    targets_are_fine = all_in_range(e_target)
+    if not (targets_are_fine or in_range(e_target).any()):  # as in GPT-2: logits near -80
         return _by_maximum(x, target, target_logit, options, wanted, UNIFORM)
     lowest, highest = sample(x, None, options.vocab_size, options.head)
     clamp = max(-lowest, highest) > -lowest_exponent(target_logit.dtype)
     part = _sum_rows(x, target, target_logit, options, wanted, clamp, by_maximum=False)
     rows = finish_from_zero(part, e_target)
-    if fine is None and all_in_range(part.s):
+    if targets_are_fine and all_in_range(part.s):
         return rows
     fine = in_range(e_target) & in_range(part.s)
     _redo(fine, rows, x, target, target_logit, skipped, options, wanted)
@@ -444,8 +444,7 @@ def _elements_per_block(x: Tensor, options: Options) -> int:
 def _scratch(x: Tensor, options: Options, elements: int) -> Scratch | None:
     if options.compiled:
         return None
-    elements = largest_block(x.shape[:-1], options.vocab_size, elements)
-    return Scratch(elements, compute_dtype(x.dtype), x.device)
+    return Scratch.of_blocks(x, options.vocab_size, elements)
 
 
 def _targets(

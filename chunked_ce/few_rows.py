@@ -18,7 +18,7 @@ from . import backend_torch, checks
 from .blocks import Head, block_gradient, block_statistics, compute_dtype, lowest_exponent
 from .from_zero import all_in_range, relative_to_zero, sample
 from .ops import Classes
-from .row_blocks import Block, Scratch, blocks, largest_block, longest_row
+from .row_blocks import Block, Scratch, blocks, longest_row
 from .stats import Coefficients, RowGradient, loss_from_zero, lse_from_zero, row_gradient
 
 # Of more logits what the calls take hardly shows, but what is left to the operators is done twice.
@@ -121,8 +121,7 @@ def _blocks(x: Tensor) -> Iterator[Block]:
 
 
 def _scratch(x: Tensor) -> Scratch:
-    elements = largest_block(x.shape[:1], x.shape[1], backend_torch.CACHED_ELEMENTS)
-    return Scratch(elements, compute_dtype(x.dtype), x.device)
+    return Scratch.of_blocks(x, x.shape[1], backend_torch.CACHED_ELEMENTS)
 
 
 def _is_ordinary(input: Tensor, target: Tensor) -> bool:

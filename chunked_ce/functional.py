@@ -193,7 +193,7 @@ def cross_entropy(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
     weight = checks.class_weight(weight, input, vocab_size)
-    is_plain = (
+    without_options = (
         not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
         and weight is None
         and token_weight is None
@@ -201,7 +201,7 @@ def cross_entropy(
         and not (label_smoothing or z_loss_weight or softcap or inplace_backward or grad_in_forward)
         and (logit_scale, vocab_size, backend) == (1.0, input.shape[-1], "torch")
     )
-    if is_plain and isinstance(target, Tensor):
+    if without_options and isinstance(target, Tensor):
         loss = loss_of_few_rows(input, target, ignore_index, reduction)
         if loss is not None:
             return loss

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import compute_dtype
+
 
 class Block(NamedTuple):
     where: tuple[int | slice, ...] | None  # into the leading dimensions; None: everything
@@ -61,12 +63,6 @@ def blocks(
 def longest_row(elements: int) -> int:
     """Which is not cut into pieces."""
     return 2 * elements
-
-
-def largest_block(leading: torch.Size, columns: int, elements: int) -> int:
-    """How many elements the blocks of [*leading, columns] have at most."""
-    row = min(columns, longest_row(elements))
-    return min(leading.numel() * columns, max(elements, row))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -120,6 +116,13 @@ class Scratch:
         # Not returned by a __del__, which would swallow a Ctrl-C.
         _kept.memory = (memory, weakref.ref(self))
         self._memory = memory
+
+    @classmethod
+    def of_blocks(cls, x: Tensor, columns: int, elements: int) -> Scratch:
+        """Memory for any of the `blocks` of the first columns of x [..., V]."""
+        most = max(elements, min(columns, longest_row(elements)))
+        most = min(x.shape[:-1].numel() * columns, most)
+        return cls(most, compute_dtype(x.dtype), x.device)
 
     def like(self, block: Tensor) -> Tensor:
         """[rows, columns] for a block of that many, in its order of memory."""

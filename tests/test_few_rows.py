@@ -12,8 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from chunked_ce import backend_torch, cross_entropy, few_rows, row_blocks
 
-HALVES = [torch.float16, torch.bfloat16]
-DTYPES = [*HALVES, torch.float32, torch.float64]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def rows_of(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -25,16 +24,15 @@ def rows_of(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[tor
 def taken(monkeypatch):
     """How many losses and how many gradients were computed without an operator."""
     counts = [0, 0]
-    for i, name in enumerate(("_Loss.apply", "_gradient")):
-        owner = few_rows._Loss if i == 0 else few_rows
-        function = getattr(owner, name.rpartition(".")[2])
+    for i, (owner, name) in enumerate(((few_rows._Loss, "apply"), (few_rows, "_gradient"))):
+        function = getattr(owner, name)
 
         def counted(*args, i=i, function=function):
             result = function(*args)
             counts[i] += result is not None
             return result
 
-        monkeypatch.setattr(owner, name.rpartition(".")[2], counted)
+        monkeypatch.setattr(owner, name, counted)
     return counts
 
 
@@ -89,51 +87,48 @@ def test_views(view, dtype, taken):
         assert torch.equal(ours, gradient(loss, x, upstream=torch.tensor(2.0)))
 
 
-def changed(x, target, **changes):
-    return dict(x=x, target=target, options={}) | changes
+def given(x, target, **options):
+    return x, target, options
 
 
 # Arguments, of 7 rows of 50 logits and targets
 LEFT = {
-    "a row ignored": lambda x, t: changed(x, t.where(torch.arange(7) != 3, -100)),
-    "ignore_index within the targets": lambda x, t: changed(
-        x, t.clamp(1, 40).index_fill(0, torch.tensor([2]), 5), options=dict(ignore_index=5)
+    "a row ignored": lambda x, t: given(x, t.where(torch.arange(7) != 3, -100)),
+    "ignore_index within the targets": lambda x, t: given(
+        x, t.clamp(1, 40).index_fill(0, torch.tensor([2]), 5), ignore_index=5
     ),
-    "no reduction": lambda x, t: changed(x, t, options=dict(reduction="none")),
-    "label smoothing": lambda x, t: changed(x, t, options=dict(label_smoothing=0.1)),
-    "z-loss": lambda x, t: changed(x, t, options=dict(z_loss_weight=0.1)),
-    "softcap": lambda x, t: changed(x, t, options=dict(softcap=5.0)),
-    "logit_scale": lambda x, t: changed(x, t, options=dict(logit_scale=0.5)),
-    "vocab_size": lambda x, t: changed(x, t.clamp(max=39), options=dict(vocab_size=40)),
-    "class weights": lambda x, t: changed(x, t, options=dict(weight=torch.rand(50))),
-    "token weights": lambda x, t: changed(x, t, options=dict(token_weight=torch.rand(7))),
-    "num_items": lambda x, t: changed(x, t, options=dict(num_items=3)),
-    "probabilities": lambda x, t: changed(x, torch.rand(7, 50).softmax(1)),
-    "top k": lambda x, t: changed(x, (t[:, None], torch.ones(7, 1))),
-    "int32 targets": lambda x, t: changed(x, t.int()),
-    "three dimensions": lambda x, t: changed(x[None], t[None], options=dict(dim=-1)),
-    "no row": lambda x, t: changed(x[:0], t[:0]),
-    "one row": lambda x, t: changed(x[0], t[0]),
-    "classes apart": lambda x, t: changed(x.t().contiguous().t(), t),
-    "long rows": lambda x, t: changed(torch.randn(7, 301), t),
-    "a target below -41": lambda x, t: changed(x.scatter(1, t[:1, None], -42.0), t),
-    "a target above 41": lambda x, t: changed(x.scatter(1, t[:1, None], 42.0), t),
-    "a sum beyond 1e18": lambda x, t: changed(x.index_fill(1, (t[:1] + 1) % 50, 42.0), t),
-    "no other class": lambda x, t: changed(
-        torch.full_like(x, -60.0).scatter(1, t[:, None], 0.0), t
-    ),
-    "masked classes": lambda x, t: changed(
+    "no reduction": lambda x, t: given(x, t, reduction="none"),
+    "label smoothing": lambda x, t: given(x, t, label_smoothing=0.1),
+    "z-loss": lambda x, t: given(x, t, z_loss_weight=0.1),
+    "softcap": lambda x, t: given(x, t, softcap=5.0),
+    "logit_scale": lambda x, t: given(x, t, logit_scale=0.5),
+    "vocab_size": lambda x, t: given(x, t.clamp(max=39), vocab_size=40),
+    "class weights": lambda x, t: given(x, t, weight=torch.rand(50)),
+    "token weights": lambda x, t: given(x, t, token_weight=torch.rand(7)),
+    "num_items": lambda x, t: given(x, t, num_items=3),
+    "probabilities": lambda x, t: given(x, torch.rand(7, 50).softmax(1)),
+    "top k": lambda x, t: given(x, (t[:, None], torch.ones(7, 1))),
+    "int32 targets": lambda x, t: given(x, t.int()),
+    "three dimensions": lambda x, t: given(x[None], t[None], dim=-1),
+    "no row": lambda x, t: given(x[:0], t[:0]),
+    "one row": lambda x, t: given(x[0], t[0]),
+    "classes apart": lambda x, t: given(x.t().contiguous().t(), t),
+    "long rows": lambda x, t: given(torch.randn(7, 301), t),
+    "a target below -41": lambda x, t: given(x.scatter(1, t[:1, None], -42.0), t),
+    "a target above 41": lambda x, t: given(x.scatter(1, t[:1, None], 42.0), t),
+    "a sum beyond 1e18": lambda x, t: given(x.index_fill(1, (t[:1] + 1) % 50, 42.0), t),
+    "no other class": lambda x, t: given(torch.full_like(x, -60.0).scatter(1, t[:, None], 0.0), t),
+    "masked classes": lambda x, t: given(
         x.index_fill(1, torch.arange(25, 50), float("-inf")), t % 25
     ),
-    "NaN": lambda x, t: changed(x.index_fill(0, torch.tensor([3]), float("nan")), t),
+    "NaN": lambda x, t: given(x.index_fill(0, torch.tensor([3]), float("nan")), t),
 }
 
 
 @pytest.mark.parametrize("case", LEFT)
 def test_left_to_the_operators(case, taken):
     """And right there. A row that is NaN is NaN."""
-    given = LEFT[case](*rows_of(7, 50))
-    x, target, options = given["x"], given["target"], given["options"]
+    x, target, options = LEFT[case](*rows_of(7, 50))
     ours = gradient(cross_entropy_of(target, **options), x, upstream=lambda loss: loss.sum() * -3.7)
     assert taken == [0, 0]
     dense = isinstance(target, torch.Tensor) and not target.is_floating_point()
