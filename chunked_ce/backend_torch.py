@@ -128,9 +128,11 @@ def logits_gradient(
     rows = row_gradient(logprob, lse_low, coefficients)
     reference: Tensor | None = lse
     if _on_host(x) and not options.compiled and rows.slope is None:
-        reference, rows = relative_to_zero(lse, rows)
+        reference, factor = relative_to_zero(lse, lse_low)
+    else:
+        factor = (-lse_low).exp()
     reference = None if reference is None else reference[:, None]
-    rows, target = rows.as_columns(), target[:, None]
+    rows, target = rows.of(factor).as_columns(), target[:, None]
     lowest = lowest_exponent(lse.dtype)
     clamp = _on_host(x) and sample(x, reference, options.vocab_size, options.head)[0] < lowest
     write = _compile(_write_gradient) if options.compiled else _write_gradient

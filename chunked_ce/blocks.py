@@ -89,20 +89,20 @@ def block_statistics(
     if mean_logprob:
         z = _with_target(z, column, inside, 0.0, buffer)
         if weights is None:
-            total = _row_sum(z)
+            total = row_sum(z)
             mass = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
         else:
             own = None if buffer is None else weights
             weights = _with_target(weights, column, inside, 0.0, own)
-            mass = _row_sum(weights)
-            total = _row_sum((weights * z).masked_fill_(weights == 0, 0.0))  # of -inf too
+            mass = row_sum(weights)
+            total = row_sum((weights * z).masked_fill_(weights == 0, 0.0))  # of -inf too
     if clamp:
         z = torch.clamp(z, lowest_exponent(dtype), -lowest_exponent(dtype), out=buffer)
     shifted = z.clamp(min=lowest_exponent(dtype)) if entropy else None
     e = _with_target(torch.exp(z, out=buffer), column, inside, 0.0, buffer)
     if shifted is not None:
-        weighted = _row_sum(shifted.mul_(e))
-    return Part(m, _row_sum(e), weighted, total, mass, beaten_by, best)
+        weighted = row_sum(shifted.mul_(e))
+    return Part(m, row_sum(e), weighted, total, mass, beaten_by, best)
 
 
 def block_sums(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -184,11 +184,13 @@ def lowest_exponent(dtype: torch.dtype) -> float:
     return -708.0 if dtype == torch.float64 else -87.0
 
 
-def _row_sum(z: Tensor) -> Tensor:
+def row_sum(z: Tensor, keepdim: bool = False) -> Tensor:
     """Sum of each row.
 
     torch splits a lone sum over its threads, which would round it differently from the same row's
     among others: give it two rows. Not one so long that it is alone whatever the batch.
     """
     always_alone = not torch.compiler.is_compiling() and z.is_cpu and z.shape[1] > LONG_ROW
-    return z.sum(1) if z.shape[0] > 1 or always_alone else z.expand(2, -1).sum(1)[:1]
+    if z.shape[0] > 1 or always_alone:
+        return z.sum(1, keepdim)
+    return z.expand(2, -1).sum(1, keepdim)[:1]

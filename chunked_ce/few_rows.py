@@ -1,119 +1,131 @@
 """The loss of few rows on a CPU, where calls take longer than the arithmetic.
 
-Of class indices without options, averaged or added up. The same functions of the same blocks as in
-`backend_torch`, and so the same bits, with no operator around them. Whatever is out of the
-ordinary is left to the operators.
+Of class indices without options, averaged or added up: one look at the arguments, no operator, and
+the fewest of torch's calls. The bits are those of `backend_torch`. Whatever is out of the ordinary
+is left to the checks and the operators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backend_torch, checks
-from .blocks import Head, block_gradient, block_statistics, compute_dtype, lowest_exponent
-from .from_zero import all_in_range, relative_to_zero, sample
+from .blocks import compute_dtype, lowest_exponent, row_sum
+from .checks.values import LOGIT_DTYPES
+from .from_zero import LARGEST_SUM, SMALLEST_SUM, all_in_range, extremes
 from .ops import Classes
 from .row_blocks import Block, Scratch, blocks, longest_row
-from .stats import Coefficients, RowGradient, loss_from_zero, lse_from_zero, row_gradient
+from .stats import loss_from_zero, lse_from_zero
 
 # Of more logits what the calls take hardly shows, but what is left to the operators is done twice.
 _ELEMENTS = 1 << 22
-_HEAD = Head(None, 1.0)
+_SMALLEST_TOTAL = 0.5  # in a gradient; log 0.5 is in the operators' range for it, by far
 
 
 def loss_of_few_rows(
-    input: Tensor, target: Tensor, ignore_index: int, reduction: str
+    input: object, target: object, ignore_index: object, reduction: object, dim: object
 ) -> Tensor | None:
-    """The losses of `input` [N, V], averaged ("mean") or added up; None: ask the operators."""
-    if reduction == "none" or not _is_ordinary(input, target):
+    """The losses of `input` [N, V], averaged ("mean") or added up; None: ask the operators.
+
+    Nothing is known of the arguments yet.
+    """
+    if not (
+        _is_tensor(input)
+        and _is_tensor(target)
+        and _are_ordinary(input, target)
+        and type(ignore_index) is type(dim) is int
+        and dim in (1, -1)
+        and type(reduction) is str
+        and reduction in ("mean", "sum")
+        and not _is_traced()
+    ):
         return None
-    low, high = map(int, target.aminmax())
-    if low < 0 or high >= input.shape[1] or low <= ignore_index <= high:
+    lowest_target, highest_target = map(int, target.aminmax())
+    if lowest_target < 0 or highest_target >= input.shape[1]:
         return None
-    x, column = input.detach(), target[:, None]
-    lowest, highest = sample(x, None, x.shape[1], _HEAD)
+    if lowest_target <= ignore_index <= highest_target:
+        return None
+    x = input.detach()
+    lowest, highest = _sample(x)
     if not lowest < 0:
         checks.looks_like_logits(input)
     if max(-lowest, highest) > -lowest_exponent(compute_dtype(x.dtype)):
         return None
-    z_target = x.gather(1, column).to(compute_dtype(x.dtype))
-    e_target = z_target.view(-1).exp()
-    if not all_in_range(e_target):
+    s, e_target = _exp_sums(x, target[:, None])
+    smallest, largest = extremes(s)
+    if not (SMALLEST_SUM < smallest and largest < LARGEST_SUM and all_in_range(e_target)):
         return None
-    s = _sums(x, column, z_target)
-    if not all_in_range(s):
-        return None
-    loss, divisor = loss_from_zero(s, e_target), input.shape[0] if reduction == "mean" else 1
+    loss, divisor = loss_from_zero(s, e_target), len(s) if reduction == "mean" else 1
     if not (torch.is_grad_enabled() and input.requires_grad):
         return loss.sum() / divisor
-    lse, lse_low = lse_from_zero(s, e_target)
-    reduced: Tensor = _Loss.apply(input, target, lse, lse_low, loss, divisor, ignore_index)  # type: ignore[no-untyped-call]
+    total = s + e_target
+    in_range = smallest > _SMALLEST_TOTAL or float(total.min()) > _SMALLEST_TOTAL
+    reduced: Tensor = _Loss.apply(input, target, loss, total, divisor, in_range)  # type: ignore[no-untyped-call]
     return reduced
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.divisor, ctx.ignore_index = arguments
+        *tensors, ctx.divisor, ctx.in_range = arguments
         ctx.save_for_backward(*tensors)
-        reduced: Tensor = tensors[-1].sum() / ctx.divisor
+        _, _, loss, _ = tensors
+        reduced: Tensor = loss.sum() / ctx.divisor
         return reduced
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, lse, lse_low, loss = ctx.saved_tensors
-        logprob, c = -loss, -(upstream / ctx.divisor)
-        grad = None
+        input, target, loss, total = ctx.saved_tensors
+        of_each = upstream / ctx.divisor
         batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
-        if not (torch.is_grad_enabled() or batched or _is_traced()):
-            rows = row_gradient(logprob, lse_low, Coefficients(None, None, c, None))
-            grad = _gradient(input.detach(), target[:, None], lse, rows)
-        if grad is None:
+        if ctx.in_range and not (torch.is_grad_enabled() or batched or _is_traced()):
+            scale = total.reciprocal().mul_(of_each)
+            at_target = loss.neg().expm1_().mul_(of_each)
+            grad = _gradient(input.detach(), target[:, None], scale, at_target)
+        else:
+            lse, lse_low = lse_from_zero(total.view(-1))
             grad = torch.ops.chunked_ce.token_grad(
-                input, target, *Classes(), lse, logprob, lse_low,
-                None, None, c.expand_as(lse), None, None,
-                ctx.ignore_index, input.shape[1], None, 1.0, "torch",
+                input, target, *Classes(), lse, -loss.view(-1), lse_low,
+                None, None, (-of_each).expand_as(lse), None, None,
+                -100, input.shape[1], None, 1.0, "torch",
             )  # fmt: skip
-        return grad, *(None,) * 6
+        return grad, *(None,) * 5
 
 
-def _sums(x: Tensor, column: Tensor, z_target: Tensor) -> Tensor:
-    """[N] sum of exp z over the classes but the target."""
-    scratch, sums = _scratch(x), []
+def _exp_sums(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row sum exp z over the classes but the target, and exp z of that, [N, 1]."""
+    scratch, sums, targets = _scratch(x), [], []
     for block in _blocks(x):
-        x_block = block.of(x)
-        part = block_statistics(
-            x_block, block.of_rows(column), None, block.of_rows(z_target), _HEAD,
-            scratch.like(x_block), False, False, None,
-            entropy=False, mean_logprob=False, rank=False, argmax=False,
-        )  # fmt: skip
-        sums.append(part.s)
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
+        x_block, column_block = block.of(x), block.of_rows(column)
+        e = _exp(x_block, scratch.like(x_block))
+        targets.append(e.gather(1, column_block))
+        sums.append(row_sum(e.scatter_(1, column_block, 0.0), keepdim=True))
+    if len(sums) == 1:
+        return sums[0], targets[0]
+    return torch.cat(sums), torch.cat(targets)
 
 
-def _gradient(x: Tensor, column: Tensor, lse: Tensor, rows: RowGradient) -> Tensor | None:
-    """None where exp z leaves the range of normal numbers."""
-    reference, rows = relative_to_zero(lse, rows)
-    if reference is not None:
-        return None
-    out, scale, at_target = torch.empty_like(x), rows.scale[:, None], rows.at_target[:, None]
-    in_place = out.dtype == lse.dtype and out.stride(1) == 1
-    scratch = None if in_place else _scratch(x)
+def _gradient(x: Tensor, column: Tensor, scale: Tensor, at_target: Tensor) -> Tensor:
+    """exp(x) scale, and `at_target` at the targets, whose [N, 1] columns are given."""
+    out = torch.empty_like(x)
+    scratch = None if out.dtype == scale.dtype and out.stride(1) == 1 else _scratch(x)
     for block in _blocks(x):
         x_block, out_block = block.of(x), block.of(out)
-        of_rows = RowGradient(block.of_rows(scale), None, None, block.of_rows(at_target))
-        buffer = out_block if scratch is None else scratch.like(x_block)
-        grad = block_gradient(
-            x_block, block.of_rows(column), None, None, of_rows, _HEAD, buffer, False, None
-        )
-        if grad is not out_block:
-            out_block.copy_(grad)
+        e = _exp(x_block, out_block if scratch is None else scratch.like(x_block))
+        e.mul_(block.of_rows(scale))
+        e.scatter_(1, block.of_rows(column), block.of_rows(at_target))
+        if scratch is not None:
+            out_block.copy_(e)
     return out
+
+
+def _exp(x: Tensor, out: Tensor) -> Tensor:
+    return torch.exp(x if x.dtype == out.dtype else out.copy_(x), out=out)
 
 
 def _blocks(x: Tensor) -> Iterator[Block]:
@@ -121,20 +133,38 @@ def _blocks(x: Tensor) -> Iterator[Block]:
 
 
 def _scratch(x: Tensor) -> Scratch:
-    return Scratch.of_blocks(x, x.shape[1], backend_torch.CACHED_ELEMENTS)
+    """For each of the `_blocks`."""
+    elements = min(x.numel(), max(x.shape[1], backend_torch.CACHED_ELEMENTS))
+    return Scratch(elements, compute_dtype(x.dtype), x.device)
 
 
-def _is_ordinary(input: Tensor, target: Tensor) -> bool:
+def _sample(x: Tensor) -> tuple[float, float]:
+    """Least and largest of up to 64 logits, each row's columns a little to the right of those of
+    the one before. As floats: aminmax, by itself, takes longer."""
+    rows = min(8, x.shape[0])
+    columns = min(64 // rows, x.shape[1])
+    step = (x.shape[1] // columns - 1) | 1  # odd, for where every other class is masked
+    down = x.shape[0] // rows * x.stride(0) + step // rows
+    some = x.as_strided((rows, columns), (down, step)).tolist()
+    return min(map(min, some)), max(map(max, some))
+
+
+def _is_tensor(t: object) -> TypeGuard[Tensor]:
+    return type(t) in (Tensor, torch.nn.Parameter)
+
+
+def _are_ordinary(input: Tensor, target: Tensor) -> bool:
     return (
-        type(input) in (Tensor, torch.nn.Parameter)
-        and type(target) is Tensor
-        and input.is_cpu
+        input.is_cpu
+        and target.is_cpu
+        and input.layout == target.layout == torch.strided
+        and input.dtype in LOGIT_DTYPES
+        and target.dtype == torch.int64
         and input.dim() == 2
+        and target.shape == input.shape[:1]
         and input.stride(1) == 1
         and 0 < input.numel() <= _ELEMENTS
         and input.shape[1] <= longest_row(backend_torch.CACHED_ELEMENTS)
-        and target.dtype == torch.int64
-        and not _is_traced()
     )
 
 

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .blocks import Head, compute_dtype
-from .stats import RowGradient
+from .stats import inverse_total
 
 # Between these, exp z of the target and its sum over the others may be taken as they are; and so
 # may exp z in a gradient between these lse, where p >= 1e-37.
-_SMALLEST_SUM, _LARGEST_SUM = 1e-18, 1e18
+SMALLEST_SUM, LARGEST_SUM = 1e-18, 1e17
 _SMALLEST_LSE, _LARGEST_LSE = -1.0, 40.0
 
 
+def extremes(t: Tensor) -> tuple[float, float]:
+    """Least and largest; NaN both if one is."""
+    lowest, highest = t.aminmax()
+    return float(lowest), float(highest)
+
+
 def all_in_range(sums: Tensor) -> bool:
-    smallest, largest = sums.aminmax()
-    return float(smallest) > _SMALLEST_SUM and float(largest) < _LARGEST_SUM
+    smallest, largest = extremes(sums)
+    return smallest > SMALLEST_SUM and largest < LARGEST_SUM
 
 
 def in_range(sums: Tensor) -> Tensor:
-    return (sums > _SMALLEST_SUM) & (sums < _LARGEST_SUM)
+    return (sums > SMALLEST_SUM) & (sums < LARGEST_SUM)
 
 
-def relative_to_zero(lse: Tensor, rows: RowGradient) -> tuple[Tensor | None, RowGradient]:
-    """(what to subtract from z before exp, rows): nothing, and p = exp(z) exp(-lse), wherever
-    exp z stays a normal number."""
-    lowest, highest = lse.aminmax()
-    if float(lowest) > _SMALLEST_LSE and float(highest) < _LARGEST_LSE:
-        return None, rows._replace(scale=rows.scale * (-lse).exp())
-    reference = lse.masked_fill((lse > _SMALLEST_LSE) & (lse < _LARGEST_LSE), 0.0)
-    return reference, rows._replace(scale=rows.scale * (reference - lse).exp())
+def relative_to_zero(lse: Tensor, lse_low: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(reference, factor) of p = factor exp(z - reference); None for 0.
+
+    That is 0 wherever exp z stays a normal number, else lse.
+    """
+    lowest, highest = extremes(lse)
+    if lowest > _SMALLEST_LSE and highest < _LARGEST_LSE:
+        return None, inverse_total(lse, lse_low)
+    near_zero = (lse > _SMALLEST_LSE) & (lse < _LARGEST_LSE)
+    factor = torch.where(near_zero, inverse_total(lse, lse_low), (-lse_low).exp())
+    return lse.masked_fill(near_zero, 0.0), factor
 
 
 def sample(x: Tensor, reference: Tensor | None, vocab_size: int, head: Head) -> tuple[float, float]:
@@ -48,5 +58,4 @@ def sample(x: Tensor, reference: Tensor | None, vocab_size: int, head: Head) -> 
         some = head.apply_(some.to(compute_dtype(x.dtype), copy=True))
     if reference is not None:
         some = some - reference[::rows]
-    lowest, highest = some.aminmax()
-    return float(lowest), float(highest)
+    return extremes(some)

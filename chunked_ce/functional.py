@@ -177,6 +177,20 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
+    without_options = (
+        not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
+        and weight is size_average is reduce is token_weight is num_items is None
+        and softcap is vocab_size is None
+        and spread_rest is inplace_backward is grad_in_forward is False
+        and type(label_smoothing) is type(z_loss_weight) is type(logit_scale) is float
+        and (label_smoothing, z_loss_weight, logit_scale) == (0.0, 0.0, 1.0)
+        and type(backend) is str
+        and backend in ("auto", "torch")
+    )
+    if without_options:
+        loss = loss_of_few_rows(input, target, ignore_index, reduction, dim)
+        if loss is not None:
+            return loss
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.logits(input)
     dim = checks.class_dimension(input, dim)
@@ -193,18 +207,6 @@ def cross_entropy(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
     weight = checks.class_weight(weight, input, vocab_size)
-    without_options = (
-        not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
-        and weight is None
-        and token_weight is None
-        and num_items is None
-        and not (label_smoothing or z_loss_weight or softcap or inplace_backward or grad_in_forward)
-        and (logit_scale, vocab_size, backend) == (1.0, input.shape[-1], "torch")
-    )
-    if without_options and isinstance(target, Tensor):
-        loss = loss_of_few_rows(input, target, ignore_index, reduction)
-        if loss is not None:
-            return loss
     checks.looks_like_logits(input)
     goal = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
     dtype = compute_dtype(input.dtype)

@@ -215,7 +215,7 @@ def finish_from_zero(part: Part, e_target: Tensor) -> RowStatistics:
     Holds where neither s nor exp(z_target) leaves the range of normal numbers.
     """
     loss = loss_from_zero(part.s, e_target)
-    lse, lse_low = lse_from_zero(part.s, e_target)
+    lse, lse_low = lse_from_zero(part.s + e_target)
     return RowStatistics(TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low)
 
 
@@ -223,11 +223,17 @@ def loss_from_zero(s: Tensor, e_target: Tensor) -> Tensor:
     return (s / e_target).log1p_()
 
 
-def lse_from_zero(s: Tensor, e_target: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse, what rounding took from it)"""
-    total = s + e_target
+def lse_from_zero(total: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse, what rounding took from it), of which `inverse_total` makes 1 / total."""
     lse = total.log()
-    return lse, lse.neg().exp_().mul_(total).sub_(1.0)  # exp(true lse - lse) - 1
+    rounded = (-lse).exp()
+    return lse, (rounded - total.reciprocal()) / rounded
+
+
+def inverse_total(lse: Tensor, lse_low: Tensor) -> Tensor:
+    """1 / sum exp z; to the last bit where `lse_from_zero` rounded it."""
+    rounded = (-lse).exp()
+    return rounded - rounded * lse_low
 
 
 def blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
@@ -291,15 +297,20 @@ def token_loss_coefficients(
 
 
 class RowGradient(NamedTuple):
-    """The gradient as the backends apply it.
+    """The gradient as the backends apply it: e (scale + slope (z - lse)) + u, and at the target.
 
-    p (scale + slope (z - lse)) + u, and its value at the target. [rows] each.
+    e is p, or what is proportional to it. [rows] each.
     """
 
     scale: Tensor
     slope: Tensor | None
     u: Tensor | None
     at_target: Tensor
+
+    def of(self, factor: Tensor) -> RowGradient:
+        """With e = p / factor."""
+        slope = None if self.slope is None else self.slope * factor
+        return self._replace(scale=self.scale * factor, slope=slope)
 
     def as_columns(self) -> RowGradient:
         """[rows, 1] each."""
@@ -308,7 +319,6 @@ class RowGradient(NamedTuple):
 
 def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -> RowGradient:
     a, b, c, u = coefficients
-    correction = (-lse_low).exp()  # p = exp(z - lse - lse_low)
     scale = at_target = None
     if c is not None:
         scale = -c
@@ -320,7 +330,6 @@ def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -
         if b is not None:
             at_target = _plus(at_target, (b * p_target * logprob).masked_fill(p_target == 0, 0.0))
             scale = _plus(scale, -b * lse_low)  # what the backends' z - lse lacks
-            b = b * correction
     if scale is None or at_target is None:
         scale = at_target = torch.zeros_like(logprob)
-    return RowGradient(scale * correction, b, u, at_target)
+    return RowGradient(scale, b, u, at_target)
