@@ -177,6 +177,8 @@ def logits_gradient(
             at_target = of_rows.at_target if skip is None else of_rows.at_target.where(~skip, 0.0)
             row = torch.arange(column.shape[0], device=x.device)[:, None]
             out_block[row, column] = at_target.to(out_block.dtype)
+    if scratch is not None:
+        scratch.leave()
     return out
 
 
@@ -368,7 +370,10 @@ def _sum_rows(
         )
         return part if part.argmax is None else part._replace(argmax=part.argmax + block.start)
 
-    return _merge_blocks(x, options, elements, of_block)
+    part = _merge_blocks(x, options, elements, of_block)
+    if scratch is not None:
+        scratch.leave()
+    return part
 
 
 def _merge_blocks(

@@ -19,7 +19,7 @@ from .blocks import compute_dtype, lowest_exponent, row_sum
 from .checks.values import LOGIT_DTYPES
 from .from_zero import LARGEST_SUM, SMALLEST_SUM, all_in_range, extremes
 from .ops import Classes
-from .row_blocks import Block, Scratch, blocks, longest_row
+from .row_blocks import Block, Scratch, blocks, largest_block, longest_row
 from .stats import loss_from_zero, lse_from_zero
 
 # Of more logits what the calls take hardly shows, but what is left to the operators is done twice.
@@ -56,71 +56,83 @@ def loss_of_few_rows(
         checks.looks_like_logits(input)
     if max(-lowest, highest) > -lowest_exponent(compute_dtype(x.dtype)):
         return None
-    s, e_target = _exp_sums(x, target[:, None])
+    column = target.unsqueeze(1)
+    s, e_target, left = _exp_sums(x, column)
     smallest, largest = extremes(s)
     if not (SMALLEST_SUM < smallest and largest < LARGEST_SUM and all_in_range(e_target)):
         return None
     loss, divisor = loss_from_zero(s, e_target), len(s) if reduction == "mean" else 1
     if not (torch.is_grad_enabled() and input.requires_grad):
-        return loss.sum() / divisor
+        return _reduced(loss, divisor)
     total = s + e_target
     in_range = smallest > _SMALLEST_TOTAL or float(total.min()) > _SMALLEST_TOTAL
-    reduced: Tensor = _Loss.apply(input, target, loss, total, divisor, in_range)  # type: ignore[no-untyped-call]
+    reduced: Tensor = _Loss.apply(input, column, loss, total, divisor, in_range, left)  # type: ignore[no-untyped-call]
     return reduced
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.divisor, ctx.in_range = arguments
+        *tensors, ctx.divisor, ctx.in_range, ctx.left = arguments
         ctx.save_for_backward(*tensors)
         _, _, loss, _ = tensors
-        reduced: Tensor = loss.sum() / ctx.divisor
-        return reduced
+        return _reduced(loss, ctx.divisor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, loss, total = ctx.saved_tensors
+        input, column, loss, total = ctx.saved_tensors
         of_each = upstream / ctx.divisor
         batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
         if ctx.in_range and not (torch.is_grad_enabled() or batched or _is_traced()):
             scale = total.reciprocal().mul_(of_each)
             at_target = loss.neg().expm1_().mul_(of_each)
-            grad = _gradient(input.detach(), target[:, None], scale, at_target)
+            grad = _gradient(input.detach(), column, scale, at_target, ctx.left)
         else:
-            lse, lse_low = lse_from_zero(total.view(-1))
+            lse, lse_low = lse_from_zero(total[:, 0])
             grad = torch.ops.chunked_ce.token_grad(
-                input, target, *Classes(), lse, -loss.view(-1), lse_low,
+                input, column[:, 0], *Classes(), lse, -loss[:, 0], lse_low,
                 None, None, (-of_each).expand_as(lse), None, None,
                 -100, input.shape[1], None, 1.0, "torch",
             )  # fmt: skip
-        return grad, *(None,) * 5
+        return grad, *(None,) * 6
 
 
-def _exp_sums(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row sum exp z over the classes but the target, and exp z of that, [N, 1]."""
+def _reduced(loss: Tensor, divisor: int) -> Tensor:
+    return loss.sum() if divisor == 1 else loss.mean()
+
+
+def _exp_sums(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor, object]:
+    """Of each row sum exp z over the classes but the target, and exp z of that, [N, 1].
+
+    And by what to know the memory that holds all exp z, where it can.
+    """
     scratch, sums, targets = _scratch(x), [], []
     for block in _blocks(x):
         x_block, column_block = block.of(x), block.of_rows(column)
         e = _exp(x_block, scratch.like(x_block))
         targets.append(e.gather(1, column_block))
         sums.append(row_sum(e.scatter_(1, column_block, 0.0), keepdim=True))
+    left = scratch.leave()
     if len(sums) == 1:
-        return sums[0], targets[0]
-    return torch.cat(sums), torch.cat(targets)
+        return sums[0], targets[0], left
+    return torch.cat(sums), torch.cat(targets), None
 
 
-def _gradient(x: Tensor, column: Tensor, scale: Tensor, at_target: Tensor) -> Tensor:
+def _gradient(x: Tensor, column: Tensor, scale: Tensor, at_target: Tensor, left: object) -> Tensor:
     """exp(x) scale, and `at_target` at the targets, whose [N, 1] columns are given."""
-    out = torch.empty_like(x)
-    scratch = None if out.dtype == scale.dtype and out.stride(1) == 1 else _scratch(x)
+    out, scratch = torch.empty_like(x), _scratch(x)
+    held = left is not None and scratch.found is left  # nobody computed a loss since forward
+    direct = out.dtype == scale.dtype and out.stride(1) == 1
     for block in _blocks(x):
         x_block, out_block = block.of(x), block.of(out)
-        e = _exp(x_block, out_block if scratch is None else scratch.like(x_block))
-        e.mul_(block.of_rows(scale))
-        e.scatter_(1, block.of_rows(column), block.of_rows(at_target))
-        if scratch is not None:
-            out_block.copy_(e)
+        e = scratch.like(x_block) if held or not direct else out_block
+        if not held:
+            _exp(x_block, e)
+        grad = torch.mul(e, block.of_rows(scale), out=out_block if direct else e)
+        grad.scatter_(1, block.of_rows(column), block.of_rows(at_target))
+        if not direct:
+            out_block.copy_(grad)
+    scratch.leave()
     return out
 
 
@@ -134,18 +146,17 @@ def _blocks(x: Tensor) -> Iterator[Block]:
 
 def _scratch(x: Tensor) -> Scratch:
     """For each of the `_blocks`."""
-    elements = min(x.numel(), max(x.shape[1], backend_torch.CACHED_ELEMENTS))
+    elements = min(x.numel(), largest_block(x.shape[1], backend_torch.CACHED_ELEMENTS))
     return Scratch(elements, compute_dtype(x.dtype), x.device)
 
 
 def _sample(x: Tensor) -> tuple[float, float]:
-    """Least and largest of up to 64 logits, each row's columns a little to the right of those of
-    the one before. As floats: aminmax, by itself, takes longer."""
-    rows = min(8, x.shape[0])
-    columns = min(64 // rows, x.shape[1])
-    step = (x.shape[1] // columns - 1) | 1  # odd, for where every other class is masked
-    down = x.shape[0] // rows * x.stride(0) + step // rows
-    some = x.as_strided((rows, columns), (down, step)).tolist()
+    """Least and largest of a few logits, four neighbours in each of eight places on a diagonal.
+
+    Every place is a cache miss; and in floats, for aminmax by itself takes longer.
+    """
+    step = x.shape[0] // 8 * x.stride(0) + x.shape[1] // 8
+    some = x.as_strided((8, max(1, min(4, x.shape[1] // 8))), (step, 1)).tolist()
     return min(map(min, some)), max(map(max, some))
 
 

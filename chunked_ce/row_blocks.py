@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
@@ -34,13 +33,13 @@ class Block(NamedTuple):
 def blocks(
     leading: torch.Size, columns: int, elements: int, together: int | None = None
 ) -> Iterator[Block]:
-    """Blocks of at most `elements` of [*leading, columns], or of one row of up to twice as many.
+    """Blocks of about `elements` of [*leading, columns], or of one row of up to twice as many.
 
     The pieces of a longer row follow one another. `together`: how many of the leading dimensions,
     from the last, a block may span; None: all.
     """
     outermost = 0 if together is None else len(leading) - together
-    if outermost == 0 and leading.numel() * columns <= elements:
+    if outermost == 0 and leading.numel() * columns <= _most_together(elements):
         yield Block(None, slice(None), 0, columns)
         return
     width = -(-columns // -(-columns // longest_row(elements)))  # pieces of like size
@@ -49,7 +48,7 @@ def blocks(
     while dim > outermost and inner * leading[dim] <= limit:
         inner *= leading[dim]
         dim -= 1
-    step = max(1, limit // inner)
+    step = _rows_together(leading[dim], max(1, limit // inner))
     row = 0
     for outer in product(*(range(size) for size in leading[:dim])):
         for first in range(0, leading[dim], step):
@@ -58,6 +57,27 @@ def blocks(
             row = rows.stop
             for start in range(0, columns, width):
                 yield Block((*outer, slice(first, last)), rows, start, min(start + width, columns))
+
+
+def _rows_together(rows: int, limit: int) -> int:
+    """About `limit`: as many for one thread as for another, and for the last block, if they can."""
+    threads = torch.get_num_threads()
+    most = -(-limit // threads) * threads
+    if most > _most_together(limit):
+        most = limit - limit % threads or limit
+    for fewer in range(most, limit * 3 // 4, -threads)[:16]:
+        if rows % fewer == 0:
+            return fewer
+    return most
+
+
+def _most_together(elements: int) -> int:
+    return elements * 4 // 3
+
+
+def largest_block(columns: int, elements: int) -> int:
+    """Of the `blocks` of any number of rows."""
+    return max(_most_together(elements), min(columns, longest_row(elements)))
 
 
 def longest_row(elements: int) -> int:
@@ -93,35 +113,40 @@ def two_dimensional(block: Tensor) -> Tensor:
 
 
 _kept = threading.local()
+_NOTHING: tuple[Tensor | None, object] = None, None
 
 
 class Scratch:
     """Memory for the work on one block after another.
 
     The CPU keeps the latest, one per thread: touching fresh pages would cost more than the
-    arithmetic. Whoever works in it has it alone: a signal handler or a finalizer that computes a
-    loss in the midst of another's block gets memory of its own.
+    arithmetic. Whoever works in it has it alone, until it is left to the next: a signal handler or
+    a finalizer that computes a loss in the midst of another's block gets memory of its own. After
+    an exception in that midst there is none to take over, and the next allocates it.
     """
 
+    __slots__ = ("_memory", "found")
+
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        if device.type != "cpu" or dtype != torch.float32:
-            self._memory = torch.empty(elements, dtype=dtype, device=device)
-            return
-        kept: tuple[Tensor, weakref.ref[Scratch]] | None = getattr(_kept, "memory", None)
-        if kept is not None and kept[0].numel() >= elements and kept[1]() is None:
-            memory = kept[0]
-        else:  # outside of inference mode it could not be written to, had it been made within
-            with torch.inference_mode(False):
-                memory = torch.empty(elements, dtype=dtype, device=device)
-        # Not returned by a __del__, which would swallow a Ctrl-C.
-        _kept.memory = (memory, weakref.ref(self))
-        self._memory = memory
+        memory, self.found = _NOTHING
+        if device.type == "cpu" and dtype == torch.float32:
+            memory, self.found = _kept.__dict__.pop("memory", _NOTHING)
+        if memory is None or memory.numel() < elements:
+            with torch.inference_mode(False):  # made within, it could not be written to outside
+                memory, self.found = torch.empty(elements, dtype=dtype, device=device), None
+        self._memory: Tensor = memory
+
+    def leave(self) -> object:
+        """To the next, who has it as it was left here if this is what was `found`."""
+        left = object()
+        if self._memory.is_cpu and self._memory.dtype == torch.float32:
+            _kept.memory = self._memory, left
+        return left
 
     @classmethod
     def of_blocks(cls, x: Tensor, columns: int, elements: int) -> Scratch:
         """Memory for any of the `blocks` of the first columns of x [..., V]."""
-        most = max(elements, min(columns, longest_row(elements)))
-        most = min(x.shape[:-1].numel() * columns, most)
+        most = min(x.shape[:-1].numel() * columns, largest_block(columns, elements))
         return cls(most, compute_dtype(x.dtype), x.device)
 
     def like(self, block: Tensor) -> Tensor:

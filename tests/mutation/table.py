@@ -69,6 +69,8 @@ TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/few_rows.py": [_of("test_few_rows")],
     "chunked_ce/from_zero.py": [_of("test_few_rows"), *_TORCH],
     "chunked_ce/row_blocks.py": [
+        _of("test_row_blocks"),
+        _of("test_few_rows"),
         *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
         _of("test_state", "inference"),
         _of("test_interruption", "memory_of_its_own"),
