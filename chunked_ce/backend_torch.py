@@ -146,7 +146,7 @@ def logits_gradient(
     if apart and row_major and (rows.u is None or weights.are_one):
         elements = _FUSED_ELEMENTS
     elif _on_host(x) and not options.compiled and out.dtype == lse.dtype:
-        elements *= 2  # where nothing is converted, what takes the time are fresh pages
+        elements *= 4  # where nothing is converted, what takes the time are fresh pages
     scratch = _scratch(x, options, elements)
     for block in blocks(x.shape[:-1], options.vocab_size, elements, mergeable(x, grad)):
         column, inside = _column(target, block, options)
