@@ -143,11 +143,15 @@ def logits_gradient(
     apart = options.compiled and x.dim() == 2 and options.head.is_identity
     elements = _elements_per_block(x, options)
     row_major = x.dim() == 2 and x.stride(1) == grad.stride(1) == 1
-    if apart and row_major and (rows.u is None or weights.are_one):
+    weighted = rows.u is not None and not weights.are_one
+    plain = options.head.is_identity and rows.slope is None and not weighted
+    in_grad = not options.compiled and out.dtype == lse.dtype  # is where the work is done
+    in_grad = in_grad and grad.dim() == 2 and grad.stride(1) == 1
+    if apart and row_major and not weighted:
         elements = _FUSED_ELEMENTS
-    elif _on_host(x) and not options.compiled and out.dtype == lse.dtype:
-        elements *= 4  # where nothing is converted, what takes the time are fresh pages
-    scratch = _scratch(x, options, elements)
+    elif in_grad and plain and _on_host(x):
+        elements *= 4  # where nothing is as large as a block, what takes the time are fresh pages
+    scratch = None if in_grad else _scratch(x, options, elements)
     for block in blocks(x.shape[:-1], options.vocab_size, elements, mergeable(x, grad)):
         column, inside = _column(target, block, options)
         skip = None if skipped is None else block.of_rows(skipped)[:, None]
@@ -158,6 +162,9 @@ def logits_gradient(
         if options.compiled and not row_major:  # inductor may lose what is written to such a view
             x_block = two_dimensional(x_block).clone(memory_format=torch.contiguous_format)
             into = x_block
+        buffer = out_block if in_grad else None
+        if scratch is not None:
+            buffer = scratch.like(x_block)
         write(
             x_block,
             None if apart and inside is None else column,
@@ -165,7 +172,7 @@ def logits_gradient(
             None if reference is None else block.of_rows(reference),
             of_rows,
             options.head,
-            None if scratch is None else scratch.like(x_block),
+            buffer,
             clamp,
             weights_of(block) if rows.u is not None else None,
             skip,
@@ -404,8 +411,6 @@ def _write_gradient(
     skipped: Tensor | None,
     out: Tensor,
 ) -> None:
-    if buffer is not None and out.dtype == buffer.dtype and out.dim() == 2 and out.stride(1) == 1:
-        buffer = out
     x = two_dimensional(x)
     grad = block_gradient(x, column, inside, reference, rows, head, buffer, clamp, weights)
     if skipped is not None:

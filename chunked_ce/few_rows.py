@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import backend_torch, checks
@@ -39,6 +40,7 @@ def loss_of_few_rows(
         and _is_tensor(target)
         and _are_ordinary(input, target)
         and type(ignore_index) is type(dim) is int
+        and ignore_index.bit_length() < 64
         and dim in (1, -1)
         and type(reduction) is str
         and reduction in ("mean", "sum")
@@ -74,7 +76,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.divisor, ctx.in_range, ctx.left = arguments
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors)  # total and not lse, for 1 / total is exact
         _, _, loss, _ = tensors
         return _reduced(loss, ctx.divisor)
 
@@ -82,8 +84,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, column, loss, total = ctx.saved_tensors
         of_each = upstream / ctx.divisor
-        batched = torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
-        if ctx.in_range and not (torch.is_grad_enabled() or batched or _is_traced()):
+        traced = torch.is_grad_enabled() or _is_traced() or _is_batched(upstream)
+        if ctx.in_range and not traced:
             scale = total.reciprocal().mul_(of_each)
             at_target = loss.neg().expm1_().mul_(of_each)
             grad = _gradient(input.detach(), column, scale, at_target, ctx.left)
@@ -121,10 +123,12 @@ def _exp_sums(x: Tensor, column: Tensor) -> tuple[Tensor, Tensor, object]:
 def _gradient(x: Tensor, column: Tensor, scale: Tensor, at_target: Tensor, left: object) -> Tensor:
     """exp(x) scale, and `at_target` at the targets, whose [N, 1] columns are given."""
     out, scratch = torch.empty_like(x), _scratch(x)
-    held = left is not None and scratch.found is left  # nobody computed a loss since forward
+    # A hook of autograd may have laid out the logits anew.
+    held = x.stride(1) == 1 and scratch.holds(left)
     direct = out.dtype == scale.dtype and out.stride(1) == 1
     for block in _blocks(x):
         x_block, out_block = block.of(x), block.of(out)
+        # exp(x) is in the memory already, or is converted there, or computed in its place.
         e = scratch.like(x_block) if held or not direct else out_block
         if not held:
             _exp(x_block, e)
@@ -169,6 +173,7 @@ def _are_ordinary(input: Tensor, target: Tensor) -> bool:
         input.is_cpu
         and target.is_cpu
         and input.layout == target.layout == torch.strided
+        and not (input.is_nested or target.is_nested)
         and input.dtype in LOGIT_DTYPES
         and target.dtype == torch.int64
         and input.dim() == 2
@@ -180,10 +185,17 @@ def _are_ordinary(input: Tensor, target: Tensor) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether someone looks for operators."""
+    """Whether someone looks for operators, or for more than a gradient."""
     return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
+
+
+def _is_batched(upstream: Tensor) -> bool:
+    """By `torch.autograd.grad(is_grads_batched=True)`."""
+    batched: bool = torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return batched

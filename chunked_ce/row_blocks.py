@@ -60,12 +60,12 @@ def blocks(
 
 
 def _rows_together(rows: int, limit: int) -> int:
-    """About `limit`: as many for one thread as for another, and for the last block, if they can."""
+    """From 3/4 to 4/3 of `limit`: as many for one thread as for another, and for the last block."""
     threads = torch.get_num_threads()
     most = -(-limit // threads) * threads
     if most > _most_together(limit):
         most = limit - limit % threads or limit
-    for fewer in range(most, limit * 3 // 4, -threads)[:16]:
+    for fewer in range(most, limit * 3 // 4, -threads)[:16]:  # of many, the last counts for little
         if rows % fewer == 0:
             return fewer
     return most
@@ -125,23 +125,27 @@ class Scratch:
     an exception in that midst there is none to take over, and the next allocates it.
     """
 
-    __slots__ = ("_memory", "found")
+    __slots__ = ("_found", "_memory")
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        memory, self.found = _NOTHING
+        memory, self._found = _NOTHING
         if device.type == "cpu" and dtype == torch.float32:
-            memory, self.found = _kept.__dict__.pop("memory", _NOTHING)
+            memory, self._found = _kept.__dict__.pop("memory", _NOTHING)
         if memory is None or memory.numel() < elements:
             with torch.inference_mode(False):  # made within, it could not be written to outside
-                memory, self.found = torch.empty(elements, dtype=dtype, device=device), None
+                memory, self._found = torch.empty(elements, dtype=dtype, device=device), None
         self._memory: Tensor = memory
 
     def leave(self) -> object:
-        """To the next, who has it as it was left here if this is what was `found`."""
+        """To the next. Returns by what that one may know what this one left."""
         left = object()
         if self._memory.is_cpu and self._memory.dtype == torch.float32:
             _kept.memory = self._memory, left
         return left
+
+    def holds(self, left: object) -> bool:
+        """Whether nobody had the memory since this was left there; None: nothing was."""
+        return left is not None and self._found is left
 
     @classmethod
     def of_blocks(cls, x: Tensor, columns: int, elements: int) -> Scratch:

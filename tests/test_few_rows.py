@@ -8,6 +8,7 @@ import torch
 import torch._dynamo
 import torch.utils.flop_counter
 from helpers import assert_gradient, gradient
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from chunked_ce import backend_torch, cross_entropy, few_rows, row_blocks
@@ -214,7 +215,7 @@ def test_half_of_the_classes_masked_is_seen(n, mask):
 
 WRONG = dict(
     reduction=["max", None, b"mean"],
-    ignore_index=[None, 1.5, True],
+    ignore_index=[None, 1.5, True, 1 << 63, -(1 << 70)],
     dim=[2, True, None],
     label_smoothing=[False, None, "0", 2.0],
     z_loss_weight=[False, None, -1.0],
@@ -279,6 +280,21 @@ def test_sizes_that_a_tracer_does_not_know():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(of_scored, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, target), cross_entropy(x, target))
+
+
+def test_forward_mode_tangents_are_refused():
+    x, target = rows_of(7, 50)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        cross_entropy(forward_ad.make_dual(x, torch.ones_like(x)), target)
+
+
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.randn(5), torch.randn(5)])
+    with pytest.raises(TypeError, match="input is a nested tensor"):
+        cross_entropy(nested, torch.tensor([1, 2]))
+    targets = torch.nested.nested_tensor([torch.tensor(1), torch.tensor(2)])
+    with pytest.raises(TypeError, match="target is a nested tensor"):
+        cross_entropy(torch.randn(2, 5), targets)
 
 
 def test_gradients_batched(taken):
@@ -372,6 +388,18 @@ def test_exponentials_that_are_still_there(between, n, dtype, exponentials):
     assert exponentials == [0 if held else len(list(few_rows._blocks(x)))]
     (again,) = torch.autograd.grad(loss, leaf, torch.tensor(-3.7))
     assert torch.equal(ours, expected) and torch.equal(again, expected)
+
+
+def test_logits_that_a_hook_lays_out_anew(exponentials):
+    """The same values in another order of memory, as one that stores them might return them."""
+    x, target = rows_of(3, 50)
+    leaf = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.mT.contiguous() if t.dim() == 2 else t,
+        lambda t: t.mT if t.dim() == 2 else t,
+    ):
+        cross_entropy(leaf, target).backward()
+    assert torch.equal(leaf.grad, gradient(cross_entropy_of(target), x))
 
 
 def test_two_losses_and_their_gradients(exponentials):
