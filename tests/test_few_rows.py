@@ -1,5 +1,6 @@
 """The loss of few rows, without an operator: the operators' bits, or left to them."""
 
+import math
 import threading
 
 import oracle
@@ -11,7 +12,7 @@ from helpers import assert_gradient, gradient
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from chunked_ce import backend_torch, cross_entropy, few_rows, row_blocks
+from chunked_ce import backend_torch, cross_entropy, few_rows, from_zero, row_blocks
 from chunked_ce.stats import inverse_total, lse_from_zero
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -192,6 +193,12 @@ def test_totals_are_made_again_from_lse(dtype):
     mantissa, exponent = torch.rand(100_000, dtype=dtype), torch.randint(-59, 57, (100_000,))
     total = torch.ldexp(1 + mantissa, exponent)
     assert torch.equal(inverse_total(*lse_from_zero(total)), total.reciprocal())
+
+
+def test_totals_that_are_divided_by_are_in_the_operators_range():
+    """Or those would take another form, of other bits."""
+    assert math.log(few_rows._SMALLEST_TOTAL) > from_zero._SMALLEST_LSE
+    assert math.log(2 * from_zero.LARGEST_SUM) < from_zero._LARGEST_LSE
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 31, 32, 33, 999])
