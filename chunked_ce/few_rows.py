@@ -20,7 +20,7 @@ from .blocks import compute_dtype, lowest_exponent, row_sum
 from .checks.values import LOGIT_DTYPES
 from .from_zero import LARGEST_SUM, SMALLEST_SUM, all_in_range, extremes
 from .ops import Classes
-from .row_blocks import Block, Scratch, blocks, largest_block, longest_row
+from .row_blocks import Block, Scratch, blocks, longest_row
 from .stats import loss_from_zero, lse_from_zero
 
 # Of more logits what the calls take hardly shows, but what is left to the operators is done twice.
@@ -149,9 +149,7 @@ def _blocks(x: Tensor) -> Iterator[Block]:
 
 
 def _scratch(x: Tensor) -> Scratch:
-    """For each of the `_blocks`."""
-    elements = min(x.numel(), largest_block(x.shape[1], backend_torch.CACHED_ELEMENTS))
-    return Scratch(elements, compute_dtype(x.dtype), x.device)
+    return Scratch.of_blocks(x, x.shape[1], backend_torch.CACHED_ELEMENTS)
 
 
 def _sample(x: Tensor) -> tuple[float, float]:
