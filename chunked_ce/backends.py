@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backend_torch
+from . import backend_cpu, backend_torch
 from .blocks import Head
 from .stats import UNIFORM, ClassWeights, Coefficients, Part, RowStatistics
 
@@ -26,6 +26,10 @@ def row_statistics(
         return backend_triton.row_statistics(
             input, target, ignore_index, vocab_size, head, weights, **wanted
         )
+    if backend == "cpu":
+        return backend_cpu.row_statistics(
+            input, target, ignore_index, vocab_size, head, weights, **wanted
+        )
     options = _options(backend, vocab_size, head)
     return backend_torch.row_statistics(input, target, ignore_index, options, weights, **wanted)
 
@@ -44,6 +48,8 @@ def row_part(
         from . import triton_part
 
         return triton_part.row_part(input, target, ignore_index, vocab_size, head, **wanted)
+    if backend == "cpu":
+        return backend_cpu.row_part(input, target, ignore_index, vocab_size, head, **wanted)
     options = _options(backend, vocab_size, head)._replace(shard=True)
     return backend_torch.row_part(input, target, ignore_index, options, rank=False, **wanted)
 
@@ -70,6 +76,10 @@ def logits_gradient(
         from . import backend_triton
 
         return backend_triton.logits_gradient(*given, vocab_size, head, weights, inplace=inplace)
+    if backend == "cpu":
+        return backend_cpu.logits_gradient(
+            *given, vocab_size, head, weights, inplace=inplace, shard=shard
+        )
     options = _options(backend, vocab_size, head)._replace(shard=shard)
     return backend_torch.logits_gradient(*given, options, weights, inplace=inplace)
 
@@ -100,6 +110,10 @@ def loss_and_gradient(
             input, target, *losses, ignore_index, vocab_size, head,
             inplace=inplace, on_clusters=clusters.checked(input.device),
         )  # fmt: skip
+    if backend == "cpu":
+        return backend_cpu.loss_and_gradient(
+            input, target, *losses, ignore_index, vocab_size, head, inplace=inplace
+        )
     return backend_torch.loss_and_gradient(
         input, target, *losses, ignore_index, _options(backend, vocab_size, head), inplace=inplace
     )
