@@ -31,9 +31,9 @@ def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) 
 def cpu_can_run(device: torch.device, *, built: bool) -> None:
     if not built:
         raise ValueError(
-            "backend='cpu' needs its kernels in C, which were not built or cannot be loaded: install "
-            "a C compiler (gcc or clang), then chunked-ce again with pip install "
-            "--force-reinstall --no-deps, or pass backend='auto'"
+            "backend='cpu' needs its kernels in C, which were not built or cannot be loaded: "
+            "install a C compiler (gcc or clang), then chunked-ce again with "
+            "pip install --force-reinstall --no-deps, or pass backend='auto'"
         )
     if device.type != "cpu":
         raise ValueError(
