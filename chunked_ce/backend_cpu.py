@@ -121,8 +121,8 @@ def loss_and_gradient(
     grad = input if inplace else torch.empty_like(input)
     dtype = compute_dtype(input.dtype)
     loss, *stats = (torch.empty(target.numel(), dtype=dtype) for _ in range(4))
-    numbers = dict(zip(("lse", "logprob", "lse_low"), stats, strict=True), loss=loss)
-    numbers["token_weight"] = token_weight
+    names = ("lse", "logprob", "lse_low", "loss", "token_weight")
+    numbers = dict(zip(names, (*stats, loss, token_weight), strict=True))
     _run(
         _LOSS_AND_GRADIENT, input, grad, target, ignore_index, vocab_size, head, UNIFORM, numbers,
         divisor=1.0 if divisor is None else float(divisor),

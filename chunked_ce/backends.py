@@ -30,7 +30,7 @@ def row_statistics(
         return backend_cpu.row_statistics(
             input, target, ignore_index, vocab_size, head, weights, **wanted
         )
-    options = _options(backend, vocab_size, head)
+    options = backend_torch.Options(vocab_size, head)
     return backend_torch.row_statistics(input, target, ignore_index, options, weights, **wanted)
 
 
@@ -50,7 +50,7 @@ def row_part(
         return triton_part.row_part(input, target, ignore_index, vocab_size, head, **wanted)
     if backend == "cpu":
         return backend_cpu.row_part(input, target, ignore_index, vocab_size, head, **wanted)
-    options = _options(backend, vocab_size, head)._replace(shard=True)
+    options = backend_torch.Options(vocab_size, head)._replace(shard=True)
     return backend_torch.row_part(input, target, ignore_index, options, rank=False, **wanted)
 
 
@@ -80,7 +80,7 @@ def logits_gradient(
         return backend_cpu.logits_gradient(
             *given, vocab_size, head, weights, inplace=inplace, shard=shard
         )
-    options = _options(backend, vocab_size, head)._replace(shard=shard)
+    options = backend_torch.Options(vocab_size, head)._replace(shard=shard)
     return backend_torch.logits_gradient(*given, options, weights, inplace=inplace)
 
 
@@ -115,7 +115,12 @@ def loss_and_gradient(
             input, target, *losses, ignore_index, vocab_size, head, inplace=inplace
         )
     return backend_torch.loss_and_gradient(
-        input, target, *losses, ignore_index, _options(backend, vocab_size, head), inplace=inplace
+        input,
+        target,
+        *losses,
+        ignore_index,
+        backend_torch.Options(vocab_size, head),
+        inplace=inplace,
     )
 
 
@@ -129,7 +134,3 @@ def scale_(backend: str, grad: Tensor, upstream: Tensor) -> None:
         backend_triton.scale_(grad, upstream)
     elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
         backend_torch.scale_(grad, upstream)
-
-
-def _options(backend: str, vocab_size: int, head: Head) -> backend_torch.Options:
-    return backend_torch.Options(vocab_size, head, compiled=backend == "inductor")

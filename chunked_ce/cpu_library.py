@@ -52,6 +52,11 @@ class Job(ctypes.Structure):
     ]  # fmt: skip
 
 
+def built() -> list[Path]:
+    """All libraries there are."""
+    return sorted(Path(__file__).parent.glob("cpu_*.so"))
+
+
 def path() -> Path | None:
     """The library that this machine is to use; None: none was built."""
     capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in _X86 else ""

@@ -69,7 +69,7 @@ def token_stats(
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
             are gone afterwards, and autograd raises if another backward still needs them. Under
             torch.compile, which cannot tell, the gradient gets memory of its own.
-        backend: "auto", "torch", "inductor" (the torch backend compiled) or "triton".
+        backend: "auto", "cpu" (kernels in C), "torch" (any device) or "triton".
 
     Returns:
         TokenStats of shape [...]: float32 (float64 for float64 logits), int64 for rank and argmax;

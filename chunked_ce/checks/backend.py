@@ -6,7 +6,7 @@ import torch
 
 from .values import brief, names
 
-BACKENDS = ("auto", "cpu", "torch", "inductor", "triton")
+BACKENDS = ("auto", "cpu", "torch", "triton")
 
 
 def backend_name(value: object) -> None:
