@@ -92,7 +92,7 @@ static Coefficients KIND(loss_coefficients)(const Job *job, int64_t row)
 {
     double w = job->token_weight ? KIND(number)(job->token_weight, row) : 1.0;
     double lse = KIND(number)(job->lse, row), smoothing = job->label_smoothing;
-    w /= job->divisor;
+    w = (double)(REAL)(w / job->divisor); /* as autograd would hand it over */
     Coefficients n = {.c = (smoothing - 1) * w};
     if (job->z_loss_weight > 0)
         n.a = 2 * job->z_loss_weight * lse * w;
