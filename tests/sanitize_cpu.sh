@@ -12,11 +12,12 @@ cp -rL chunked_ce tests pyproject.toml "$folder"
 run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
     sanitizers=$1 runtime=$("$compiler" -print-file-name="$2")
     shift 2
+    cxx=$("$compiler" -print-file-name=libstdc++.so.6)  # else an exception within torch ends the process
     echo "CPU kernels with -fsanitize=$sanitizers"
     rm -f "$folder"/chunked_ce/cpu_*.so
     "$compiler" $flags -fsanitize="$sanitizers" -fno-sanitize-recover=undefined -o "$folder/chunked_ce/cpu_base.so" kernels/cpu/*.c -lm
-    (cd "$folder" && PYTHONPATH="$folder" LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 \
-        PYTHONMALLOC=malloc "$python" -m pytest -q -p no:cacheprovider -p no:xdist "$@")
+    (cd "$folder" && PYTHONPATH="$folder" LD_PRELOAD="$runtime $cxx" ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 \
+        PYTHONMALLOC=malloc "$python" -m pytest -q -s --tb=short -p no:cacheprovider -p no:xdist "$@")
 }
 
 run address,undefined libasan.so tests/test_backend_cpu.py tests/test_token_stats.py tests/test_drop_in.py \
