@@ -1,10 +1,10 @@
 #!/bin/sh
-# The CPU kernels built with gcc's sanitizers, under the tests that run them. Usage: sanitize_cpu.sh PYTHON
+# At -O3: sums that are not vectorised round otherwise. The CPU kernels built with gcc's sanitizers, under the tests that run them. Usage: sanitize_cpu.sh PYTHON
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python3}
 compiler=${CC:-gcc}
-flags="-std=gnu11 -O1 -g -fno-omit-frame-pointer -fopenmp-simd -fno-math-errno -Wall -Wextra -Werror -shared -fPIC -pthread"
+flags="-std=gnu11 -O3 -g -fno-omit-frame-pointer -fopenmp-simd -fno-math-errno -Wall -Wextra -Werror -shared -fPIC -pthread"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cp -rL chunked_ce tests pyproject.toml "$folder"
