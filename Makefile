@@ -57,8 +57,9 @@ docs: .venv/dev
 package: .venv/dev
 	$(BIN)/python tests/check_package.py
 
-# The kernels on their compiled IR, without a GPU: out-of-bounds accesses, races, undefined operations.
-sanitize:
+# The CPU kernels under gcc's sanitizers; the others on their compiled IR, without a GPU: out-of-bounds accesses, races, undefined operations.
+sanitize: .venv/dev
+	sh tests/sanitize_cpu.sh $(CURDIR)/$(BIN)/python
 ifeq ($(SANITIZE_PYTHON),)
 	@echo "SANITIZER NOT RUN: it needs Python 3.12 or 3.13, and none was found (set SANITIZE_PYTHON)" >&2
 else

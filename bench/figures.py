@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from .providers import COMPILED, CUT, EAGER, FLASH, INDUCTOR, INPLACE, LIGER, OURS, QUACK, TORCH
+from .providers import COMPILED, CUT, EAGER, FLASH, INPLACE, LIGER, OURS, QUACK, TORCH
 
 Row = dict[str, str]
 Point = tuple[float, float, float, float]  # x, value, q20, q80
@@ -16,7 +16,7 @@ BOTH = "forward+backward"
 PEAK, PREDICTED = "peak_extra_bytes", "predicted_peak_extra_bytes"
 COLORS = {
     EAGER: "#7f7f7f", COMPILED: "#e69f00", TORCH: "#b58900", CUT: "#56b4e9", LIGER: "#cc79a7",
-    QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INDUCTOR: "#009e73", INPLACE: "#d55e00",
+    QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INPLACE: "#d55e00",
 }  # fmt: skip
 
 

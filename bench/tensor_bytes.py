@@ -8,7 +8,6 @@ workspace, an allocator's rounding) is not seen.
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,7 +29,6 @@ from chunked_ce import (
     linear_ops,
     one_pass,
     ops,
-    row_blocks,
 )
 
 _OPERATORS = (ops, one_pass, linear_ops)
@@ -125,9 +123,8 @@ class _NoKernel:
 
 @contextmanager
 def _fake(architecture: str) -> Iterator[None]:
-    """ "meta" is a GPU of that architecture whose kernels do nothing; scratch memory is new."""
+    """ "meta" is a GPU of that architecture whose kernels do nothing."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(row_blocks, "_kept", threading.local()))
         stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))

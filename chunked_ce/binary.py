@@ -58,7 +58,7 @@ def binary_cross_entropy_with_logits(
         reduction: "mean" over all logits, "sum" or "none".
         pos_weight: of the positive labels, to be broadcast to `input`; [V] as a rule.
         ignore_index: what indices are padded with.
-        backend: "auto", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
+        backend: "auto", "cpu", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
 
     Returns:
         The loss, a 0-d tensor, or that of each logit for "none"; float32 (float64 for float64
@@ -77,8 +77,6 @@ def binary_cross_entropy_with_logits(
     checks.label_weight("pos_weight", pos_weight, input)
     ignore_index = checks.ignore_index(ignore_index)
     backend = choose_backend(backend, input.device)
-    if backend == "inductor":
-        checks.no_compiled_labels()
     loss: Tensor = torch.ops.chunked_ce.binary_loss(
         input, target, weight, pos_weight, ignore_index, reduction == "none", backend
     )

@@ -11,9 +11,8 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, cpu_library
 from .blocks import compute_dtype
-from .few_rows import loss_of_few_rows
 from .one_pass import one_pass_loss
 from .ops import Classes, as_stats
 from .reduction import reduction_of
@@ -70,7 +69,7 @@ def token_stats(
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
             are gone afterwards, and autograd raises if another backward still needs them. Under
             torch.compile, which cannot tell, the gradient gets memory of its own.
-        backend: "auto", "torch", "inductor" (the torch backend compiled) or "triton".
+        backend: "auto", "cpu" (kernels in C), "torch" (any device) or "triton".
 
     Returns:
         TokenStats of shape [...]: float32 (float64 for float64 logits), int64 for rank and argmax;
@@ -177,20 +176,6 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
-    without_options = (
-        not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
-        and weight is size_average is reduce is token_weight is num_items is None
-        and softcap is vocab_size is None
-        and spread_rest is inplace_backward is grad_in_forward is False
-        and type(label_smoothing) is type(z_loss_weight) is type(logit_scale) is float
-        and (label_smoothing, z_loss_weight, logit_scale) == (0.0, 0.0, 1.0)
-        and type(backend) is str
-        and backend in ("auto", "torch")
-    )
-    if without_options:
-        loss = loss_of_few_rows(input, target, ignore_index, reduction, dim)
-        if loss is not None:
-            return loss
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.logits(input)
     dim = checks.class_dimension(input, dim)
@@ -263,6 +248,10 @@ def choose_backend(backend: str, device: torch.device) -> str:
             installed=_TRITON_INSTALLED,
             interpreted=_INTERPRETED,
         )
+    if backend == "cpu":
+        checks.cpu_can_run(device, built=cpu_library.is_there())
     if backend == "auto":
-        return "triton" if device.type in ("cuda", "xpu") and _TRITON_INSTALLED else "torch"
+        if device.type in ("cuda", "xpu") and _TRITON_INSTALLED:
+            return "triton"
+        return "cpu" if device.type == "cpu" and cpu_library.is_there() else "torch"
     return backend

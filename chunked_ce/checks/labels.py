@@ -74,10 +74,3 @@ def label_weight(name: str, weight: Any, input: Tensor) -> None:
             f"{shape(input)}: give one number per class, {[*input.shape[-1:]]}"
         )
     same_device(name, weight, input)
-
-
-def no_compiled_labels() -> None:
-    raise ValueError(
-        "backend='inductor' is not there for binary cross-entropy: pass backend='auto', or "
-        "compile the caller with torch.compile"
-    )
