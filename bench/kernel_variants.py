@@ -45,7 +45,7 @@ def head_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         x = VIEWS[view](dtype)
         rows, vocab = x.shape
         target = torch.empty(rows, dtype=torch.int64)
-        wanted = dict.fromkeys(NAMES, everything)
+        wanted: Any = dict.fromkeys(NAMES, everything)
         capped, more = "capped" if head is CAPPED else "", "everything" if everything else ""
         label = f"{dtype} {view} {capped} {more}"
         vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -66,11 +66,11 @@ def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         rows, vocab = x.shape
         target = torch.empty(rows, dtype=torch.int64)
         vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        wanted = dict.fromkeys(NAMES, False) | dict(mean_logprob=True)
+        wanted: Any = dict.fromkeys(NAMES, False) | dict(mean_logprob=True)
         for prob in (x, torch.empty(rows, vocab)):
             weights = ClassWeights(torch.empty(vocab), prob, 0.9, 0.1)
             label = f"weighted {dtype} {view} {prob.dtype}"
-            given = (x, target, -100, vocab, PLAIN, weights)
+            given: Any = (x, target, -100, vocab, PLAIN, weights)
             yield f"stats {label}", partial(backend_triton.row_statistics, *given, **wanted)
             numbers = Coefficients(vector, None, vector, vector)
             given = (x, target, vector, vector, vector, numbers, -100, vocab, PLAIN, weights)
@@ -108,6 +108,6 @@ def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Cal
             options, head = (numbers, torch.empty(()), 0.1, 1e-4), CAPPED
             vocab -= 7
         given: Any = (x, numbers.long(), *options, -100, vocab, head)
-        how = dict(inplace=False, on_clusters=on_clusters)
+        how: Any = dict(inplace=False, on_clusters=on_clusters)
         label = f"one pass {dtype} {form} {'everything' if everything else ''}"
         yield label, partial(backend_triton.loss_and_gradient, *given, **how)
