@@ -87,9 +87,9 @@ def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         per_class = torch.empty(x.shape[-1]).expand(x.shape) if everything else None
         left_out = None if everything else torch.empty(x.shape[0], 5, dtype=torch.int32)
         label = f"binary {dtype} {view} {'everything' if everything else 'by index'}"
-        given: Any = (x, labels, per_class, per_class)
-        yield f"sum {label}", partial(binary_triton.total, *given, left_out)
-        yield f"grad {label}", partial(binary_triton.gradient, *given, x)
+        total = partial(binary_triton.total, x, labels, per_class, per_class, left_out)
+        yield f"sum {label}", total
+        yield f"grad {label}", partial(binary_triton.gradient, x, labels, per_class, per_class, x)
 
 
 def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Call]:

@@ -57,7 +57,7 @@ def binary_cross_entropy_with_logits(
         size_average, reduce: None; torch's deprecated names for `reduction`.
         reduction: "mean" over all logits, "sum" or "none".
         pos_weight: of the positive labels, to be broadcast to `input`; [V] as a rule.
-        ignore_index: what indices are padded with.
+        ignore_index: what indices are padded with; beside dense labels only -100.
         backend: "auto", "cpu", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
 
     Returns:
@@ -76,6 +76,7 @@ def binary_cross_entropy_with_logits(
     checks.label_weight("weight", weight, input)
     checks.label_weight("pos_weight", pos_weight, input)
     ignore_index = checks.ignore_index(ignore_index)
+    checks.no_label_ignored(ignore_index, target)
     backend = choose_backend(backend, input.device)
     loss: Tensor = torch.ops.chunked_ce.binary_loss(
         input, target, weight, pos_weight, ignore_index, reduction == "none", backend

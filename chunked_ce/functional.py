@@ -16,7 +16,7 @@ from .blocks import compute_dtype
 from .one_pass import one_pass_loss
 from .ops import Classes, as_stats
 from .reduction import reduction_of
-from .stats import TokenStats, with_z_loss
+from .stats import TokenStats
 from .targets import AnyTarget, answer_of, target_of, with_token_weight
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -146,11 +146,13 @@ def cross_entropy(
         weight: class weights [V]. They scale the cross-entropy, not the z-loss; with class indices
             the mean is the weighted mean.
         size_average, reduce: None; torch's deprecated names for `reduction`.
-        ignore_index: class index of rows that count for nothing.
+        ignore_index: class index of rows that count for nothing; with class probabilities, which
+            name none, a class is an error, as in torch.
         reduction: "mean" over the tokens that are not ignored, "sum" or "none".
         label_smoothing: from 0 to 1.
         dim: the class dimension, 1 as in torch; for [B, T, V] logits pass -1.
-        z_loss_weight: factor of lse².
+        z_loss_weight: factor of lse². With class weights, "mean" averages it over the tokens that
+            count, not over their class weights: those do not change it.
         softcap, logit_scale, vocab_size: see :func:`token_stats`.
         token_weight: weight of each token's whole loss, [...] as class indices; "mean" is then the
             weighted mean.
@@ -180,6 +182,7 @@ def cross_entropy(
     checks.logits(input)
     dim = checks.class_dimension(input, dim)
     checks.target(input, target, dim)
+    checks.no_class_ignored(ignore_index, target)
     input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
@@ -212,7 +215,7 @@ def cross_entropy(
         False, goal.wants_mean_logprob, False, False, inplace_backward,
     )  # fmt: skip
     answer = answer_of(outputs)
-    return how.of(with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight))
+    return how.with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight)
 
 
 def _wants_gradient(input: Tensor) -> bool:
