@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chunked_ce import (
+    backend_cpu,
     chunks,
     clusters,
     functional,
@@ -134,6 +135,7 @@ def _fake(architecture: str) -> Iterator[None]:
         for name, value in gpu_values.items():
             stack.enter_context(mock.patch.object(gpu, name, lambda device, value=value: value))
         stack.enter_context(mock.patch.object(gpu, "on", lambda device: nullcontext()))
+        stack.enter_context(mock.patch.object(backend_cpu, "_run", lambda *args, **kwargs: None))
         try:
             from chunked_ce import backend_triton
         except ImportError:  # no Triton: then nothing asks for its kernels

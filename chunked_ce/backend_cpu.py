@@ -170,6 +170,8 @@ def _run(
     )  # fmt: skip
     given = {"x": input, "grad": grad, "prob": weights.prob}
     tensors = {name: t for name, t in given.items() if t is not None}
+    if not all(t.data_ptr() or t.numel() == 0 for t in tensors.values()):
+        raise ValueError("logits without memory, as fake tensors are: pass backend='torch'")
     for first, (outer, inner), rows in _addresses(tensors):
         job.outer, job.inner = outer, inner
         for name, address in rows.items():
