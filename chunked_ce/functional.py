@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, transforms
 from .blocks import compute_dtype
 from .few_rows import loss_of_few_rows
 from .one_pass import one_pass_loss
@@ -83,6 +83,9 @@ def token_stats(
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the price of a
             synchronisation.
     """
+    if transforms.active():
+        stats: TokenStats = transforms.call(token_stats, locals(), rows=("input", "target"))
+        return stats
     checks.logits(input)
     checks.class_dimension(input, -1)
     checks.target_indices(target)
@@ -179,6 +182,9 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
+    if transforms.active():
+        loss: Tensor = transforms.call(cross_entropy, locals())
+        return loss
     without_options = (
         not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
         and weight is size_average is reduce is token_weight is num_items is None
@@ -190,9 +196,9 @@ def cross_entropy(
         and backend in ("auto", "torch")
     )
     if without_options:
-        loss = loss_of_few_rows(input, target, ignore_index, reduction, dim)
-        if loss is not None:
-            return loss
+        of_few = loss_of_few_rows(input, target, ignore_index, reduction, dim)
+        if of_few is not None:
+            return of_few
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.logits(input)
     dim = checks.class_dimension(input, dim)
