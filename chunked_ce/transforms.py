@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import checks
+from .checks.values import forward_mode
 
 Dims = Sequence[int | None]
 
@@ -125,10 +126,11 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        checks.forward_mode("an argument")
+        forward_mode("an argument")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], this: _Call, *tensors: Tensor) -> Any:
+        checks.vmap_size(info.batch_size)
         dims = in_dims[1:]
         together = this.in_one(dims, info.batch_size, tensors)
         if together is not None:
@@ -155,6 +157,8 @@ class _Backward(torch.autograd.Function):
             for out, grad in zip(outputs, given[n:], strict=True)
             if grad is not None and out.requires_grad
         ]
+        if not pairs:
+            return tuple(map(torch.zeros_like, inputs))
         return torch.autograd.grad(
             [out for out, _ in pairs],
             inputs,
@@ -173,7 +177,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        checks.forward_mode("an argument")
+        forward_mode("an argument")
 
     @staticmethod
     def vmap(

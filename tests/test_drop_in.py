@@ -721,3 +721,30 @@ def test_a_broken_row_is_nan_though_the_teachers_class_weighs_0(backend, device,
     weight = torch.ones(9, device=device).index_fill_(0, torch.tensor([5], device=device), 0.0)
     loss = cross_entropy(x, top, weight, reduction="none", backend=backend)
     assert loss[0].isnan() and loss[1] == 0
+
+
+def test_an_explicit_ignore_index_beside_class_probabilities_raises_as_in_torch():
+    x, h, head = (
+        torch.randn(6, 11).double(),
+        torch.randn(6, 4).double(),
+        torch.randn(11, 4).double(),
+    )
+    prob = x.softmax(-1)
+    for call in (
+        lambda: chunked_ce.cross_entropy(x, prob, ignore_index=1),
+        lambda: chunked_ce.CrossEntropyLoss(ignore_index=1)(x, prob),
+        lambda: chunked_ce.linear_cross_entropy(h, head, prob, ignore_index=1),
+        lambda: chunked_ce.linear_cross_entropy(h, head, prob, ignore_index=-100),
+        lambda: chunked_ce.LinearCrossEntropyLoss(4, 11, dtype=torch.float64, ignore_index=1)(
+            h, prob
+        ),
+        lambda: chunked_ce.binary_cross_entropy_with_logits(x, prob, ignore_index=1),
+        lambda: chunked_ce.BCEWithLogitsLoss(ignore_index=1)(x, prob),
+    ):
+        with pytest.raises(ValueError, match="ignore_index is .*leave it"):
+            call()
+    torch.testing.assert_close(
+        chunked_ce.cross_entropy(x, prob, ignore_index=-1),
+        F.cross_entropy(x, prob, ignore_index=-1),
+    )
+    chunked_ce.LinearCrossEntropyLoss(4, 11, dtype=torch.float64)(h, prob)
