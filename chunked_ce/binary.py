@@ -217,6 +217,7 @@ class _Binary(torch.autograd.Function):
 
 def _differentiable_binary_loss(input: Tensor, *arguments: Any) -> Any:
     if torch.is_grad_enabled() and input.requires_grad:
+        transforms.not_within_compiled()
         return _Binary.apply(input, *arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.binary_loss(input, *arguments)

@@ -220,3 +220,16 @@ def test_mistakes_are_named_below_transforms():
         vmap(lambda x: c.cross_entropy(x, Y))(X.new_zeros(0, N, V))
     with pytest.raises(NotImplementedError, match="cannot be transformed by torch.func"):
         grad(lambda x: vocab_parallel_cross_entropy(x, Y))(X)
+
+
+def test_transforms_outside_of_a_compiled_loss_and_inside():
+    def loss(x):
+        return c.cross_entropy(x, Y)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager")
+    torch.testing.assert_close(grad(compiled)(X), grad(loss)(X))
+    torch.testing.assert_close(vmap(compiled)(_batch(X)), vmap(loss)(_batch(X)))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="compile the loss and transform that"):
+        torch.compile(lambda x: grad(loss)(x), backend="aot_eager")(X)

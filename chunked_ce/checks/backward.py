@@ -80,3 +80,10 @@ def no_transforms(function: str, active: bool) -> None:
             f"{function} cannot be transformed by torch.func: take its gradient with "
             "loss.backward() or torch.autograd.grad"
         )
+
+
+def compiled_transform() -> None:
+    raise NotImplementedError(
+        "torch.compile cannot trace chunked_ce's gradient inside a transform of torch.func: "
+        "compile the loss and transform that, as in torch.func.grad(torch.compile(loss))"
+    )
