@@ -69,7 +69,7 @@ def token_stats(
         weight: class weights w [V] of `mean_logprob`, which then is (1/V) Σ w_j (z_j - lse).
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
             are gone afterwards, and autograd raises if another backward still needs them. Under
-            torch.compile, which cannot tell, the gradient gets memory of its own.
+            torch.compile and torch.func, which cannot tell, the gradient gets memory of its own.
         backend: "auto", "torch", "inductor" (the torch backend compiled) or "triton".
 
     Returns:
@@ -171,8 +171,8 @@ def cross_entropy(
             hands it over: a second backward raises. With `inplace_backward=True` it is written
             over `input` at once, the least memory and traffic: after the call `input` holds its
             gradient, and autograd raises if another backward needs its values. The gradient of
-            `token_weight` is not computed. Under torch.compile, with probabilities, or with class
-            weights beside label smoothing or z-loss, it changes nothing.
+            `token_weight` is not computed. Under torch.compile or torch.func, with probabilities, or
+            with class weights beside label smoothing or z-loss, it changes nothing.
         backend: see :func:`token_stats`.
 
     Returns:

@@ -8,11 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import (
-    checks,
-    linear_ops,  # noqa: F401  (importing it registers the operators)
-    transforms,
-)
+from . import checks, linear_ops, transforms  # noqa: F401  (linear_ops registers the operators)
 from .blocks import compute_dtype
 from .functional import choose_backend
 from .ops import Classes, as_stats

@@ -146,7 +146,10 @@ def test_dtypes(backend, device, dtype, kind):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_with_the_options_of_language_models(backend, device, softcap):
-    """Class weights scale the cross-entropy, token weights the whole loss, z-loss included."""
+    """Class weights scale the cross-entropy, token weights the whole loss.
+
+    The mean divides the z-loss by the token weights, the cross-entropy by both.
+    """
     x, target = torch.randn(6, 50, device=device) * 3, torch.randint(0, 45, (6,), device=device)
     target[2] = -100
     weight, of_tokens = torch.rand(45, device=device), torch.rand(6, device=device)
@@ -168,8 +171,9 @@ def test_with_the_options_of_language_models(backend, device, softcap):
             scored = torch.ones(6) if labels.is_floating_point() else (labels != -100).cpu()
             scored = scored.to(device).double()
             counts = scored if labels.is_floating_point() else scored * weight[labels.clamp(min=0)]
-            total = (of_tokens * scored * (ce + 0.1 * z.logsumexp(-1).square())).sum()
-            return total / (of_tokens * counts).sum()
+            z_loss = (of_tokens * scored * 0.1 * z.logsumexp(-1).square()).sum()
+            z_loss = z_loss / (of_tokens * scored).sum()
+            return (of_tokens * scored * ce).sum() / (of_tokens * counts).sum() + z_loss
 
         compare(loss(x), truth(x), x.dtype), label
         compare_gradient(gradient(loss, x), gradient(truth, x.double()), x.dtype)
