@@ -171,8 +171,8 @@ def cross_entropy(
             hands it over: a second backward raises. With `inplace_backward=True` it is written
             over `input` at once, the least memory and traffic: after the call `input` holds its
             gradient, and autograd raises if another backward needs its values. The gradient of
-            `token_weight` is not computed. Under torch.compile or torch.func, with probabilities, or
-            with class weights beside label smoothing or z-loss, it changes nothing.
+            `token_weight` is not computed. Under torch.compile or torch.func, with probabilities,
+            or with class weights beside label smoothing or z-loss, it changes nothing.
         backend: see :func:`token_stats`.
 
     Returns:
