@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import binary_torch, checks
+from . import binary_torch, checks, transforms
 from .at_classes import is_first
 from .blocks import compute_dtype
 from .functional import choose_backend
@@ -69,6 +69,9 @@ def binary_cross_entropy_with_logits(
         IndexError: an index out of range, on the CPU; elsewhere the gradient there is undefined
             unless `CHUNKED_CE_CHECK_TARGETS=1`.
     """
+    if transforms.active():
+        transformed: Tensor = transforms.call(binary_cross_entropy_with_logits, locals())
+        return transformed
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.label_logits(input)
     checks.labels(input, target)
@@ -212,6 +215,7 @@ class _Binary(torch.autograd.Function):
 
 def _differentiable_binary_loss(input: Tensor, *arguments: Any) -> Any:
     if torch.is_grad_enabled() and input.requires_grad:
+        transforms.not_within_compiled()
         return _Binary.apply(input, *arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.binary_loss(input, *arguments)

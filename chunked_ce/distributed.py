@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checks
+from . import checks, transforms
 from .blocks import Head, compute_dtype
 from .checks.values import is_dtensor
 from .functional import choose_backend
@@ -91,6 +91,7 @@ def vocab_parallel_token_stats(
             exchange of its own, on a CPU always; on a GPU, where it means waiting, with
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment.
     """
+    checks.no_transforms("vocab_parallel_token_stats", transforms.active())
     call = _of_logits(input, target, group, vocab_start, vocab_size)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, argmax=argmax)
     wanted = Wanted(entropy, mean_logprob, argmax)
@@ -133,6 +134,7 @@ def vocab_parallel_cross_entropy(
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
     """
+    checks.no_transforms("vocab_parallel_cross_entropy", transforms.active())
     call = _of_logits(input, target, group, vocab_start, vocab_size)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
@@ -198,6 +200,7 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
     """
+    checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.active())
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks, cpu_library
+from . import checks, cpu_library, transforms
 from .blocks import compute_dtype
 from .one_pass import one_pass_loss
 from .ops import Classes, as_stats
@@ -68,7 +68,7 @@ def token_stats(
         weight: class weights w [V] of `mean_logprob`, which then is (1/V) Σ w_j (z_j - lse).
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
             are gone afterwards, and autograd raises if another backward still needs them. Under
-            torch.compile, which cannot tell, the gradient gets memory of its own.
+            torch.compile and torch.func, which cannot tell, the gradient gets memory of its own.
         backend: "auto", "cpu" (kernels in C), "torch" (any device) or "triton".
 
     Returns:
@@ -82,6 +82,9 @@ def token_stats(
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the price of a
             synchronisation.
     """
+    if transforms.active():
+        stats: TokenStats = transforms.call(token_stats, locals(), rows=("input", "target"))
+        return stats
     checks.logits(input)
     checks.class_dimension(input, -1)
     checks.target_indices(target)
@@ -167,8 +170,8 @@ def cross_entropy(
             hands it over: a second backward raises. With `inplace_backward=True` it is written
             over `input` at once, the least memory and traffic: after the call `input` holds its
             gradient, and autograd raises if another backward needs its values. The gradient of
-            `token_weight` is not computed. Under torch.compile, with probabilities, or with class
-            weights beside label smoothing or z-loss, it changes nothing.
+            `token_weight` is not computed. Under torch.compile or torch.func, with probabilities,
+            or with class weights beside label smoothing or z-loss, it changes nothing.
         backend: see :func:`token_stats`.
 
     Returns:
@@ -178,6 +181,9 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
+    if transforms.active():
+        loss: Tensor = transforms.call(cross_entropy, locals())
+        return loss
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.logits(input)
     dim = checks.class_dimension(input, dim)

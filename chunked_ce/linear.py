@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import checks, linear_ops  # noqa: F401  (importing linear_ops registers the operators)
+from . import checks, linear_ops, transforms  # noqa: F401  (linear_ops registers the operators)
 from .blocks import compute_dtype
 from .functional import choose_backend
 from .ops import Classes, as_stats
@@ -70,6 +70,9 @@ def linear_token_stats(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
             computed.
     """
+    if transforms.active():
+        stats: TokenStats = transforms.call(linear_token_stats, locals(), rows=("input", "target"))
+        return stats
     checks.hidden_states(input)
     checks.linear_weight(linear_weight, input, dims=False)
     checks.linear_bias(linear_bias, linear_weight)
@@ -141,6 +144,9 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
             computed.
     """
+    if transforms.active():
+        transformed: Tensor = transforms.call(linear_cross_entropy, locals())
+        return transformed
     checks.hidden_states(input)
     checks.linear_weight(linear_weight, input, dims=True)
     checks.linear_bias(linear_bias, linear_weight)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, transforms
 from .blocks import Head, compute_dtype
 from .chunks import Gradients, chunk_indices, gradient_like, walk
 from .ops import (
@@ -255,6 +255,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _differentiable_linear_loss(*arguments: Any) -> Any:
     if _needs_gradient(*arguments[:3]):
+        transforms.not_within_compiled()
         loss = _LinearLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss, *(loss.new_empty(0) for _ in range(3))
     with torch._C._AutoDispatchBelowAutograd():
@@ -263,6 +264,7 @@ def _differentiable_linear_loss(*arguments: Any) -> Any:
 
 def _differentiable_linear_stats(*arguments: Any) -> Any:
     if _needs_gradient(*arguments[:3]):
+        transforms.not_within_compiled()
         return _LinearStats.apply(*arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.linear_stats(*arguments)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, transforms
 from .at_classes import gradient_at, logits_at
 from .blocks import Head, compute_dtype
 from .stats import (
@@ -352,6 +352,7 @@ def _differentiable_token_stats(input: Tensor, target: Tensor, *arguments: Any) 
     if torch.is_grad_enabled() and (
         input.requires_grad or (prob is not None and prob.requires_grad)
     ):
+        transforms.not_within_compiled()
         return _TokenStats.apply(input, target, *arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.token_stats(input, target, *arguments)

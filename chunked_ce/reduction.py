@@ -25,7 +25,7 @@ class Reduction(NamedTuple):
         return loss.sum() if self.divisor is None else loss.sum() / self.divisor
 
     def with_z_loss(self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
-        """The loss; under class weights the z-loss is averaged over tokens."""
+        """The loss. Class weights do not change what its z-loss is divided by."""
         if self.z_divisor is None or z_loss_weight == 0:
             return self.of(with_z_loss(cross_entropy, lse, z_loss_weight))
         of_z = self._replace(divisor=self.z_divisor)

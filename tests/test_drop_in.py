@@ -146,7 +146,10 @@ def test_dtypes(backend, device, dtype, kind):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_with_the_options_of_language_models(backend, device, softcap):
-    """Class weights scale the cross-entropy, token weights the whole loss, z-loss included."""
+    """Class weights scale the cross-entropy, token weights the whole loss.
+
+    The mean divides the z-loss by the token weights, the cross-entropy by both.
+    """
     x, target = torch.randn(6, 50, device=device) * 3, torch.randint(0, 45, (6,), device=device)
     target[2] = -100
     weight, of_tokens = torch.rand(45, device=device), torch.rand(6, device=device)
@@ -168,8 +171,9 @@ def test_with_the_options_of_language_models(backend, device, softcap):
             scored = torch.ones(6) if labels.is_floating_point() else (labels != -100).cpu()
             scored = scored.to(device).double()
             counts = scored if labels.is_floating_point() else scored * weight[labels.clamp(min=0)]
-            total = (of_tokens * scored * (ce + 0.1 * z.logsumexp(-1).square())).sum()
-            return total / (of_tokens * counts).sum()
+            z_loss = (of_tokens * scored * 0.1 * z.logsumexp(-1).square()).sum()
+            z_loss = z_loss / (of_tokens * scored).sum()
+            return (of_tokens * scored * ce).sum() / (of_tokens * counts).sum() + z_loss
 
         compare(loss(x), truth(x), x.dtype), label
         compare_gradient(gradient(loss, x), gradient(truth, x.double()), x.dtype)
@@ -721,3 +725,30 @@ def test_a_broken_row_is_nan_though_the_teachers_class_weighs_0(backend, device,
     weight = torch.ones(9, device=device).index_fill_(0, torch.tensor([5], device=device), 0.0)
     loss = cross_entropy(x, top, weight, reduction="none", backend=backend)
     assert loss[0].isnan() and loss[1] == 0
+
+
+def test_an_explicit_ignore_index_beside_class_probabilities_raises_as_in_torch():
+    x, h, head = (
+        torch.randn(6, 11).double(),
+        torch.randn(6, 4).double(),
+        torch.randn(11, 4).double(),
+    )
+    prob = x.softmax(-1)
+    for call in (
+        lambda: chunked_ce.cross_entropy(x, prob, ignore_index=1),
+        lambda: chunked_ce.CrossEntropyLoss(ignore_index=1)(x, prob),
+        lambda: chunked_ce.linear_cross_entropy(h, head, prob, ignore_index=1),
+        lambda: chunked_ce.linear_cross_entropy(h, head, prob, ignore_index=-100),
+        lambda: chunked_ce.LinearCrossEntropyLoss(4, 11, dtype=torch.float64, ignore_index=1)(
+            h, prob
+        ),
+        lambda: chunked_ce.binary_cross_entropy_with_logits(x, prob, ignore_index=1),
+        lambda: chunked_ce.BCEWithLogitsLoss(ignore_index=1)(x, prob),
+    ):
+        with pytest.raises(ValueError, match="ignore_index is .*leave it"):
+            call()
+    torch.testing.assert_close(
+        chunked_ce.cross_entropy(x, prob, ignore_index=-1),
+        F.cross_entropy(x, prob, ignore_index=-1),
+    )
+    chunked_ce.LinearCrossEntropyLoss(4, 11, dtype=torch.float64)(h, prob)

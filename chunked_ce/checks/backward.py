@@ -64,3 +64,26 @@ def double_backward() -> None:
         "chunked_ce computes first derivatives only: for a second derivative of the loss use "
         "torch.nn.functional's"
     )
+
+
+def vmap_size(size: int) -> None:
+    if size == 0:
+        raise ValueError(
+            "torch.func.vmap over a dimension of size 0, expected at least 1: leave the call out"
+        )
+
+
+def no_transforms(function: str, active: bool) -> None:
+    """Ranks exchange plain tensors, as many times on each."""
+    if active:
+        raise NotImplementedError(
+            f"{function} cannot be transformed by torch.func: take its gradient with "
+            "loss.backward() or torch.autograd.grad"
+        )
+
+
+def compiled_transform() -> None:
+    raise NotImplementedError(
+        "torch.compile cannot trace chunked_ce's gradient inside a transform of torch.func: "
+        "compile the loss and transform that, as in torch.func.grad(torch.compile(loss))"
+    )

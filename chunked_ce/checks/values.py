@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -89,10 +89,14 @@ def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .fl
             f"{name} has dtype {tensor.dtype}, expected one of {names(LOGIT_DTYPES)}: {mend}"
         )
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(
-            f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
-            "derivatives only: use torch.nn.functional's losses"
-        )
+        forward_mode(name)
+
+
+def forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} carries a forward-mode tangent, but chunked_ce computes reverse-mode "
+        "derivatives only: use torch.nn.functional's losses"
+    )
 
 
 def flag(name: str, value: object) -> None:

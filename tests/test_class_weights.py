@@ -1,15 +1,14 @@
-"""What others' bug reports were about, and that it holds here."""
+"""Class weights: the z-loss of a mean, any number of classes when compiled, their length."""
 
 import pytest
 import torch
-from torch import nn
 
 import chunked_ce as c
 
 torch.manual_seed(0)
 X, Y = torch.randn(6, 11, dtype=torch.float64), torch.randint(0, 11, (6,))
 H, HEAD = torch.randn(6, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
-W, P = torch.rand(11, dtype=torch.float64), X.softmax(-1)
+W = torch.rand(11, dtype=torch.float64)
 FORMS = {
     "logits": (lambda y, **k: c.cross_entropy(X, y, **k), X),
     "one pass": (lambda y, **k: c.cross_entropy(X, y, grad_in_forward=True, **k), X),
@@ -37,24 +36,6 @@ def test_class_weights_leave_the_z_loss_of_a_mean_alone(form, factor, smoothing)
     ):
         z = loss(y, z_loss_weight=0.1, **given, **options) - loss(y, **given, **options)
         torch.testing.assert_close(z, 0.1 * expected)
-
-
-def test_an_explicit_ignore_index_beside_class_probabilities_raises_as_in_torch():
-    for call in (
-        lambda: c.cross_entropy(X, P, ignore_index=1),
-        lambda: c.CrossEntropyLoss(ignore_index=1)(X, P),
-        lambda: c.linear_cross_entropy(H, HEAD, P, ignore_index=1),
-        lambda: c.linear_cross_entropy(H, HEAD, P, ignore_index=-100),
-        lambda: c.LinearCrossEntropyLoss(4, 11, dtype=torch.float64, ignore_index=1)(H, P),
-        lambda: c.binary_cross_entropy_with_logits(X, P, ignore_index=1),
-        lambda: c.BCEWithLogitsLoss(ignore_index=1)(X, P),
-    ):
-        with pytest.raises(ValueError, match="ignore_index is .*leave it"):
-            call()
-    torch.testing.assert_close(
-        c.cross_entropy(X, P, ignore_index=-1), nn.functional.cross_entropy(X, P, ignore_index=-1)
-    )
-    c.LinearCrossEntropyLoss(4, 11, dtype=torch.float64)(H, P)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "smoothed", "statistics", "head", "binary"])
