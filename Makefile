@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: gpu-dry-run train test long fuzz mutate coverage lint types docs sanitize package clean
+.PHONY: gpu-dry-run train test long compile fuzz mutate coverage lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -16,6 +16,17 @@ test: .venv/dev
 
 long: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
+
+# Every kernel with every Triton that is supported, the oldest first, for GPUs that need not be here.
+TRITON ?= 3.6.0 3.7.1 3.9.0
+compile: $(TRITON:%=.venv-triton-%/done)
+	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench.compile; done
+
+.venv-triton-%/done:
+	$(PYTHON) -m venv .venv-triton-$*
+	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check triton==$*
+	touch $@
 
 # N random cases against the truth, from a seed that is printed: `make fuzz N=20000 SEED=7` tries the same ones again.
 N ?= 20000
@@ -50,8 +61,9 @@ gpu-dry-run: .venv/dev
 package: .venv/dev
 	$(BIN)/python tests/check_package.py
 
-# The kernels on their compiled IR, without a GPU: out-of-bounds accesses, races, undefined operations.
-sanitize:
+# The CPU kernels under gcc's sanitizers; the others on their compiled IR, without a GPU: out-of-bounds accesses, races, undefined operations.
+sanitize: .venv/dev
+	sh tests/sanitize_cpu.sh $(CURDIR)/$(BIN)/python
 ifeq ($(SANITIZE_PYTHON),)
 	@echo "SANITIZER NOT RUN: it needs Python 3.12 or 3.13, and none was found (set SANITIZE_PYTHON)" >&2
 else
@@ -74,4 +86,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-sanitize build dist *.egg-info runs
+	rm -rf .venv .venv-sanitize .venv-triton-* build dist *.egg-info runs

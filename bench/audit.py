@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from chunked_ce import backend_triton, gpu
+from chunked_ce import backend_triton, clusters, gpu
 from chunked_ce.blocks import Head
 from chunked_ce.stats import UNIFORM, Coefficients
 
@@ -136,7 +135,9 @@ def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
             if launch.name == "finish_kernel":
                 continue  # a few numbers a row
             if name == "one pass, clusters" and not (
-                target in CLUSTERED and launch.arguments.get("num_ctas", 1) > 1
+                target in CLUSTERED
+                and clusters.triton_has_them()
+                and launch.arguments.get("num_ctas", 1) > 1
             ):
                 continue  # no other than "one pass", or not to be had
             built = build(launch, target)
@@ -260,7 +261,6 @@ GROWTH_HEADER = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     if args.growth:
         rows = list(growth(args.target[0]))
         _table(GROWTH_HEADER, rows)

@@ -38,7 +38,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-OPTIONS = ("num_warps", "num_ctas", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)

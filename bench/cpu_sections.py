@@ -11,7 +11,7 @@ from torch import Tensor
 from . import floors, measure, providers
 from .floors import CALLS, LOOPS
 from .measure import Answer, Loss, Quantiles
-from .providers import COMPILED, EAGER, INDUCTOR, INPLACE, LOGITS, OURS
+from .providers import COMPILED, EAGER, INPLACE, LOGITS, OURS
 from .records import Comparison, Measurement, Report, dtype_name
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -23,10 +23,6 @@ TIME_BOUNDS = {  # in units of eager's time
     (OURS, "fp32", BOTH): 0.5,
     (OURS, "bf16", FORWARD): 0.8,
     (OURS, "bf16", BOTH): 0.9,
-    (INDUCTOR, "fp32", FORWARD): 0.4,
-    (INDUCTOR, "fp32", BOTH): 0.5,
-    (INDUCTOR, "bf16", FORWARD): 0.5,
-    (INDUCTOR, "bf16", BOTH): 0.5,
 }
 COMPILED_BOUNDS = {("fp32", BOTH): 0.9}  # ours, in units of torch.compile's time
 MEMORY_BOUNDS = {(OURS, FORWARD): 0.02, (OURS, BOTH): 1.05, (INPLACE, BOTH): 0.05}
@@ -74,7 +70,7 @@ MS, US = 1e-3, 1e-6
 
 
 def time(config: Config, report: Report) -> None:
-    providers = (EAGER, COMPILED, OURS, INDUCTOR) if config.compile else (EAGER, OURS)
+    providers = (EAGER, COMPILED, OURS) if config.compile else (EAGER, OURS)
     report.title(f"time: N = {config.tokens}, V = {config.vocab}, ms")
     rows: list[tuple[str, ...]] = []
     first_calls: list[tuple[str, ...]] = []
@@ -82,7 +78,7 @@ def time(config: Config, report: Report) -> None:
     for dtype, torch_dtype in DTYPES.items():
         logits, target = batch(config.tokens, config.vocab, torch_dtype)
         for provider in providers:
-            if provider in (COMPILED, INDUCTOR):
+            if provider == COMPILED:
                 first_calls += _first_calls(provider, dtype, logits, target, report)
         losses = {p: loss_of(p) for p in providers}
         if config.compile:

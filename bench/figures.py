@@ -14,7 +14,6 @@ from .providers import (
     CUT_FILTER,
     EAGER,
     FLASH,
-    INDUCTOR,
     INPLACE,
     LIGER,
     OURS,
@@ -29,7 +28,7 @@ PEAK, PREDICTED = "peak_extra_bytes", "predicted_peak_extra_bytes"
 COLORS = {
     EAGER: "#7f7f7f", COMPILED: "#e69f00", TORCH: "#b58900", CUT: "#56b4e9", LIGER: "#cc79a7",
     CUT_FILTER: "#2b6c99",
-    QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INDUCTOR: "#009e73", INPLACE: "#d55e00",
+    QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INPLACE: "#d55e00",
 }  # fmt: skip
 
 

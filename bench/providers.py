@@ -18,17 +18,17 @@ from torch import Tensor
 import chunked_ce
 
 EAGER, COMPILED, OURS = "eager", "torch.compile", "chunked_ce"
-INDUCTOR, INPLACE = "chunked_ce inductor", "chunked_ce inplace_backward"
+INPLACE = "chunked_ce inplace_backward"
 TORCH, CUT, LIGER = "F.linear_cross_entropy", "cut-cross-entropy", "liger"
 CUT_FILTER = "cut-cross-entropy (filter)"  # leaves small gradients out; CUT computes all of them
 QUACK, FLASH = "quack", "flash-attn"
 
 LOGITS, LINEAR = "logits", "linear"  # forms
 PROVIDERS = {
-    LOGITS: (EAGER, COMPILED, LIGER, QUACK, FLASH, OURS, INDUCTOR, INPLACE),
+    LOGITS: (EAGER, COMPILED, LIGER, QUACK, FLASH, OURS, INPLACE),
     LINEAR: (EAGER, COMPILED, TORCH, CUT, CUT_FILTER, LIGER, QUACK, OURS),
 }
-COMPILING = (COMPILED, INDUCTOR, CUT, CUT_FILTER)  # their first call shows whether they run here
+COMPILING = (COMPILED, CUT, CUT_FILTER)  # their first call shows whether they run here
 GPU_ONLY = (LIGER, QUACK, FLASH)
 OVERWRITING = (LIGER,)  # from logits: they hold the gradient after its forward
 
@@ -55,7 +55,6 @@ def _from_logits(provider: str) -> Loss:
     losses: dict[str, Loss] = {
         EAGER: F.cross_entropy,
         OURS: chunked_ce.cross_entropy,
-        INDUCTOR: partial(chunked_ce.cross_entropy, backend="inductor"),
         INPLACE: partial(chunked_ce.cross_entropy, inplace_backward=True),
     }
     return losses[provider]

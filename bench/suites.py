@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 
 from .linear_providers import Shape
-from .providers import COMPILING, INDUCTOR, INPLACE, LINEAR, LOGITS, PROVIDERS
+from .providers import COMPILING, INPLACE, LINEAR, LOGITS, PROVIDERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FULL = "full"  # a loss from logits behind its head: comparable with one from hidden states
 ALL_PROVIDERS = tuple(dict.fromkeys((*PROVIDERS[LOGITS], *PROVIDERS[LINEAR])))
-_OF_FULL = tuple(p for p in PROVIDERS[LOGITS] if p not in ("eager", "torch.compile", INDUCTOR))
+_OF_FULL = tuple(p for p in PROVIDERS[LOGITS] if p not in ("eager", "torch.compile"))
 OF_FORM = {
     LINEAR: PROVIDERS[LINEAR],
     FULL: _OF_FULL,  # the others are those from hidden states

@@ -8,7 +8,6 @@ workspace, an allocator's rounding) is not seen.
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chunked_ce import (
+    backend_cpu,
     chunks,
     clusters,
     functional,
@@ -30,7 +30,6 @@ from chunked_ce import (
     linear_ops,
     one_pass,
     ops,
-    row_blocks,
 )
 
 _OPERATORS = (ops, one_pass, linear_ops)
@@ -125,9 +124,8 @@ class _NoKernel:
 
 @contextmanager
 def _fake(architecture: str) -> Iterator[None]:
-    """ "meta" is a GPU of that architecture whose kernels do nothing; scratch memory is new."""
+    """ "meta" is a GPU of that architecture whose kernels do nothing."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(row_blocks, "_kept", threading.local()))
         stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))
@@ -137,6 +135,7 @@ def _fake(architecture: str) -> Iterator[None]:
         for name, value in gpu_values.items():
             stack.enter_context(mock.patch.object(gpu, name, lambda device, value=value: value))
         stack.enter_context(mock.patch.object(gpu, "on", lambda device: nullcontext()))
+        stack.enter_context(mock.patch.object(backend_cpu, "_run", lambda *args, **kwargs: None))
         try:
             from chunked_ce import backend_triton
         except ImportError:  # no Triton: then nothing asks for its kernels

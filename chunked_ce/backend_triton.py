@@ -71,6 +71,7 @@ def row_statistics(
                 argmax_ptr=argmax_out,
                 ROWS=launch.FINISH_ROWS,
                 num_warps=max(1, launch.FINISH_ROWS // 32),
+                **launch.COMPILER,
             )
     return RowStatistics(stats, lse_low, mass)
 
@@ -261,6 +262,7 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
                 stride_v=rows.stride[2],
                 upstream_stride=0 if one else upstream.stride(0),
                 BLOCK=block,
+                **launch.COMPILER,
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backend_torch
+from . import backend_cpu, backend_torch
 from .blocks import Head
 from .stats import UNIFORM, ClassWeights, Coefficients, Part, RowStatistics
 
@@ -26,7 +26,11 @@ def row_statistics(
         return backend_triton.row_statistics(
             input, target, ignore_index, vocab_size, head, weights, **wanted
         )
-    options = _options(backend, vocab_size, head)
+    if backend == "cpu":
+        return backend_cpu.row_statistics(
+            input, target, ignore_index, vocab_size, head, weights, **wanted
+        )
+    options = backend_torch.Options(vocab_size, head)
     return backend_torch.row_statistics(input, target, ignore_index, options, weights, **wanted)
 
 
@@ -44,7 +48,9 @@ def row_part(
         from . import triton_part
 
         return triton_part.row_part(input, target, ignore_index, vocab_size, head, **wanted)
-    options = _options(backend, vocab_size, head)._replace(shard=True)
+    if backend == "cpu":
+        return backend_cpu.row_part(input, target, ignore_index, vocab_size, head, **wanted)
+    options = backend_torch.Options(vocab_size, head)._replace(shard=True)
     return backend_torch.row_part(input, target, ignore_index, options, rank=False, **wanted)
 
 
@@ -70,7 +76,11 @@ def logits_gradient(
         from . import backend_triton
 
         return backend_triton.logits_gradient(*given, vocab_size, head, weights, inplace=inplace)
-    options = _options(backend, vocab_size, head)._replace(shard=shard)
+    if backend == "cpu":
+        return backend_cpu.logits_gradient(
+            *given, vocab_size, head, weights, inplace=inplace, shard=shard
+        )
+    options = backend_torch.Options(vocab_size, head)._replace(shard=shard)
     return backend_torch.logits_gradient(*given, options, weights, inplace=inplace)
 
 
@@ -100,8 +110,17 @@ def loss_and_gradient(
             input, target, *losses, ignore_index, vocab_size, head,
             inplace=inplace, on_clusters=clusters.checked(input.device),
         )  # fmt: skip
+    if backend == "cpu":
+        return backend_cpu.loss_and_gradient(
+            input, target, *losses, ignore_index, vocab_size, head, inplace=inplace
+        )
     return backend_torch.loss_and_gradient(
-        input, target, *losses, ignore_index, _options(backend, vocab_size, head), inplace=inplace
+        input,
+        target,
+        *losses,
+        ignore_index,
+        backend_torch.Options(vocab_size, head),
+        inplace=inplace,
     )
 
 
@@ -115,7 +134,3 @@ def scale_(backend: str, grad: Tensor, upstream: Tensor) -> None:
         backend_triton.scale_(grad, upstream)
     elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
         backend_torch.scale_(grad, upstream)
-
-
-def _options(backend: str, vocab_size: int, head: Head) -> backend_torch.Options:
-    return backend_torch.Options(vocab_size, head, compiled=backend == "inductor")

@@ -57,8 +57,8 @@ def binary_cross_entropy_with_logits(
         size_average, reduce: None; torch's deprecated names for `reduction`.
         reduction: "mean" over all logits, "sum" or "none".
         pos_weight: of the positive labels, to be broadcast to `input`; [V] as a rule.
-        ignore_index: what indices are padded with.
-        backend: "auto", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
+        ignore_index: what indices are padded with; beside dense labels only -100.
+        backend: "auto", "cpu", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
 
     Returns:
         The loss, a 0-d tensor, or that of each logit for "none"; float32 (float64 for float64
@@ -76,9 +76,8 @@ def binary_cross_entropy_with_logits(
     checks.label_weight("weight", weight, input)
     checks.label_weight("pos_weight", pos_weight, input)
     ignore_index = checks.ignore_index(ignore_index)
+    checks.no_label_ignored(ignore_index, target)
     backend = choose_backend(backend, input.device)
-    if backend == "inductor":
-        checks.no_compiled_labels()
     loss: Tensor = torch.ops.chunked_ce.binary_loss(
         input, target, weight, pos_weight, ignore_index, reduction == "none", backend
     )

@@ -66,7 +66,7 @@ def _launch(
         gpu.architecture(input.device), classes, input.element_size(),
         contiguous=contiguous, plain=False,
     )  # fmt: skip
-    if not contiguous:  # six addresses of 64 bits a logit
+    if not contiguous or weight is not None or pos_weight is not None:  # 64-bit addresses a logit
         tile = tile._replace(GROUPS=max(1, tile.GROUPS // 2))
     names = ("x", "y", "w", "v", "out", "up")
     given = (input, labels, weight, pos_weight, out, upstream)

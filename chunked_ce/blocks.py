@@ -1,7 +1,6 @@
 """The two inner functions of the plain-PyTorch backend: a block's statistics and its gradient.
 
-Both are functions of [rows, columns] logits alone. Eagerly they run in place in a caller's buffer
-that stays in cache; `torch.compile` fuses the same lines into one loop (`backend="inductor"`).
+Both are functions of [rows, columns] logits alone, and work in a copy of them.
 """
 
 from __future__ import annotations
@@ -53,9 +52,7 @@ def block_statistics(
     inside: Tensor | None,  # [R, 1] whether the target is in this block; None: always
     target_logit: Tensor,  # [R, 1]
     head: Head,
-    buffer: Tensor | None,  # [R, C], overwritten
     clamp: bool,
-    by_maximum: bool,
     weights: Tensor | None,  # [R, C] of `mean_logprob`, overwritten; None: 1
     *,
     entropy: bool,
@@ -63,105 +60,67 @@ def block_statistics(
     rank: bool,
     argmax: bool,
 ) -> Part:
-    """Sums over the block's classes but the target, relative to their maximum or to 0.
-
-    Entropy, for its accuracy, and argmax want the maximum.
-    """
+    """Sums over the block's classes but the target, relative to their maximum."""
     dtype = compute_dtype(x.dtype)
-    m = beaten_by = best = weighted = total = mass = None
-    if by_maximum or rank or mean_logprob or not head.is_identity or x.dtype != dtype:
-        z = head.apply_(_working_copy(x, buffer))
-    else:
-        z = x  # only read
-    if rank or by_maximum:
-        z = _with_target(z, column, inside, float("-inf"), buffer)
+    beaten_by = best = weighted = total = mass = None
+    z = _with_target(head.apply_(x.to(dtype, copy=True)), column, inside, float("-inf"))
     if rank:
         beaten_by = _beaten_by(z, column, inside, target_logit)
-    if by_maximum:
-        if argmax:
-            m, best = z.max(1, keepdim=True)
-            best = best[:, 0]
-        else:
-            m = z.amax(1, keepdim=True)
-        # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
-        z.sub_(m.clamp(min=torch.finfo(dtype).min))
-        m = m[:, 0]
+    if argmax:
+        m, best = z.max(1, keepdim=True)
+        best = best[:, 0]
+    else:
+        m = z.amax(1, keepdim=True)
+    # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
+    z.sub_(m.clamp(min=torch.finfo(dtype).min))
     if mean_logprob:
-        z = _with_target(z, column, inside, 0.0, buffer)
+        z = _with_target(z, column, inside, 0.0)
         if weights is None:
             total = row_sum(z)
             mass = z.shape[1] - (1 if inside is None else inside[:, 0].to(dtype))
         else:
-            own = None if buffer is None else weights
-            weights = _with_target(weights, column, inside, 0.0, own)
+            weights = _with_target(weights, column, inside, 0.0)
             mass = row_sum(weights)
             total = row_sum((weights * z).masked_fill_(weights == 0, 0.0))  # of -inf too
     if clamp:
-        z = torch.clamp(z, lowest_exponent(dtype), -lowest_exponent(dtype), out=buffer)
+        z.clamp_(lowest_exponent(dtype), -lowest_exponent(dtype))
     shifted = z.clamp(min=lowest_exponent(dtype)) if entropy else None
-    e = _with_target(torch.exp(z, out=buffer), column, inside, 0.0, buffer)
+    e = _with_target(z.exp_(), column, inside, 0.0)
     if shifted is not None:
         weighted = row_sum(shifted.mul_(e))
-    return Part(m, row_sum(e), weighted, total, mass, beaten_by, best)
-
-
-def block_sums(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """[R] maximum and sum of exp(z - m) over all classes of a block, in the form compilers fuse."""
-    z = head.apply_(x.to(compute_dtype(x.dtype), copy=True))
-    m = z.amax(1, keepdim=True)
-    return m[:, 0], (z - m.clamp(min=torch.finfo(z.dtype).min)).exp().sum(1)
+    return Part(m[:, 0], row_sum(e), weighted, total, mass, beaten_by, best)
 
 
 def block_gradient(
     x: Tensor,  # [R, C]
-    column: Tensor | None,  # None: leave the target to the caller
+    column: Tensor,
     inside: Tensor | None,
-    reference: Tensor | None,  # [R, 1], subtracted from z before exp; as are the parts of `rows`
+    reference: Tensor,  # [R, 1], subtracted from z before exp; as are the parts of `rows`
     rows: RowGradient,
     head: Head,
-    buffer: Tensor | None,
     clamp: bool,
     weights: Tensor | None,  # [R, C], of `rows.u`; None: 1
 ) -> Tensor:
-    slope = None if head.is_identity else head.derivative(x)  # `x` may be overwritten from here on
     dtype = compute_dtype(x.dtype)
-    z = x if head.is_identity and x.dtype == dtype else head.apply_(_working_copy(x, buffer))
-    if reference is not None:
-        z = torch.sub(z, reference, out=buffer)
+    z = head.apply_(x.to(dtype, copy=True)).sub_(reference)
     if clamp:
-        z = torch.clamp(z, min=lowest_exponent(dtype), out=buffer)
+        z.clamp_(min=lowest_exponent(dtype))
     factor = rows.scale
     if rows.slope is not None:
         finite = z.clamp(min=lowest_exponent(dtype))  # 0 * -inf would be NaN
         factor = finite.mul_(rows.slope).add_(rows.scale)
-    p = torch.exp(z, out=buffer)
+    p = z.exp_()
     if clamp:  # what was clamped has p = 0
         torch.threshold_(p, 2 * torch.finfo(p.dtype).tiny, 0.0)
     grad = p.mul_(factor)
     if rows.u is not None:
         grad = grad.add_(rows.u) if weights is None else grad.addcmul_(rows.u, weights)
-    if column is not None:
-        grad = _with_target(grad, column, inside, rows.at_target, buffer)
-    return grad if slope is None else grad.mul_(slope)
+    grad = _with_target(grad, column, inside, rows.at_target)
+    return grad if head.is_identity else grad.mul_(head.derivative(x))
 
 
-def _working_copy(x: Tensor, buffer: Tensor | None) -> Tensor:
-    """`x` in the compute dtype, to be overwritten.
-
-    In `buffer`, which may be `x`, or a new tensor.
-    """
-    if buffer is None:
-        return x.to(compute_dtype(x.dtype), copy=True)
-    return buffer if buffer.data_ptr() == x.data_ptr() else buffer.copy_(x)
-
-
-def _with_target(
-    z: Tensor, column: Tensor, inside: Tensor | None, value: float | Tensor, buffer: Tensor | None
-) -> Tensor:
-    """`z` with `value` at the targets: in place, or as a comparison, which a compiler can fuse."""
-    if buffer is None:
-        at = torch.arange(z.shape[1], device=z.device) == column
-        return torch.where(at if inside is None else at & inside, value, z)
+def _with_target(z: Tensor, column: Tensor, inside: Tensor | None, value: float | Tensor) -> Tensor:
+    """`z` with `value` at the targets, in place."""
     if inside is not None:
         value = torch.where(inside, value, z.gather(1, column))
     return z.scatter_(1, column, value)

@@ -40,10 +40,15 @@ def supported(device: torch.device) -> bool:
     """Clusters need sm_90 or later and Triton 3.8 or later."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
+    return triton_has_them() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def triton_has_them() -> bool:
+    """Up to 3.7 the compiler fails on a reduction across CTAs."""
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return version >= (3, 8) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return version >= (3, 8)
 
 
 def check(device: torch.device) -> bool:

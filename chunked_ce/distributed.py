@@ -23,7 +23,15 @@ from .linear import CHUNK_BYTES, autocast
 from .ops import check_targets
 from .reduction import reduction_of
 from .shard_autograd import Options, linear_shard_stats, shard_stats
-from .shards import Shard, Wanted, check_agreement, shard_of
+from .shards import (
+    Shard,
+    Wanted,
+    check_agreement,
+    local_parts,
+    placements_of_rows,
+    plain,
+    shard_of,
+)
 from .stats import TokenStats, token_loss
 
 __all__ = [
@@ -59,8 +67,10 @@ def vocab_parallel_token_stats(
     Args:
         input: this rank's logits [..., C]; float16, bfloat16, float32 or float64, any strides. Or
             a DTensor [..., V] with one Shard(-1), which brings its own group and its own
-            vocab_start.
-        target: class indices [...] in the whole vocabulary, the same on every rank.
+            vocab_start. Where other dimensions of its mesh shard the rows (data parallelism), the
+            result is that of this rank's rows.
+        target: class indices [...] in the whole vocabulary, the same on every rank of the group;
+            a plain tensor, or a DTensor placed as the rows of `input`.
         group: the ranks among which the vocabulary is divided, in the order of the classes; None
             is the default process group.
         vocab_start: first class of this rank; None where all ranks hold equally many.
@@ -76,7 +86,8 @@ def vocab_parallel_token_stats(
         RuntimeError: no process group.
         TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`; and on every rank
             alike where ranks disagree on the targets, the options or the vocabulary, or on whether
-            hidden states require a gradient, or where shards leave classes out. That takes a small
+            hidden states require a gradient, where shards overlap or leave classes out, or where
+            they are copies without `vocab_start` (gathered logits). That takes a small
             exchange of its own, on a CPU always; on a GPU, where it means waiting, with
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment.
     """
@@ -192,8 +203,10 @@ def vocab_parallel_linear_cross_entropy(
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.target_indices(target)
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
-    (weight, bias), group, vocab_start, vocab_size = _local(head, 0, group, vocab_start, vocab_size)
-    input, target = _plain("input", input), _plain("target", target)
+    (weight, bias), group, vocab_start, vocab_size = local_parts(
+        head, 0, group, vocab_start, vocab_size
+    )
+    input, target = plain("input", input, None), plain("target", target, None)
     checks.hidden_states(input)
     checks.shard_of_weight(weight, input, target)
     checks.linear_bias(bias, weight)
@@ -201,10 +214,12 @@ def vocab_parallel_linear_cross_entropy(
     num_items = checks.num_items(num_items, reduction, input)
     input, weight, bias = autocast(input, weight, bias)
     shard = shard_of(weight.shape[0], group, vocab_start, vocab_size)
+    contents = weight.t() if vocab_start is None else None
     row_bytes = -(-max(1, shard.columns) * weight.element_size() // 128) * 128
     rows = checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, CHUNK_BYTES)
     options = _options(
-        _Call(input, target, shard, weight.shape[0]), Wanted(mean_logprob=label_smoothing > 0),
+        _Call(input, target, shard, weight.shape[0], contents),
+        Wanted(mean_logprob=label_smoothing > 0),
         ignore_index, softcap, logit_scale, False, backend,
         (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
         input_gradient=input.requires_grad and torch.is_grad_enabled(),
@@ -226,6 +241,7 @@ class _Call(NamedTuple):
     target: Tensor
     shard: Shard
     columns: int  # of this rank, padding included
+    contents: Tensor | None  # [..., C]: what copies are told by; None where they may be meant
 
 
 def _of_logits(
@@ -236,13 +252,15 @@ def _of_logits(
     vocab_size: int | None,
 ) -> _Call:
     checks.target_indices(target)
-    (local,), group, vocab_start, vocab_size = _local(
-        dict(input=input), -1, group, vocab_start, vocab_size
+    rows = placements_of_rows(input) if is_dtensor(input) else None
+    (local,), group, vocab_start, vocab_size = local_parts(
+        dict(input=input), -1, group, vocab_start, vocab_size, rows=True
     )
-    target = _plain("target", target)
+    target = plain("target", target, rows)
     checks.shard_of_logits(local, target)
     columns = local.shape[-1]
-    return _Call(local, target, shard_of(columns, group, vocab_start, vocab_size), columns)
+    shard = shard_of(columns, group, vocab_start, vocab_size)
+    return _Call(local, target, shard, columns, local if vocab_start is None else None)
 
 
 def _options(
@@ -264,39 +282,8 @@ def _options(
     on_host = call.target.device.type == "cpu"
     agreed = (ignore_index, head, *of_loss)
     check_agreement(
-        call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient
-    )
+        call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient,
+        call.contents,
+    )  # fmt: skip
     check_targets(call.target, call.shard.vocab_size, ignore_index, free=on_host)
     return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)
-
-
-def _local(
-    tensors: dict[str, Any],
-    dim: int,
-    group: dist.ProcessGroup | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
-) -> tuple[list[Any], dist.ProcessGroup | None, int | None, int | None]:
-    """This rank's part of tensors whose dimension `dim` holds the classes, and where it lies."""
-    first_name, first = next(iter(tensors.items()))
-    if not is_dtensor(first):
-        return list(tensors.values()), group, vocab_start, vocab_size
-    checks.mesh_only(group, vocab_start)
-    mesh, classes = first.device_mesh, first.shape[dim]
-    mesh_dim = checks.placements(first_name, first, dim % first.dim())
-    for name, t in tensors.items():
-        if is_dtensor(t):
-            checks.placements(name, t, dim % t.dim())
-    local = [t.to_local() if is_dtensor(t) else t for t in tensors.values()]
-    size = -(-classes // mesh.size(mesh_dim))  # as torch.chunk cuts
-    start = min(mesh.get_local_rank(mesh_dim) * size, classes)
-    vocab_size = classes if vocab_size is None else vocab_size
-    return local, mesh.get_group(mesh_dim), start, vocab_size
-
-
-def _plain(name: str, t: Any) -> Any:
-    """What every rank holds whole."""
-    if not is_dtensor(t):
-        return t
-    checks.whole(name, t)
-    return t.to_local()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import clusters, functional, gpu
+from . import clusters, cpu_library, functional, gpu
 from .functional import choose_backend
 from .self_check import checks_of
 
@@ -34,17 +34,13 @@ class Finding(NamedTuple):
     ok: bool = True
 
 
-def examine(*, inductor: bool = False) -> Iterator[Finding]:
-    """Everything, as it is found out; seconds on a CPU, and what the kernels' compiling takes.
-
-    Args:
-        inductor: also checks backend="inductor", which compiles for minutes.
-    """
+def examine() -> Iterator[Finding]:
+    """Everything, as it is found out; seconds on a CPU, and what the kernels' compiling takes."""
     yield from _versions()
     for device in _devices():
         yield from _device(device)
     for device in _devices():
-        for backend in _backends(device, inductor):
+        for backend in _backends(device):
             yield from _operators(device, backend)
 
 
@@ -110,14 +106,29 @@ def _properties(device: torch.device) -> Any:
 
 def _reason(device: torch.device, backend: str) -> str:
     if device.type == "cpu":
-        return "the kernels need a GPU" + (
-            ", or backend='triton' now that they are interpreted"
-            if functional._INTERPRETED and functional._TRITON_INSTALLED
-            else ""
+        return (
+            _built()
+            + "; Triton's kernels need a GPU"
+            + (
+                ", or backend='triton' now that they are interpreted"
+                if functional._INTERPRETED and functional._TRITON_INSTALLED
+                else ""
+            )
         )
     if backend == "triton":
         return "a GPU, and triton is installed"
     return "triton is not installed; with it (pip install 'chunked-ce[triton]') the kernels run"
+
+
+def _built() -> str:
+    """Which of the CPU kernels there are, and which is in use."""
+    names = [file.stem.removeprefix("cpu_") for file in cpu_library.built()]
+    if not names:
+        return "the kernels in C were not built: no C compiler when chunked-ce was installed"
+    file, built = cpu_library.path(), ", ".join(names)
+    if file is None or not cpu_library.is_there():
+        return f"kernels in C built for {built}, of which none can be loaded"
+    return f"kernels in C built for {built}; in use: {file.stem.removeprefix('cpu_')}"
 
 
 def _launch_row(device: torch.device) -> str:
@@ -146,8 +157,10 @@ def _attempt(section: str, what: str, find_out: Callable[[], str]) -> Finding:
     return Finding(section, what, result + (f" ({taken:.1f} s)" if taken >= 1 else ""), ok)
 
 
-def _backends(device: torch.device, inductor: bool) -> list[str]:
-    names = ["torch", "inductor"] if inductor else ["torch"]
+def _backends(device: torch.device) -> list[str]:
+    names = ["torch"]
+    if device.type == "cpu" and cpu_library.is_there():
+        names.insert(0, "cpu")
     if functional._TRITON_INSTALLED and (device.type != "cpu" or functional._INTERPRETED):
         names.insert(0, "triton")
     return names
@@ -156,8 +169,6 @@ def _backends(device: torch.device, inductor: bool) -> list[str]:
 def _operators(device: torch.device, backend: str) -> Iterator[Finding]:
     section = f"operators, {device}, {backend}"
     for name, check in checks_of(device, backend).items():
-        if backend == "inductor":
-            torch.compiler.reset()  # past a limit of recompilations it would run uncompiled
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{name}, {str(dtype).removeprefix('torch.')}"
             yield _attempt(section, what, lambda c=check, d=dtype: c(device, backend, d))  # type: ignore[misc]

@@ -11,13 +11,12 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, cpu_library
 from .blocks import compute_dtype
-from .few_rows import loss_of_few_rows
 from .one_pass import one_pass_loss
 from .ops import Classes, as_stats
 from .reduction import reduction_of
-from .stats import TokenStats, with_z_loss
+from .stats import TokenStats
 from .targets import AnyTarget, answer_of, target_of, with_token_weight
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -70,7 +69,7 @@ def token_stats(
         inplace_backward: backward writes the gradient over `input`. Saves N·V elements; the logits
             are gone afterwards, and autograd raises if another backward still needs them. Under
             torch.compile, which cannot tell, the gradient gets memory of its own.
-        backend: "auto", "torch", "inductor" (the torch backend compiled) or "triton".
+        backend: "auto", "cpu" (kernels in C), "torch" (any device) or "triton".
 
     Returns:
         TokenStats of shape [...]: float32 (float64 for float64 logits), int64 for rank and argmax;
@@ -147,11 +146,13 @@ def cross_entropy(
         weight: class weights [V]. They scale the cross-entropy, not the z-loss; with class indices
             the mean is the weighted mean.
         size_average, reduce: None; torch's deprecated names for `reduction`.
-        ignore_index: class index of rows that count for nothing.
+        ignore_index: class index of rows that count for nothing; with class probabilities, which
+            name none, a class is an error, as in torch.
         reduction: "mean" over the tokens that are not ignored, "sum" or "none".
         label_smoothing: from 0 to 1.
         dim: the class dimension, 1 as in torch; for [B, T, V] logits pass -1.
-        z_loss_weight: factor of lse².
+        z_loss_weight: factor of lse². With class weights, "mean" averages it over the tokens that
+            count, not over their class weights: those do not change it.
         softcap, logit_scale, vocab_size: see :func:`token_stats`.
         token_weight: weight of each token's whole loss, [...] as class indices; "mean" is then the
             weighted mean.
@@ -177,24 +178,11 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
-    without_options = (
-        not torch.compiler.is_compiling()  # first, for a tracer guards whatever else is asked
-        and weight is size_average is reduce is token_weight is num_items is None
-        and softcap is vocab_size is None
-        and spread_rest is inplace_backward is grad_in_forward is False
-        and type(label_smoothing) is type(z_loss_weight) is type(logit_scale) is float
-        and (label_smoothing, z_loss_weight, logit_scale) == (0.0, 0.0, 1.0)
-        and type(backend) is str
-        and backend in ("auto", "torch")
-    )
-    if without_options:
-        loss = loss_of_few_rows(input, target, ignore_index, reduction, dim)
-        if loss is not None:
-            return loss
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.logits(input)
     dim = checks.class_dimension(input, dim)
     checks.target(input, target, dim)
+    checks.no_class_ignored(ignore_index, target)
     input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
@@ -227,7 +215,7 @@ def cross_entropy(
         False, goal.wants_mean_logprob, False, False, inplace_backward,
     )  # fmt: skip
     answer = answer_of(outputs)
-    return how.of(with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight))
+    return how.with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight)
 
 
 def _wants_gradient(input: Tensor) -> bool:
@@ -263,6 +251,10 @@ def choose_backend(backend: str, device: torch.device) -> str:
             installed=_TRITON_INSTALLED,
             interpreted=_INTERPRETED,
         )
+    if backend == "cpu":
+        checks.cpu_can_run(device, built=cpu_library.is_there())
     if backend == "auto":
-        return "triton" if device.type in ("cuda", "xpu") and _TRITON_INSTALLED else "torch"
+        if device.type in ("cuda", "xpu") and _TRITON_INSTALLED:
+            return "triton"
+        return "cpu" if device.type == "cpu" and cpu_library.is_there() else "torch"
     return backend

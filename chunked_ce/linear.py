@@ -13,7 +13,7 @@ from .blocks import compute_dtype
 from .functional import choose_backend
 from .ops import Classes, as_stats
 from .reduction import Reduction, reduction_of
-from .stats import TokenStats, with_z_loss
+from .stats import TokenStats
 from .targets import AnyTarget, ClassIndices, Target, answer_of, target_of, with_token_weight
 
 CHUNK_BYTES = 256 << 20
@@ -130,7 +130,7 @@ def linear_cross_entropy(
         target: class indices [...], class probabilities [..., V], or the pair (indices [..., K],
             probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
         linear_bias: [V] (or [V, d1, ...]) or None.
-        ignore_index: None is -100, as in torch.
+        ignore_index: None is -100, as in torch; with class probabilities only None.
         others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
 
     Returns:
@@ -145,6 +145,7 @@ def linear_cross_entropy(
     checks.linear_weight(linear_weight, input, dims=True)
     checks.linear_bias(linear_bias, linear_weight)
     checks.linear_target(input, linear_weight, target)
+    checks.no_ignore_index(ignore_index, target)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
@@ -177,7 +178,7 @@ def linear_cross_entropy(
             wanted = (False, goal.wants_mean_logprob, False, False)
             outputs = _outputs(input, head, bias, index, goal.classes, shared, wanted)
             answer = answer_of(outputs)
-            return how.of(with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight))
+            return how.with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight)
         of_tokens = None if how.weight is None else how.weight.reshape(-1)
         reuse = not torch.compiler.is_compiling()
         loss: Tensor  # autograd fills in which gradients are wanted

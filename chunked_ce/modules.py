@@ -160,10 +160,10 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.known_options(options, _OPTIONS + _LINEAR_OPTIONS)
-        checks.weight_of_classes(weight)
+        checks.weight_of_head(weight, num_classes, options.get("vocab_size"))
         checks.reduction(reduction)
         self.label_smoothing = checks.label_smoothing(label_smoothing)
-        self.ignore_index = checks.ignore_index(-100 if ignore_index is None else ignore_index)
+        self.ignore_index = None if ignore_index is None else checks.ignore_index(ignore_index)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.reduction, self.options = reduction, options
         self.register_buffer("weight", weight)
@@ -196,5 +196,5 @@ class LinearCrossEntropyLoss(nn.Module):
         said = [f"in_features={self.linear.in_features}", f"num_classes={self.num_classes}"]
         if self.out_features:
             said.append(f"out_features={self.out_features}")
-        defaults = dict(reduction="mean", ignore_index=-100, label_smoothing=0.0)
+        defaults = dict(reduction="mean", ignore_index=None, label_smoothing=0.0)
         return ", ".join(said + _said(self, defaults, self.options))

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .stats import is_scored
+from .stats import is_scored, with_z_loss
 
 
 class Reduction(NamedTuple):
     name: str  # "mean", "sum" or "none"
     weight: Tensor | None  # of each token, 0 where ignored; None: 1
     divisor: Tensor | None  # of the sum, []; None: 1
+    z_divisor: Tensor | None = None  # of the z-losses' sum; None: as `divisor`
 
     def of(self, loss: Tensor) -> Tensor:
         """The loss, from those of the tokens (0 where ignored)."""
@@ -22,6 +23,13 @@ class Reduction(NamedTuple):
         if self.name == "none":
             return loss + 0.0  # an ignored token's -0 becomes 0
         return loss.sum() if self.divisor is None else loss.sum() / self.divisor
+
+    def with_z_loss(self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
+        """The loss; under class weights the z-loss is averaged over tokens."""
+        if self.z_divisor is None or z_loss_weight == 0:
+            return self.of(with_z_loss(cross_entropy, lse, z_loss_weight))
+        of_z = self._replace(divisor=self.z_divisor)
+        return self.of(cross_entropy) + of_z.of(z_loss_weight * lse.square())
 
     def known_before_backward(self, dtype: torch.dtype) -> bool:
         """Whether gradients of logits of `dtype` may be rounded when their weights are known.
@@ -49,9 +57,10 @@ def reduction_of(
 ) -> Reduction:
     """The reduction of losses [...] in `dtype`, on target's device, without waiting for it.
 
-    counts: [...] what each token counts for in a mean, besides its weight; None: 1.
+    counts: [...] what each token's cross-entropy counts for in a mean, besides its weight;
+        None: 1. Its z-loss counts for 1.
     """
-    weight = divisor = None
+    weight = divisor = z_divisor = None
     if token_weight is not None:
         weight = torch.where(is_scored(target, ignore_index), token_weight.to(dtype), 0.0)
     if isinstance(num_items, Tensor):
@@ -61,4 +70,5 @@ def reduction_of(
     elif name == "mean":
         counted = is_scored(target, ignore_index) if weight is None else weight
         divisor = (counted if counts is None else counted * counts.to(dtype)).sum()
-    return Reduction(name, weight, divisor)
+        z_divisor = None if counts is None else counted.sum()
+    return Reduction(name, weight, divisor, z_divisor)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .blocks import compute_dtype
 
 
 class Block(NamedTuple):
@@ -75,11 +72,6 @@ def _most_together(elements: int) -> int:
     return elements * 4 // 3
 
 
-def largest_block(columns: int, elements: int) -> int:
-    """Of the `blocks` of any number of rows."""
-    return max(_most_together(elements), min(columns, longest_row(elements)))
-
-
 def longest_row(elements: int) -> int:
     """Which is not cut into pieces."""
     return 2 * elements
@@ -110,52 +102,3 @@ def mergeable(*tensors: Tensor) -> int:
 
 def two_dimensional(block: Tensor) -> Tensor:
     return block if block.dim() == 2 else block.reshape(-1, block.shape[-1])
-
-
-_kept = threading.local()
-_NOTHING: tuple[Tensor | None, object] = None, None
-
-
-class Scratch:
-    """Memory for the work on one block after another.
-
-    The CPU keeps the latest, one per thread: touching fresh pages would cost more than the
-    arithmetic. Whoever works in it has it alone, until it is left to the next: a signal handler or
-    a finalizer that computes a loss in the midst of another's block gets memory of its own. After
-    an exception in that midst there is none to take over, and the next allocates it.
-    """
-
-    __slots__ = ("_found", "_memory")
-
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        memory, self._found = _NOTHING
-        if device.type == "cpu" and dtype == torch.float32:
-            memory, self._found = _kept.__dict__.pop("memory", _NOTHING)
-        if memory is None or memory.numel() < elements:
-            with torch.inference_mode(False):  # made within, it could not be written to outside
-                memory, self._found = torch.empty(elements, dtype=dtype, device=device), None
-        self._memory: Tensor = memory
-
-    def leave(self) -> object:
-        """To the next. Returns by what that one may know what this one left."""
-        left = object()
-        if self._memory.is_cpu and self._memory.dtype == torch.float32:
-            _kept.memory = self._memory, left
-        return left
-
-    def holds(self, left: object) -> bool:
-        """Whether nobody had the memory since this was left there; None: nothing was."""
-        return left is not None and self._found is left
-
-    @classmethod
-    def of_blocks(cls, x: Tensor, columns: int, elements: int) -> Scratch:
-        """Memory for any of the `blocks` of the first columns of x [..., V]."""
-        most = min(x.shape[:-1].numel() * columns, largest_block(columns, elements))
-        return cls(most, compute_dtype(x.dtype), x.device)
-
-    def like(self, block: Tensor) -> Tensor:
-        """[rows, columns] for a block of that many, in its order of memory."""
-        columns = block.shape[-1]
-        rows = block.numel() // columns
-        by_column = block.stride(-1) != 1 and block.dim() > 1 and block.stride(-2) == 1
-        return self._memory.as_strided((rows, columns), (1, rows) if by_column else (columns, 1))

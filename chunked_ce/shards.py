@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from . import backends, checks
 from .blocks import Head, compute_dtype
-from .checks.values import LOGIT_DTYPES
+from .checks.values import LOGIT_DTYPES, is_dtensor
 from .collectives import all_gather
 from .stats import Part, TokenStats, blank, finish, is_scored, merge
 
+SAMPLED_ROWS = 16  # by which copies of a shard are told: a whole one would be read once more
 IGNORED, ELSEWHERE = -100, -1  # among local targets, which are classes of the shard otherwise
 
 
@@ -60,6 +61,47 @@ def shard_of(
     return Shard(group, start, min(max(size - start, 0), columns), size)
 
 
+def local_parts(
+    tensors: dict[str, Any],
+    dim: int,
+    group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    rows: bool = False,
+) -> tuple[list[Any], dist.ProcessGroup | None, int | None, int | None]:
+    """This rank's part of tensors whose dimension `dim` holds the classes, and where it lies."""
+    first_name, first = next(iter(tensors.items()))
+    if not is_dtensor(first):
+        return list(tensors.values()), group, vocab_start, vocab_size
+    checks.mesh_only(group, vocab_start)
+    mesh, classes = first.device_mesh, first.shape[dim]
+    mesh_dim = checks.placements(first_name, first, dim % first.dim(), rows)
+    for name, t in tensors.items():
+        if is_dtensor(t):
+            checks.placements(name, t, dim % t.dim(), rows)
+    local = [t.to_local() if is_dtensor(t) else t for t in tensors.values()]
+    size = -(-classes // mesh.size(mesh_dim))  # as torch.chunk cuts
+    start = min(mesh.get_local_rank(mesh_dim) * size, classes)
+    vocab_size = classes if vocab_size is None else vocab_size
+    return local, mesh.get_group(mesh_dim), start, vocab_size
+
+
+def placements_of_rows(logits: Any) -> tuple[Any, ...]:
+    """Those of a DTensor, without its classes."""
+    from torch.distributed.tensor import Replicate
+
+    last = logits.dim() - 1
+    return tuple(Replicate() if p.is_shard(last) else p for p in logits.placements)
+
+
+def plain(name: str, t: Any, rows: tuple[Any, ...] | None) -> Any:
+    """What every rank of the group holds whole; `rows`: what else the mesh does with them."""
+    if not is_dtensor(t):
+        return t
+    checks.placed_as_rows(name, t, rows)
+    return t.to_local()
+
+
 def check_agreement(
     shard: Shard,
     columns: int,
@@ -68,8 +110,9 @@ def check_agreement(
     wanted: Wanted,
     options: tuple[object, ...],
     input_gradient: bool,
+    contents: Tensor | None,  # [..., C]
 ) -> None:
-    """Whether all ranks bring the same rows and options, and together every class.
+    """Whether all ranks bring the same rows and options, and together every class once.
 
     Where that is not free, but means waiting for a GPU, the user says when to.
     """
@@ -80,9 +123,23 @@ def check_agreement(
     options_told = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
     fields = [len(flat), shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
     fields += [int(_checksum(flat)), zlib.crc32(options_told.encode()), int(input_gradient)]
+    fields += [0 if contents is None or not shard.columns else _fingerprint(contents)]
     mine = torch.tensor(fields, device=input.device)
     reports = all_gather(mine, shard.group).tolist()
     checks.shards_agree([checks.ShardReport(*report) for report in reports])
+
+
+def _fingerprint(classes: Tensor) -> int:
+    """Of the bits of some rows [..., C]; 0 where no row differs from class to class.
+
+    Shards of a head of zeros are equal without being copies.
+    """
+    rows = classes.detach().reshape(-1, classes.shape[-1])
+    rows = rows[:: max(1, len(rows) // SAMPLED_ROWS)].contiguous()
+    if not len(rows) or bool((rows == rows[:, :1]).all()):
+        return 0
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    return int(_checksum(rows.view(bits))) or 1
 
 
 def _checksum(values: Tensor) -> float:

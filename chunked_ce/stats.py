@@ -209,33 +209,6 @@ def finish(
     return RowStatistics(TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low, mass)
 
 
-def finish_from_zero(part: Part, e_target: Tensor) -> RowStatistics:
-    """`finish` where the sums refer to 0, not to a maximum: s = sum exp z over the other classes.
-
-    Holds where neither s nor exp(z_target) leaves the range of normal numbers.
-    """
-    loss = loss_from_zero(part.s, e_target)
-    lse, lse_low = lse_from_zero(part.s + e_target)
-    return RowStatistics(TokenStats(lse, loss.neg_(), rank=part.beaten_by), lse_low)
-
-
-def loss_from_zero(s: Tensor, e_target: Tensor) -> Tensor:
-    return (s / e_target).log1p_()
-
-
-def lse_from_zero(total: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse, what rounding took from it), of which `inverse_total` makes 1 / total."""
-    lse = total.log()
-    rounded = (-lse).exp()
-    return lse, (rounded - total.reciprocal()) / rounded
-
-
-def inverse_total(lse: Tensor, lse_low: Tensor) -> Tensor:
-    """1 / sum exp z; to the last bit where `lse_from_zero` rounded it."""
-    rounded = (-lse).exp()
-    return rounded - rounded * lse_low
-
-
 def blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
     """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
     return TokenStats(

@@ -26,29 +26,15 @@ from .streaming import (
 
 
 @triton.jit
-def row_of(
-    ptr, row, offset, inner_rows, stride_outer, stride_inner,
-):  # fmt: skip
-    """A row's first element; None of None."""
-    if ptr is not None:
-        ptr += row_start(row, offset, inner_rows, stride_outer, stride_inner)
-    return ptr
-
-
-@triton.jit
-def moved(ptr, columns, stride_v):
-    """A pointer so many columns further; None of None."""
-    if ptr is not None:
-        ptr += columns * stride_v
-    return ptr
-
-
-@triton.jit
 def label_terms(
-    y_ptr, w_ptr, v_ptr, columns, valid, y_stride_v, w_stride_v, v_stride_v,
+    y_ptr, w_ptr, v_ptr, columns, first_column, valid, y_stride_v, w_stride_v, v_stride_v,
     Y_CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(w (1 - y), w v y), 0 where not valid."""
+    """(w (1 - y), w v y), 0 where not valid.
+
+    y_ptr is the label of column `first_column`; w_ptr and v_ptr are those of column 0.
+    """
+    row_columns = (first_column + columns).to(tl.int64)
     negative = tl.where(valid, 1.0, 0.0).to(DTYPE)
     positive = tl.zeros(columns.shape, DTYPE)
     if y_ptr is not None:
@@ -59,10 +45,10 @@ def label_terms(
         else:
             negative -= positive
     if v_ptr is not None:
-        v = tl.load(v_ptr + columns * v_stride_v, mask=valid, other=0.0).to(DTYPE)
+        v = tl.load(v_ptr + row_columns * v_stride_v, mask=valid, other=0.0).to(DTYPE)
         positive *= v
     if w_ptr is not None:
-        w = tl.load(w_ptr + columns * w_stride_v, mask=valid, other=0.0).to(DTYPE)
+        w = tl.load(w_ptr + row_columns * w_stride_v, mask=valid, other=0.0).to(DTYPE)
         negative *= w
         positive *= w
     return negative, positive
@@ -156,11 +142,25 @@ def binary_kernel(
     start = row_start(row, x_offset, inner_rows, x_stride_outer, x_stride_inner)
     head, body = row_window(start, classes, WIDTH, CONTIGUOUS)
     x_row = x_ptr + start
-    y_row = row_of(y_ptr, row, y_offset, inner_rows, y_stride_outer, y_stride_inner)
-    w_row = row_of(w_ptr, row, w_offset, inner_rows, w_stride_outer, w_stride_inner)
-    v_row = row_of(v_ptr, row, v_offset, inner_rows, v_stride_outer, v_stride_inner)
-    out_row = row_of(out_ptr, row, out_offset, inner_rows, out_stride_outer, out_stride_inner)
-    up_row = row_of(upstream_ptr, row, up_offset, inner_rows, up_stride_outer, up_stride_inner)
+    # Aligned only as a whole: a tile's offset is a multiple of WIDTH from a body's start.
+    x_body = x_ptr + body_start(start, head, x_stride_v, WIDTH, CONTIGUOUS)
+    # In the kernel, for up to Triton 3.6 a device function cannot return None.
+    y_row, y_body, w_row, v_row = y_ptr, y_ptr, w_ptr, v_ptr
+    out_row, out_body, up_row = out_ptr, out_ptr, upstream_ptr
+    if y_ptr is not None:
+        y_start = row_start(row, y_offset, inner_rows, y_stride_outer, y_stride_inner)
+        y_row += y_start
+        y_body += body_start(y_start, head, y_stride_v, WIDTH, Y_ALIGNED)
+    if w_ptr is not None:
+        w_row += row_start(row, w_offset, inner_rows, w_stride_outer, w_stride_inner)
+    if v_ptr is not None:
+        v_row += row_start(row, v_offset, inner_rows, v_stride_outer, v_stride_inner)
+    if out_ptr is not None:
+        out_start = row_start(row, out_offset, inner_rows, out_stride_outer, out_stride_inner)
+        out_row += out_start
+        out_body += body_start(out_start, head, out_stride_v, WIDTH, OUT_ALIGNED)
+    if upstream_ptr is not None:
+        up_row += row_start(row, up_offset, inner_rows, up_stride_outer, up_stride_inner)
     labels = tl.full([LABELS], 2147483647, tl.int32)
     label_row = label_ptr
     if label_ptr is not None:
@@ -168,16 +168,6 @@ def binary_kernel(
         label_row += tl.cast(row, tl.int64) * labels_per_row
         labels = tl.load(label_row + k, mask=k < labels_per_row, other=2147483647)
 
-    # Aligned only as a whole: a tile's offset is a multiple of WIDTH from here.
-    x_body = x_ptr + body_start(start, head, x_stride_v, WIDTH, CONTIGUOUS)
-    y_body = y_row
-    if y_ptr is not None:
-        y_start = row_start(row, y_offset, inner_rows, y_stride_outer, y_stride_inner)
-        y_body = y_ptr + body_start(y_start, head, y_stride_v, WIDTH, Y_ALIGNED)
-    out_body = out_row
-    if out_ptr is not None:
-        out_start = row_start(row, out_offset, inner_rows, out_stride_outer, out_stride_inner)
-        out_body = out_ptr + body_start(out_start, head, out_stride_v, WIDTH, OUT_ALIGNED)
     begin = segment * SEGMENT
     length = tl.minimum(body - begin, SEGMENT)
     total = tl.zeros([GROUPS], DTYPE)
@@ -190,11 +180,12 @@ def binary_kernel(
         z = tl.load(x_body + at(tile, x_stride_v, CONTIGUOUS), mask=valid, other=0.0).to(DTYPE)
         x_body += step(GROUPS * WIDTH, x_stride_v, CONTIGUOUS)
         negative, positive = label_terms(
-            y_body, moved(w_row, head, w_stride_v), moved(v_row, head, v_stride_v), columns,
-            valid, y_stride_v, w_stride_v, v_stride_v, Y_CONTIGUOUS, DTYPE,
+            y_body, w_row, v_row, columns, head, valid, y_stride_v, w_stride_v, v_stride_v,
+            Y_CONTIGUOUS, DTYPE,
         )  # fmt: skip
         if GRADIENT:
-            up = tl.load(up_row + (head + columns) * up_stride_v, mask=valid, other=0.0)
+            up_columns = (head + columns).to(tl.int64)
+            up = tl.load(up_row + up_columns * up_stride_v, mask=valid, other=0.0)
             value = slopes(z, negative, positive) * up.to(DTYPE)
         else:
             value = losses(z, negative, positive)
@@ -216,11 +207,12 @@ def binary_kernel(
         edge, valid = apart(head, body, classes, -1, WIDTH)
         z = tl.load(x_row + edge.to(tl.int64) * x_stride_v, mask=valid, other=0.0).to(DTYPE)
         negative, positive = label_terms(
-            y_row, w_row, v_row, edge, valid, y_stride_v, w_stride_v, v_stride_v, Y_CONTIGUOUS,
+            y_row, w_row, v_row, edge, 0, valid, y_stride_v, w_stride_v, v_stride_v, Y_CONTIGUOUS,
             DTYPE,
         )  # fmt: skip
         if GRADIENT:
-            up = tl.load(up_row + edge * up_stride_v, mask=valid, other=0.0).to(DTYPE)
+            up_columns = edge.to(tl.int64)
+            up = tl.load(up_row + up_columns * up_stride_v, mask=valid, other=0.0).to(DTYPE)
             value = slopes(z, negative, positive) * up
         else:
             value = losses(z, negative, positive)

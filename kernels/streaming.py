@@ -47,7 +47,7 @@ def row_window(start, columns, WIDTH: tl.constexpr, CONTIGUOUS: tl.constexpr):
 @triton.jit
 def body_start(start, head, stride_v, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     """Offset of a row's body, which the compiler cannot see to be a multiple of WIDTH."""
-    offset = start + head * stride_v
+    offset = start + head.to(tl.int64) * stride_v
     return tl.multiple_of(offset, WIDTH) if ALIGNED else offset
 
 
@@ -123,22 +123,6 @@ def head_derivative(x, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr, HAS_SCAL
     if HAS_SCALE:
         slope = slope * logit_scale
     return slope
-
-
-@triton.jit
-def weight_rows(
-    w_ptr, q_ptr, row, head, offset, inner_rows, stride_outer, stride_inner, stride_v,
-    WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """(class weights of a row's body, probabilities of the row, of its body); None where None."""
-    w_body, q_row, q_body = w_ptr, q_ptr, q_ptr
-    if w_ptr is not None:
-        w_body = w_ptr + head
-    if q_ptr is not None:
-        start = row_start(row, offset, inner_rows, stride_outer, stride_inner)
-        q_row = q_ptr + start
-        q_body = q_ptr + body_start(start, head, stride_v, WIDTH, ALIGNED)
-    return w_body, q_row, q_body
 
 
 @triton.jit

@@ -24,7 +24,6 @@ from .streaming import (
     row_window,
     step,
     target_group,
-    weight_rows,
 )
 
 
@@ -170,9 +169,9 @@ def write_span(
     length = tl.where(scored, length, 0)
     PLAIN: tl.constexpr = not (HAS_SOFTCAP or HAS_SCALE or HAS_B or HAS_U or PADDED)
     if PLAIN and x_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        # A positive scale goes into the exponent: an instruction a logit less. At logits near 1e4
-        # that costs the rounding of one fp32 number, far below half a unit of 16 bits.
-        folded = tl.where(scale > 0.0, length, 0)
+        # A positive scale goes into the exponent: an instruction a logit less. The sum is rounded
+        # to fp32: up to 2^8 by 2^-17, a 60th of what float16 rounds by; at 2^24 by all there is.
+        folded = tl.where((scale > 0.0) & (tl.abs(scaled) < 256.0), length, 0)
         length -= folded
         write_body(
             x_ptr, grad_ptr, folded, columns - head - first, group - first,
@@ -289,10 +288,14 @@ def token_grad_kernel(
     first = tl.program_id(1) * SPAN
     x_body = x_ptr + body_start(x_start, head, x_stride_v, WIDTH, CONTIGUOUS)
     grad_body = grad_ptr + body_start(grad_start, head, grad_stride_v, WIDTH, GRAD_ALIGNED)
-    w_body, q_row, q_body = weight_rows(
-        w_ptr, q_ptr, row, head, q_offset, inner_rows, q_stride_outer, q_stride_inner, q_stride_v,
-        WIDTH, Q_ALIGNED,
-    )  # fmt: skip
+    # In the kernel, for up to Triton 3.6 a device function cannot return None.
+    w_body, q_row, q_body = w_ptr, q_ptr, q_ptr
+    if w_ptr is not None:
+        w_body += head
+    if q_ptr is not None:
+        q_start = row_start(row, q_offset, inner_rows, q_stride_outer, q_stride_inner)
+        q_row += q_start
+        q_body += body_start(q_start, head, q_stride_v, WIDTH, Q_ALIGNED)
     write_span(
         x_body, grad_body, head, first, tl.minimum(body - first, SPAN), scored, columns, group,
         lse, scaled, scale, slope, u, softcap, logit_scale, x_stride_v, grad_stride_v,

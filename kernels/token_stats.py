@@ -26,7 +26,6 @@ from .streaming import (
     row_window,
     step,
     target_group,
-    weight_rows,
 )
 
 MAX_INT = tl.constexpr(2147483647)
@@ -276,10 +275,14 @@ def token_stats_kernel(
     target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
     group = target_group(target_column, head, body, WIDTH)
     body_ptr = x_ptr + body_start(start, head, stride_v, WIDTH, CONTIGUOUS)
-    w_body, q_row, q_body = weight_rows(
-        w_ptr, q_ptr, row, head, q_offset, inner_rows, q_stride_outer, q_stride_inner, q_stride_v,
-        WIDTH, Q_ALIGNED,
-    )  # fmt: skip
+    # In the kernel, for up to Triton 3.6 a device function cannot return None.
+    w_body, q_row, q_body = w_ptr, q_ptr, q_ptr
+    if w_ptr is not None:
+        w_body += head
+    if q_ptr is not None:
+        q_start = row_start(row, q_offset, inner_rows, q_stride_outer, q_stride_inner)
+        q_row += q_start
+        q_body += body_start(q_start, head, q_stride_v, WIDTH, Q_ALIGNED)
     first_segment = tl.program_id(1) * segments_per_program
     last_segment = tl.minimum(first_segment + segments_per_program, segments)
     for segment in range(first_segment, last_segment):

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item
         for item in items
         if getattr(item, "callspec", None)
-        and item.callspec.params.get("backend", "triton") != "torch"
+        and item.callspec.params.get("backend", "triton") not in ("torch", "cpu")
         and "framework" not in item.keywords
         and "real_sizes" not in item.keywords
         and "device" in item.fixturenames
@@ -51,8 +51,13 @@ def device() -> str:
     return "cuda" if SANITIZED or ON_GPU else "cpu"
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        from chunked_ce import cpu_library
+
+        if ON_GPU or not cpu_library.is_there():
+            pytest.skip("the CPU kernels are not built, or tensors are on a GPU")
     if request.param == "triton":
         pytest.importorskip("triton")
     return request.param

@@ -570,6 +570,12 @@ def ranks_that_disagree():
         loss(vocab_start=start + (rank == 1), vocab_size=V)
     with pytest.raises(ValueError, match="that of rank 0 starts at class 1"):
         loss(vocab_start=start + 1)
+    with pytest.raises(ValueError, match="overlap: that of rank 1 starts at class 36, .* at 37"):
+        loss(vocab_start=start - (rank == 1))
+    with pytest.raises(ValueError, match="overlap: that of rank 1 starts at class 0, .* at 101"):
+        loss(x, vocab_start=0)
+    with pytest.raises(ValueError, match="overlap: that of rank 1 starts at class 4, .* at 101"):
+        loss(x[:, 4 * (rank > 0) :], vocab_start=4 * (rank > 0))  # once all are covered
     with pytest.raises(IndexError, match="target 101 in row 2"):
         loss(target=target.clone().index_fill_(0, torch.tensor([2]), V))
     with pytest.raises(ValueError, match="rank 0 and rank 1 of the group have different targets"):
@@ -585,6 +591,64 @@ def ranks_that_disagree():
             hidden.requires_grad_(rank == 1), head, target, vocab_start=start, vocab_size=V
         )
     assert loss().isfinite()  # and the group still works
+
+
+@case
+def copies_where_shards_were_expected():
+    world, rank = dist.get_world_size(), dist.get_rank()
+    x, target = batch()
+    hidden, head, equal = torch.randn(N, D), torch.randn(V, D), dict(match="bring the same values")
+    for form in (vocab_parallel_cross_entropy, vocab_parallel_token_stats):
+        with pytest.raises(ValueError, **equal):
+            form(x, target)
+    with pytest.raises(ValueError, **equal):
+        vocab_parallel_linear_cross_entropy(hidden, head, target)
+    with pytest.raises(ValueError, match="ranks 0 and 1 of the group bring the same values"):
+        vocab_parallel_cross_entropy(x if rank < 2 else torch.randn_like(x) + rank, target)
+    # Shards that are equal without being copies: padding, zeros, and whoever says so.
+    padded = vocab_parallel_cross_entropy(x, target, vocab_size=V)
+    assert_loss(padded, truth(x, target, 1.0)[0], torch.float32)
+    zeros = vocab_parallel_cross_entropy(torch.zeros(N, 5), target % 5, reduction="sum")
+    assert_loss(zeros, torch.tensor(N * math.log(5 * world)).double(), torch.float32)
+    head_of_zeros = torch.zeros(5, D)
+    zeros = vocab_parallel_linear_cross_entropy(hidden, head_of_zeros, target % 5, reduction="sum")
+    assert_loss(zeros, torch.tensor(N * math.log(5 * world)).double(), torch.float32)
+    meant = vocab_parallel_cross_entropy(x, target, vocab_start=rank * V, vocab_size=world * V)
+    assert_loss(meant, truth(x.repeat(1, world), target, 1.0)[0], torch.float32)
+
+
+@case
+def a_mesh_of_data_and_tensor_parallelism():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    replicas = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("dp", "tp"))
+    x, target = torch.randn(2 * replicas, 3, V), torch.randint(0, V, (2 * replicas, 3))
+    mine = slice(2 * mesh.get_local_rank(0), 2 * mesh.get_local_rank(0) + 2)
+    expected, grad = truth(x[mine].flatten(0, 1), target[mine].flatten(), 1.0)
+    logits = distribute_tensor(x, mesh, [Shard(0), Shard(2)])
+    placed = distribute_tensor(target, mesh, [Shard(0), Replicate()])
+    for labels in (target[mine], placed):
+        leaf = logits.detach().requires_grad_()
+        loss = vocab_parallel_cross_entropy(leaf, labels)
+        loss.backward()
+        torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-6, atol=0)
+        assert leaf.grad.placements == leaf.placements
+        whole = leaf.grad.full_tensor()[mine].flatten(0, 1)
+        assert_gradient(whole, grad, torch.float32)
+    argmax = vocab_parallel_token_stats(logits, placed, argmax=True).argmax
+    assert torch.equal(argmax, x[mine].argmax(-1))
+    if replicas > 1:
+        message = r"target is a DTensor .* expected .*Shard\(dim=0\).* as the rows of input"
+        with pytest.raises(ValueError, match=message):
+            replicated = distribute_tensor(target, mesh, [Replicate(), Replicate()])
+            vocab_parallel_cross_entropy(logits, replicated)
+    partial = DTensor.from_local(x, mesh, [Partial(), Shard(2)])
+    with pytest.raises(ValueError, match=r"otherwise Replicate\(\) or a Shard of the rows: redis"):
+        vocab_parallel_cross_entropy(partial, target)
+    for form in (chunked_ce.cross_entropy, chunked_ce.token_stats):
+        with pytest.raises(TypeError, match=r"input.to_local\(\).*vocab_parallel_cross_entropy"):
+            form(distribute_tensor(x, mesh, [Replicate(), Replicate()])[0], target[0])
 
 
 @case

@@ -53,7 +53,7 @@ BOTH = [
     ("ignore_index of 70 bits", (X, T), dict(ignore_index=2**70), ValueError, "ignore_index is .* of 64 bits"),
     ("array of backends", (X, T), dict(backend=X), ValueError, "backend is tensor"),
     ("inplace of str", (X, T), dict(inplace_backward="yes"), TypeError, "inplace_backward must be True or False"),
-    ("unknown backend", (X, T), dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of auto, torch"),
+    ("unknown backend", (X, T), dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of auto, cpu"),
 ]  # fmt: skip
 CROSS_ENTROPY = [
     ("classes last", (HALF, T[:6].repeat(2)[:6].view(2, 3)), {}, ValueError, r"dim=1 \(torch's default is 1\): pass dim=-1"),

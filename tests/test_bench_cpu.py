@@ -116,3 +116,17 @@ def test_a_bad_option_is_refused_in_one_line(option, value, capsys):
     assert exit.value.code == 2
     *usage, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("python -m bench.cpu: error: ") and option in error
+
+
+def test_spinning_processes_end_with_the_measurement():
+    import subprocess
+    from unittest import mock
+
+    started = []
+    popen = subprocess.Popen
+    with mock.patch.object(
+        subprocess, "Popen", lambda *a: started.append(popen(*a)) or started[-1]
+    ):
+        with cpu.spinning(2):
+            assert [p.poll() for p in started] == [None, None]
+    assert len(started) == 2 and all(p.returncode is not None for p in started)

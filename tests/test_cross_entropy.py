@@ -436,36 +436,6 @@ def test_compile_changes_of_size(backend, device):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
-def test_inductor_backend(dtype, options):
-    x, target = batch((3, 4), 100, dtype)
-    for offset in (0, -8):
-        check((x + offset)[:, :-1], target[:, 1:], "inductor", "3.7", **options)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("beside", [0, 3])
-@pytest.mark.parametrize("order", [(2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 1, 2)], ids=str)
-def test_inductor_backend_on_any_view(order, beside, inplace):
-    """[B, T, V] of memory in another order, with more classes beside or none: whatever merges."""
-    torch._dynamo.reset()  # the first to be compiled, not what suits a view before it
-    _, target = batch((4, 8), 1000, ignored=0)
-    shape = [0, 0, 0]
-    for dim, size in zip(order, (4, 8, 1000 + beside), strict=True):
-        shape[dim] = size
-    memory = torch.randn(shape)
-
-    def grad(loss, dtype, **options):
-        leaf = memory.to(dtype, copy=True).requires_grad_()
-        loss((leaf * 1).permute(order)[..., :1000], target, **options).backward()
-        return leaf.grad
-
-    options = dict(dim=-1, backend="inductor", inplace_backward=inplace)
-    ours = grad(cross_entropy, torch.float32, **options)
-    assert_gradient(ours, grad(oracle.cross_entropy, torch.float64), torch.float32)
-
-
 @pytest.mark.framework
 def test_no_host_synchronisation(backend, device, monkeypatch):
     """No value of a tensor is read by what runs on a GPU: only the CPU's torch backend may look."""

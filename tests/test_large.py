@@ -3,12 +3,9 @@
 Rows that lie 2^31 logits apart need no memory between them: what is never touched costs nothing."""
 
 import gc
-import inspect
-import itertools
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
-from bench import measure
 from chunked_ce import (
     Perplexity,
     binary_cross_entropy_with_logits,
@@ -119,38 +115,6 @@ class WithoutCopy(torch.autograd.Function):
     def backward(ctx, grad):
         ctx.grads.append(grad)
         return None, torch.zeros(1), None
-
-
-@pytest.mark.long
-@pytest.mark.real_sizes
-@pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
-@pytest.mark.skipif(
-    "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="an older torch"
-)
-def test_a_compiled_step_holds_its_gradient_alone():
-    """Whatever kinds of batch and loss came before: with torch's usual limit, it would give up on the ninth."""
-    assert measure.in_fresh_process(most_beside_the_gradient) < 48 << 20
-
-
-def compiled_step(x: torch.Tensor, target: torch.Tensor, smoothing: float) -> None:
-    cross_entropy(x, target, label_smoothing=smoothing, backend="inductor").backward()
-
-
-def most_beside_the_gradient() -> int:
-    vocab, most = 32000, 0
-    for dtype, masked, ignored, smoothing in itertools.product(
-        (torch.bfloat16, torch.float32), (False, True), (False, True), (0.0, 0.1)
-    ):
-        for rows in (2, 1024):  # the first compiles
-            x, target = torch.randn(rows, vocab, dtype=dtype), torch.arange(rows) % 100
-            if masked:
-                x[:, vocab // 2 :] = -1e4
-            if ignored:
-                target[0] = -100
-            step = partial(compiled_step, x.requires_grad_(), target, smoothing)
-            extra, _ = measure.extra_peak_memory(step)
-        most = max(most, extra - x.numel() * x.element_size())
-    return most
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import threading
 
 import oracle
 import pytest
@@ -16,7 +15,6 @@ from chunked_ce import (
     linear_cross_entropy,
     linear_ops,
     linear_token_stats,
-    row_blocks,
 )
 from chunked_ce.ops import Classes
 
@@ -369,15 +367,9 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.fixture
-def no_scratch_kept(monkeypatch):
-    """What the CPU path works in is new, and so no larger than these tests need."""
-    monkeypatch.setattr(row_blocks, "_kept", threading.local())
-
-
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(no_scratch_kept, reduction):
+def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(reduction):
     n, v, d = 512, 4000, 32
     x, w = leaves(torch.randn(n, d), torch.randn(v, d))
     target = torch.randint(0, v, (n,))
@@ -390,7 +382,7 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(no_scratch_kept, red
 
 
 @pytest.mark.real_sizes
-def test_without_gradients_nothing_is_computed_for_them(no_scratch_kept):
+def test_without_gradients_nothing_is_computed_for_them():
     n, v, d = 256, 4000, 32
     x, w, target = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     with Watch() as seen, torch.no_grad():

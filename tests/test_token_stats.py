@@ -369,15 +369,14 @@ def test_out_of_range_target_is_an_error_on_request(device, monkeypatch):
         token_stats(x, target, backend="triton")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_accelerators_without_triton_run_the_same_blocks(monkeypatch, compiled):
+def test_accelerators_without_triton_run_the_same_blocks(monkeypatch):
     """The torch backend's path for other devices, made to run on the CPU: no look at any value."""
     from chunked_ce import backend_torch
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
     x, target = batch(6, 100)
     target[2] = 100  # out of range
-    backend = "inductor" if compiled else "torch"
+    backend = "torch"
     ours = token_stats(x, target, backend=backend, **ALL)
     assert ours.logprob[2].isnan()
     keep = torch.arange(6) != 2
@@ -453,7 +452,8 @@ def test_a_long_row_alone_bit_for_bit(vocab):
             if entropy:
                 assert torch.equal(alone.entropy, both.entropy[row])
             else:
-                loss = cross_entropy(x[row : row + 1], target[row : row + 1])
+                one = slice(row, row + 1)
+                loss = cross_entropy(x[one], target[one], backend="torch")
                 assert torch.equal(loss, -both.logprob[row])
 
 

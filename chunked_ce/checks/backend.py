@@ -6,7 +6,7 @@ import torch
 
 from .values import brief, names
 
-BACKENDS = ("auto", "torch", "inductor", "triton")
+BACKENDS = ("auto", "cpu", "torch", "triton")
 
 
 def backend_name(value: object) -> None:
@@ -25,4 +25,18 @@ def triton_can_run(device: torch.device, *, installed: bool, interpreted: bool) 
             "backend='triton' needs tensors on a GPU, but input is on cpu: "
             "move it with .to('cuda'), pass backend='auto', or set TRITON_INTERPRET=1 "
             "before the first import to run the kernels in Triton's interpreter"
+        )
+
+
+def cpu_can_run(device: torch.device, *, built: bool) -> None:
+    if not built:
+        raise ValueError(
+            "backend='cpu' needs its kernels in C, which were not built or cannot be loaded: "
+            "install a C compiler (gcc or clang), then chunked-ce again with "
+            "pip install --force-reinstall --no-deps, or pass backend='auto'"
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"backend='cpu' needs tensors on the CPU, but input is on {device}: "
+            "move it with .cpu() or pass backend='auto'"
         )

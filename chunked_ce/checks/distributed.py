@@ -86,6 +86,7 @@ class ShardReport(NamedTuple):
     targets: int  # a checksum
     options: int  # another
     input_gradient: int  # whether backward adds up over the ranks
+    contents: int = 0  # a checksum of the shard itself; 0 where a copy may be meant
 
 
 _NAMES = ("targets", None, None, "classes in all (vocab_size)")
@@ -122,25 +123,52 @@ def shards_agree(reports: list[ShardReport]) -> None:
                 "as ignore_index, softcap, reduction or num_items: pass the same ones on every rank"
             )
         if report.input_gradient != first.input_gradient:
+            has, lacks = (0, rank) if first.input_gradient else (rank, 0)
             raise ValueError(
-                f"ranks disagree: input requires a gradient on rank {0 if first[-1] else rank} of "
-                f"the group, but not on rank {rank if first[-1] else 0}: backward adds it up over "
+                f"ranks disagree: input requires a gradient on rank {has} of "
+                f"the group, but not on rank {lacks}: backward adds it up over "
                 "the ranks, so that it must on all or on none"
             )
-    end = 0
+    _every_class_once(reports)
+    _no_copies(reports)
+
+
+def _every_class_once(reports: list[ShardReport]) -> None:
+    """Columns at or past vocab_size are padding, of which a rank may hold any number."""
+    end, size = 0, reports[0].vocab_size
     for rank, report in enumerate(reports):
-        if report.start != end and end < first.vocab_size:
+        stop = min(report.start + report.columns, size)
+        if report.start >= stop:
+            continue
+        if report.start != end:
+            fault = "overlap" if report.start < end else "do not cover the vocabulary"
             raise ValueError(
-                f"shards do not cover the vocabulary: that of rank {rank} starts at class "
-                f"{report.start}, but those before it end at {end}: pass each rank's vocab_start, "
-                "in the order of the ranks"
+                f"shards {fault}: that of rank {rank} starts at class {report.start}, but those "
+                f"before it end at {end}: give every class to one rank, in the order of the ranks, "
+                "and pass each rank's vocab_start; where every rank holds all classes, call "
+                "chunked_ce.cross_entropy or chunked_ce.linear_cross_entropy"
             )
-        end = report.start + report.columns
-    if end < first.vocab_size:
+        end = stop
+    if end < size:
         raise ValueError(
             f"shards do not cover the vocabulary: they end at class {end}, but vocab_size is "
-            f"{first.vocab_size}: give every class to a rank"
+            f"{size}: give every class to a rank"
         )
+
+
+def _no_copies(reports: list[ShardReport]) -> None:
+    """Logits that were gathered, or a whole head, where vocab_start does not say otherwise."""
+    owners: dict[int, int] = {}
+    for rank, report in enumerate(reports):
+        owner = owners.setdefault(report.contents, rank)
+        if report.contents and owner != rank:
+            raise ValueError(
+                f"ranks {owner} and {rank} of the group bring the same values, which would count "
+                "every class twice: pass each rank's own classes, or call "
+                "chunked_ce.cross_entropy or chunked_ce.linear_cross_entropy where every rank "
+                "holds all of them; if the shards are meant to be equal, pass vocab_start and "
+                "vocab_size"
+            )
 
 
 def shard_of_logits(input: Tensor, target: Tensor) -> None:
@@ -173,25 +201,43 @@ def shard_of_weight(weight: Tensor, input: Tensor, target: Tensor) -> None:
     same_device("target", target, input)
 
 
-def placements(name: str, tensor: Any, dim: int) -> int:
-    """Which dimension of the DTensor's mesh shards its dimension `dim`, whole otherwise."""
-    sharding = [i for i, p in enumerate(tensor.placements) if p.is_shard(dim)]
-    others = [p for i, p in enumerate(tensor.placements) if i not in sharding]
-    if len(sharding) != 1 or not all(p.is_replicate() for p in others):
+def placements(name: str, tensor: Any, dim: int, rows: bool) -> int:
+    """Which dimension of the DTensor's mesh shards its dimension `dim`.
+
+    The others hold it whole, or, where `rows` may be, shards of its other dimensions.
+    """
+    placed = [p for p in tensor.placements if p.is_shard(dim)]
+    others = [p for p in tensor.placements if not p.is_shard(dim)]
+    if len(placed) != 1 or not all(p.is_replicate() or (rows and _of_rows(p)) for p in others):
+        otherwise = "Replicate() or a Shard of the rows" if rows else "Replicate()"
         raise ValueError(
             f"{name} is a DTensor with placements {tuple(tensor.placements)}, expected one "
-            f"Shard({dim}) and otherwise Replicate(): redistribute it, or pass "
+            f"Shard({dim}) and otherwise {otherwise}: redistribute it, or pass "
             f"{name}.to_local() with group and vocab_start"
         )
-    return sharding[0]
+    return [p.is_shard(dim) for p in tensor.placements].index(True)
 
 
-def whole(name: str, tensor: Any) -> None:
-    if not all(p.is_replicate() for p in tensor.placements):
-        raise ValueError(
-            f"{name} is a DTensor with placements {tuple(tensor.placements)}, expected Replicate() "
-            "on every dimension of the mesh: redistribute it, or pass a plain tensor"
-        )
+def _of_rows(placement: Any) -> bool:
+    """Whether it is a plain Shard: a strided one lays the rows out in another order."""
+    return type(placement).__name__ == "Shard"
+
+
+def placed_as_rows(name: str, tensor: Any, expected: tuple[Any, ...] | None) -> None:
+    """`expected`: where the mesh shards the rows of the logits; None: nowhere."""
+    placed = tuple(tensor.placements)
+    if expected is not None and placed == expected:
+        return
+    if expected is None or all(p.is_replicate() for p in expected):
+        if all(p.is_replicate() for p in placed):
+            return
+        wanted = "Replicate() on every dimension of the mesh"
+    else:
+        wanted = f"{expected}, as the rows of input"
+    raise ValueError(
+        f"{name} is a DTensor with placements {placed}, expected {wanted}: redistribute it, or "
+        "pass a plain tensor of this rank's rows"
+    )
 
 
 def mesh_only(group: object, vocab_start: object) -> None:

@@ -46,6 +46,15 @@ def labels(input: Tensor, target: Any) -> None:
     same_device("target", target, input)
 
 
+def no_label_ignored(ignore_index: int, target: Tensor) -> None:
+    if target.is_floating_point() and ignore_index != -100:
+        raise ValueError(
+            f"ignore_index is {ignore_index}, but target of dtype {target.dtype} holds a label for "
+            "every logit, and no indices to leave out: leave it -100, and give those logits "
+            "weight 0"
+        )
+
+
 def _no_indices(input: Tensor, target: Tensor) -> None:
     raise ValueError(
         f"target has dtype {target.dtype} and shape {shape(target)}, but class indices for input "
@@ -68,16 +77,9 @@ def label_weight(name: str, weight: Any, input: Tensor) -> None:
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which it does not get: pass {name}.detach()")
     last = input.shape[input.dim() - weight.dim() :] if weight.dim() <= input.dim() else None
-    if last is None or any(w not in (1, n) for w, n in zip(weight.shape, last, strict=True)):
+    if last is None or any(w != 1 and w != n for w, n in zip(weight.shape, last, strict=True)):
         raise ValueError(
             f"{name} has shape {shape(weight)}, which does not broadcast to input of shape "
             f"{shape(input)}: give one number per class, {[*input.shape[-1:]]}"
         )
     same_device(name, weight, input)
-
-
-def no_compiled_labels() -> None:
-    raise ValueError(
-        "backend='inductor' is not there for binary cross-entropy: pass backend='auto', or "
-        "compile the caller with torch.compile"
-    )

@@ -42,7 +42,7 @@ def linear_weight(weight: Tensor, input: Tensor, *, dims: bool) -> None:
             f"{weight.shape[-1]} numbers, but input has shape {shape(input)}: "
             "pass the weight as [V, D], as torch.nn.Linear keeps it"
         )
-    if 0 in weight.shape:
+    if any(size == 0 for size in weight.shape):
         raise ValueError(f"linear_weight of shape {shape(weight)} has no classes, or no heads")
     if weight.dim() > 2 and input.dim() != 2:
         raise ValueError(

@@ -120,7 +120,7 @@ def _classes_last(
 def _probabilities(input: Tensor, target: Tensor, dim: int) -> None:
     dense("target", target)
     if target.shape != input.shape:
-        if target.shape in (_without(input, dim), input.shape[:-1]):
+        if target.shape == _without(input, dim) or target.shape == input.shape[:-1]:
             raise TypeError(
                 f"target has dtype {target.dtype} and shape {shape(target)}, like class indices: "
                 "use target.long() (class probabilities have input's shape, "
@@ -174,6 +174,25 @@ def _top_k(input: Tensor, target: Any, dim: int) -> None:
         )
 
 
+def no_class_ignored(ignore_index: Any, target: object) -> None:
+    """As `torch.nn.functional.cross_entropy`: beside probabilities only what is no class."""
+    if are_probabilities(target) and is_int(ignore_index) and ignore_index >= 0:
+        _nothing_to_ignore(ignore_index, "leave it -100")
+
+
+def no_ignore_index(ignore_index: object, target: object) -> None:
+    """As `torch.nn.functional.linear_cross_entropy`: beside probabilities none is given."""
+    if are_probabilities(target) and ignore_index is not None:
+        _nothing_to_ignore(ignore_index, "leave it None")
+
+
+def _nothing_to_ignore(ignore_index: object, mend: str) -> None:
+    raise ValueError(
+        f"ignore_index is {ignore_index}, but target holds class probabilities, which name no "
+        f"class to leave out: {mend}, and leave rows out with token_weight 0"
+    )
+
+
 def spread_rest(value: object, target: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"spread_rest must be True or False, got {type(value).__name__}")
@@ -216,12 +235,25 @@ def weight_of_classes(weight: object) -> None:
         )
 
 
+def weight_of_head(weight: object, num_classes: int, vocab_size: object) -> None:
+    """Class weights of a head whose sizes are known."""
+    weight_of_classes(weight)
+    if not isinstance(weight, Tensor):
+        return
+    if weight.dim() != 1 or weight.shape[0] not in (num_classes, vocab_size):
+        raise ValueError(
+            f"weight has shape {shape(weight)}, expected one weight per class, [{num_classes}]"
+        )
+
+
 def class_weight(weight: Tensor | None, input: Tensor, vocab_size: int) -> Tensor | None:
     """[vocab_size] class weights; those of padding columns are dropped."""
     weight_of_classes(weight)
     if weight is None:
         return None
-    if weight.dim() != 1 or weight.shape[0] not in (vocab_size, input.shape[-1]):
+    # Not `in`, which compares sizes that torch.compile traces by identity.
+    given = weight.shape[0] if weight.dim() == 1 else None
+    if given is None or (given != vocab_size and given != input.shape[-1]):
         raise ValueError(
             f"weight has shape {shape(weight)}, expected one weight per class, [{vocab_size}] "
             "(for one weight per token, see token_weight)"

@@ -76,6 +76,13 @@ def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .fl
     if not isinstance(tensor, Tensor):
         mend = ": pass its .tensor()" if hasattr(type(tensor), "tensor") else ""  # deferred logits
         raise TypeError(f"{name} must be a Tensor{what}, got {type(tensor).__name__}{mend}")
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} is a DTensor, of which every rank holds a part: pass "
+            f"{name}.to_local() where the rows are sharded, {name}.full_tensor() to gather it, or "
+            "call chunked_ce.distributed.vocab_parallel_cross_entropy (or "
+            "vocab_parallel_token_stats) where the classes are"
+        )
     dense(name, tensor)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(

@@ -16,15 +16,12 @@ def add_command(subparsers: Any) -> None:
         "function of logits or hidden states against eager torch. Exit code 1 where something is "
         "wrong. Paste the output into a bug report.",
     )
-    parser.add_argument(
-        "--inductor", action="store_true", help="checks backend='inductor' too: minutes"
-    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     section, wrong = "", 0
-    for finding in examine(inductor=args.inductor):
+    for finding in examine():
         if finding.section != section:
             print(("\n" if section else "") + finding.section, flush=True)
             section = finding.section

@@ -29,8 +29,6 @@ CHECKS: dict[str, Check] = {
 
 
 def checks_of(device: torch.device, backend: str) -> dict[str, Check]:
-    """Those that this backend has: labels are not compiled, a perplexity chooses for itself."""
-    left_out = _BINARY.keys() if backend == "inductor" else set()
-    if backend != choose_backend("auto", device):
-        left_out = left_out | _PERPLEXITY.keys()
+    """Those that this backend has: a perplexity chooses for itself."""
+    left_out = _PERPLEXITY.keys() if backend != choose_backend("auto", device) else set()
     return {name: check for name, check in CHECKS.items() if name not in left_out}

@@ -29,8 +29,7 @@ _TORCH = [
     _of("test_token_stats", _torch(f"{VIEWS} or alone_bit or masked_vocab") + " or masked_vocab"),
 ]
 _ELSEWHERE = [
-    _of("test_token_stats", "accelerators and False"),
-    _of("test_cross_entropy", "inductor_backend and float32 and not softcap"),
+    _of("test_token_stats", "accelerators"),
 ]
 # The interpreter takes seconds a case: one case of each kind.
 _FLOAT32 = "float32 and (301] or 17])"
@@ -65,18 +64,16 @@ _LINEAR = _of(
 TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/stats.py": _TORCH,
     "chunked_ce/blocks.py": [*_TORCH, *_ELSEWHERE],
-    "chunked_ce/backend_torch.py": [*_TORCH, _of("test_few_rows"), *_ELSEWHERE],
-    "chunked_ce/few_rows.py": [_of("test_few_rows")],
-    "chunked_ce/from_zero.py": [_of("test_few_rows"), *_TORCH],
+    "chunked_ce/backend_torch.py": [*_TORCH, *_ELSEWHERE],
     "chunked_ce/row_blocks.py": [
         _of("test_row_blocks"),
-        _of("test_few_rows"),
         *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
         _of("test_state", "inference"),
-        _of("test_interruption", "memory_of_its_own"),
         _of("test_binary", _torch("labels or views")),
         _of("test_drop_in", _torch("not_copied")),
     ],
+    "chunked_ce/backend_cpu.py": [_of("test_backend_cpu"), _of("test_token_stats", "cpu"), _of("test_drop_in", "cpu")],
+    "chunked_ce/cpu_library.py": [_of("test_backend_cpu")],
     "chunked_ce/strided_rows.py": [_of("test_strided_rows"), *_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/chunks.py": [_LINEAR],
     "chunked_ce/reduction.py": [

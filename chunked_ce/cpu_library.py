@@ -1,0 +1,99 @@
+"""The library of CPU kernels: which of those built is this machine's, and how to call it.
+
+Plain C without Python in it, so that ctypes loads it and releases the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+
+_INT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_LAYOUT = 1  # as in kernels/cpu/run.c
+_BY_CAPABILITY = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
+_X86 = ("x86_64", "AMD64")
+
+
+class Rows(ctypes.Structure):
+    """[outer, inner, V] logits; see kernels/cpu/job.h, as for `Job`."""
+
+    _fields_ = [("data", _POINTER), ("stride", _INT * 3), ("dtype", _INT)]
+
+
+class Job(ctypes.Structure):
+    _fields_ = [
+        *((name, Rows) for name in ("x", "grad", "prob")),
+        *(
+            (name, _POINTER)
+            for name in (
+                "class_weight", "target", "lse", "logprob", "lse_low", "entropy", "mean_logprob",
+                "mass", "rank", "argmax", "m", "s", "weighted", "total", "target_logit",
+                "a", "b", "c", "u", "token_weight", "loss",
+            )
+        ),
+        *(
+            (name, _DOUBLE)
+            for name in (
+                "divisor", "label_smoothing", "z_loss_weight",
+                "softcap", "logit_scale", "prob_scale", "prob_shift",
+            )
+        ),
+        *(
+            (name, _INT)
+            for name in (
+                "outer", "inner", "vocab_size", "columns", "ignore_index", "kind", "shard",
+                "threads",
+            )
+        ),
+    ]  # fmt: skip
+
+
+def built() -> list[Path]:
+    """All libraries there are."""
+    return sorted(Path(__file__).parent.glob("cpu_*.so"))
+
+
+def path() -> Path | None:
+    """The library that this machine is to use; None: none was built."""
+    capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in _X86 else ""
+    for name in _BY_CAPABILITY.get(capability, ("base",)):
+        file = Path(__file__).with_name(f"cpu_{name}.so")
+        if file.exists():
+            return file
+    return None
+
+
+def load(file: Path | None) -> ctypes.CDLL | None:
+    """The library in `file`; None where it does not work, of which a warning tells."""
+    if file is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(file))
+        library.chunked_ce_run.argtypes = [ctypes.POINTER(Job)]
+        library.chunked_ce_run.restype = library.chunked_ce_layout.restype = _INT
+        layout = int(library.chunked_ce_layout())
+    except (OSError, AttributeError) as error:
+        reason = str(error)
+    else:
+        if layout == _LAYOUT * 10000 + ctypes.sizeof(Job):
+            return library
+        reason = "it was built from another version"
+    warnings.warn(
+        f"the CPU kernels in {file} are not used, backend 'torch' is: {reason}. "
+        "Installing chunked-ce again builds them anew",
+        stacklevel=2,
+    )
+    return None
+
+
+LIBRARY = load(path())  # at import: a compiler that traces callers must not meet it
+IS_THERE = LIBRARY is not None
+
+
+def is_there() -> bool:
+    """Whether the backend "cpu" can run."""
+    return IS_THERE

@@ -1,0 +1,40 @@
+/* exp and tanh of float, to about one unit in the last place; everything below 2^-126 is 0. */
+#ifndef CHUNKED_CE_EXP_F32_H
+#define CHUNKED_CE_EXP_F32_H
+
+#include "convert.h"
+
+#define LOWEST_f32 (-87.3f)
+
+/* exp r for r <= 88 or NaN: 2^n e^f, f to two parts of ln 2 (Cody and Waite), e^f by Cephes. */
+static inline float exp_f32(float r)
+{
+    const float round = 12582912.0f; /* 1.5 2^23: a sum with it has the integer in its last bits */
+    float shifted = r * 1.44269504f + round, n = shifted - round;
+    float f = (r - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    float e = p * as_float((as_bits(shifted) << 23) + (127u << 23));
+    return r < LOWEST_f32 ? 0.0f : e; /* a NaN is not below: it stays */
+}
+
+static inline float tanh_f32(float y)
+{
+    float size = as_float(as_bits(y) & 0x7fffffffu), q = y * y;
+    float p = -5.70498872745e-3f;
+    p = p * q + 2.06390887954e-2f;
+    p = p * q - 5.37397155531e-2f;
+    p = p * q + 1.33314422036e-1f;
+    p = p * q - 3.33332819422e-1f;
+    p = p * q * y + y;
+    float e = exp_f32(-2.0f * size), large = (1.0f - e) / (1.0f + e);
+    large = as_float(as_bits(large) | (as_bits(y) & 0x80000000u));
+    return size < 0.625f ? p : large;
+}
+
+#endif

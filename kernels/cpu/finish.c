@@ -1,0 +1,97 @@
+/* The mathematics of a row once its sums are known, in double; chunked_ce/stats.py says the same. */
+#include <math.h>
+#include <stddef.h>
+
+#include "job.h"
+
+Part empty_part(void)
+{
+    return (Part){.m = -INFINITY, .argmax = -1, .first_nan = -1};
+}
+
+/* The sums of `part` relative to m, which is not less than its own maximum. */
+void move_part(Part *part, double m)
+{
+    if (part->m == m)
+        return;
+    if (part->m == -INFINITY) {
+        part->m = m;
+        return; /* s is 0; total is 0, or -inf for good */
+    }
+    double shift = part->m - m, scale = exp(shift);
+    part->weighted = scale == 0 ? part->weighted * 0 : scale * (part->weighted + part->s * shift);
+    part->s *= scale;
+    if (part->mass != 0)
+        part->total += part->mass * shift;
+    part->m = m;
+}
+
+/* `left` holds the lower class indices. */
+void merge_part(Part *left, const Part *right)
+{
+    Part moved = *right;
+    if (left->argmax < 0 || right->m > left->m)
+        left->argmax = right->argmax < 0 ? left->argmax : right->argmax;
+    if (left->first_nan < 0)
+        left->first_nan = right->first_nan;
+    double m = right->m > left->m ? right->m : left->m;
+    move_part(left, m);
+    move_part(&moved, m);
+    left->s += moved.s;
+    left->weighted += moved.weighted;
+    left->total += moved.total;
+    left->mass += moved.mass;
+    left->beaten_by += moved.beaten_by;
+}
+
+/* `target_logit` is finite, -inf or NaN. */
+Finished finish(const Part *part, double target_logit, double target_weight, int64_t vocab_size)
+{
+    double gap = part->m - target_logit, log_s = log(part->s), d = gap + log_s;
+    double back = gap - part->m; /* Knuth's TwoSum: what rounding took from gap */
+    double gap_low = (part->m - (gap - back)) - (target_logit + back);
+    gap_low = isfinite(gap_low) ? gap_low : 0.0;
+    double tail = log1p(d < 0 ? part->s * exp(gap) * (1.0 + gap_low) : exp(-d));
+    double loss = (d < 0 ? 0.0 : d) + tail;
+    int others_lead = d > 0;
+    double above_m = others_lead ? log_s + tail : loss - gap; /* lse - m */
+    Finished out;
+    if (others_lead) {
+        out.lse = part->m + above_m;
+        out.lse_low = (part->m - out.lse) + above_m;
+    } else {
+        out.lse = target_logit + loss;
+        out.lse_low = (target_logit - out.lse) + loss;
+    }
+    out.logprob = -loss;
+    double others = exp(-above_m) * (part->s * above_m - part->weighted);
+    double own = exp(-loss) * loss;
+    out.entropy = (part->m == -INFINITY ? 0.0 : others) + (loss == INFINITY ? 0.0 : own);
+    double of_others = vocab_size > 1 ? part->total - part->mass * above_m : 0.0;
+    if (part->mass == 0 && isinf(above_m))
+        of_others = 0.0;
+    double of_target = target_weight == 0 ? 0.0 : target_weight * loss;
+    out.mean_logprob = (of_others - of_target) / (double)vocab_size;
+    return out;
+}
+
+RowGradient row_gradient(double lse, double logprob, double lse_low, Coefficients n)
+{
+    double p_target = exp(logprob), factor = exp(-lse_low);
+    RowGradient out = {.lse = lse, .slope = n.b * factor, .u = n.u};
+    out.scale = (n.a - n.c - n.b * lse_low) * factor;
+    out.at_target = -n.c * expm1(logprob) + n.a * p_target;
+    if (p_target != 0)
+        out.at_target += n.b * p_target * logprob;
+    return out;
+}
+
+double token_loss(const Finished *row, double label_smoothing, double z_loss_weight)
+{
+    double loss = -row->logprob;
+    if (label_smoothing == 1)
+        loss = -row->mean_logprob;
+    else if (label_smoothing > 0)
+        loss = (1 - label_smoothing) * loss - label_smoothing * row->mean_logprob;
+    return z_loss_weight > 0 ? loss + z_loss_weight * row->lse * row->lse : loss;
+}

@@ -1,0 +1,137 @@
+/* The sums over a range of a row's classes. */
+
+static REAL KIND(maximum)(const REAL *z, int64_t n)
+{
+    REAL m = -INFINITY;
+#pragma omp simd reduction(max : m)
+    for (int64_t i = 0; i < n; i++)
+        m = z[i] > m ? z[i] : m;
+    return m;
+}
+
+/* Of at most 512 together in REAL: exact enough even where a compiler adds one after another. */
+static double KIND(sum_exp)(const REAL *z, int64_t n, REAL m)
+{
+    double total = 0;
+    for (int64_t start = 0; start < n; start += 512) {
+        const int64_t stop = start + 512 < n ? start + 512 : n;
+        REAL s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t i = start; i < stop; i++)
+            s += KIND(exp)(z[i] - m);
+        total += (double)s;
+    }
+    return total;
+}
+
+static double KIND(sum_exp_times)(const REAL *z, int64_t n, REAL m)
+{
+    REAL s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = 0; i < n; i++) {
+        REAL r = z[i] - m;
+        r = r < LOWEST ? LOWEST - 1 : r; /* 0 inf would be NaN */
+        s += r * KIND(exp)(r);
+    }
+    return (double)s;
+}
+
+static double KIND(sum)(const REAL *z, int64_t n, REAL m)
+{
+    REAL s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = 0; i < n; i++)
+        s += z[i] - m;
+    return (double)s;
+}
+
+static double KIND(weighted_sum)(const REAL *z, const REAL *w, int64_t n, REAL m, double *mass)
+{
+    REAL s = 0, total = 0;
+#pragma omp simd reduction(+ : s, total)
+    for (int64_t i = 0; i < n; i++) {
+        REAL term = w[i] * (z[i] - m);
+        s += w[i] == 0 ? 0 : term;
+        total += w[i];
+    }
+    *mass = (double)total;
+    return (double)s;
+}
+
+/* Classes that are not below `target`: greater, NaN, or, if those win a tie, equal. */
+static int64_t KIND(beaten)(const REAL *z, int64_t n, REAL target, int ties)
+{
+    int32_t count = 0;
+    if (ties) {
+#pragma omp simd reduction(+ : count)
+        for (int64_t i = 0; i < n; i++)
+            count += !(z[i] < target);
+    } else {
+#pragma omp simd reduction(+ : count)
+        for (int64_t i = 0; i < n; i++)
+            count += !(z[i] <= target);
+    }
+    return count;
+}
+
+static void KIND(find_best)(
+    const REAL *z, int64_t start, int64_t n, REAL top, int leads, Part *part)
+{
+    for (int64_t i = 0; leads && i < n; i++)
+        if (z[i] == top) {
+            part->argmax = start + i;
+            break;
+        }
+    for (int64_t i = 0; part->s != part->s && part->first_nan < 0 && i < n; i++)
+        if (z[i] != z[i])
+            part->first_nan = start + i;
+}
+
+/* At most BLOCK classes, the target not among them; it lies right of them if `ties`. */
+static void KIND(add_range)(const Job *job, int64_t row, const char *x, int64_t start, int64_t n,
+                            REAL target_logit, int ties, Part *part)
+{
+    REAL buffer[BLOCK];
+    const REAL *z = KIND(logits)(job, x, start, n, buffer);
+    const REAL top = KIND(maximum)(z, n);
+    const int leads = part->argmax < 0 || (double)top > part->m;
+    if ((double)top > part->m)
+        move_part(part, (double)top);
+    const REAL m = part->m == -INFINITY ? LOWEST_FINITE : (REAL)part->m;
+    part->s += KIND(sum_exp)(z, n, m);
+    if (job->entropy || job->weighted)
+        part->weighted += KIND(sum_exp_times)(z, n, m);
+    double mass = (double)n;
+    if ((job->mean_logprob || job->total || job->label_smoothing > 0) && !KIND(is_weighted)(job)) {
+        part->total += KIND(sum)(z, n, m);
+    } else if (job->mean_logprob || job->total) {
+        REAL w[BLOCK];
+        KIND(weights)(job, row, start, n, w);
+        part->total += KIND(weighted_sum)(z, w, n, m, &mass);
+    }
+    part->mass += mass;
+    if (job->rank)
+        part->beaten_by += KIND(beaten)(z, n, target_logit, ties);
+    if (job->argmax)
+        KIND(find_best)(z, start, n, top, leads, part);
+}
+
+/* A segment: blocks from its first class on, the one with the target in two ranges. */
+static Part KIND(segment_sums)(
+    const Job *job, int64_t row, int64_t segment, REAL target_logit)
+{
+    Part part = empty_part();
+    const char *x = row_of(&job->x, job->inner, row);
+    const int64_t target = job->target[row], end = (segment + 1) * SEGMENT;
+    const int64_t stop = end < job->vocab_size ? end : job->vocab_size;
+    for (int64_t start = segment * SEGMENT; start < stop; start += BLOCK) {
+        int64_t last = start + BLOCK < stop ? start + BLOCK : stop;
+        int inside = start <= target && target < last;
+        int64_t middle = inside ? target : last, next = inside ? target + 1 : last;
+        if (middle > start)
+            KIND(add_range)(job, row, x, start, middle - start, target_logit, start < target, &part);
+        if (last > next)
+            KIND(add_range)(job, row, x, next, last - next, target_logit, 0, &part);
+    }
+    return part;
+}

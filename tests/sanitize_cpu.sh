@@ -1,0 +1,24 @@
+#!/bin/sh
+# At -O3: sums that are not vectorised round otherwise. The CPU kernels built with gcc's sanitizers, under the tests that run them. Usage: sanitize_cpu.sh PYTHON
+set -eu
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+compiler=${CC:-gcc}
+flags="-std=gnu11 -O3 -g -fno-omit-frame-pointer -fopenmp-simd -fno-math-errno -Wall -Wextra -Werror -shared -fPIC -pthread"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cp -rL chunked_ce tests pyproject.toml "$folder"
+
+run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
+    sanitizers=$1 runtime=$("$compiler" -print-file-name="$2")
+    shift 2
+    cxx=$("$compiler" -print-file-name=libstdc++.so.6)  # else an exception within torch ends the process
+    echo "CPU kernels with -fsanitize=$sanitizers"
+    rm -f "$folder"/chunked_ce/cpu_*.so
+    "$compiler" $flags -fsanitize="$sanitizers" -fno-sanitize-recover=undefined -o "$folder/chunked_ce/cpu_base.so" kernels/cpu/*.c -lm
+    (cd "$folder" && PYTHONPATH="$folder" LD_PRELOAD="$runtime $cxx" ASAN_OPTIONS=detect_leaks=0 \
+        PYTHONMALLOC=malloc "$python" -m pytest -q -s --tb=short -p no:cacheprovider -p no:xdist "$@")
+}
+
+run address,undefined libasan.so tests/test_backend_cpu.py tests/test_token_stats.py tests/test_drop_in.py \
+    -k "(backend_cpu or cpu) and not compile and not every_instruction"
