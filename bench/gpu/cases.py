@@ -14,7 +14,7 @@ from .context import ROOT, Context
 
 BACKEND = "triton"
 # Relative step of each dtype's rounding; the interpreter truncates where a GPU rounds to nearest.
-STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2e-6, torch.float64: 1e-12}
+STEP = {torch.bfloat16: 2.0**-7, torch.float32: 2e-6, torch.float16: 2.0**-10, torch.float64: 1e-12}
 SUBNORMAL = {torch.float16: 6.1e-8, torch.float64: 1e-14}  # absolute; the others' are smaller
 FP32_NOISE = 4e-7  # of the largest gradient
 

@@ -17,7 +17,7 @@ from .context import ROOT, Table, read_table
 from .versions import installed_interpreter_fault
 
 # Seconds. A stage begins nothing after 90 % of its limit, and is ended at it.
-LIMITS = {"check": 420, "speed": 420, "tune": 240, "counters": 180, "train": 300}
+LIMITS = {"check": 540, "speed": 420, "tune": 240, "counters": 180, "train": 300}
 MACHINE_LIMIT = 60
 STOPPED = 124  # as `timeout` says it
 

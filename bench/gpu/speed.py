@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import measure
+from ..providers import COMPILED
 from . import machine, peers
 from .cases import own
 from .context import Context, Table, dtype_name, one_line, read_table
@@ -46,6 +47,7 @@ SIZES = (
     *(Size(n, 0, 128256, torch.bfloat16) for n in (1, 8, 64, 512)),
     Size(8192, 4096, 262144, torch.bfloat16),
 )  # fmt: skip
+NOT_COMPILED = [s for s in SIZES if s.N < 8192 or s.dtype == torch.float32]
 
 
 class Batch(NamedTuple):
@@ -130,8 +132,12 @@ def _measure(
 ) -> None:
     batch = batch_of(context, size)
     group = peers.from_hidden_states if size.D else peers.from_logits
+    torch.compiler.reset()  # every size gets code of its own
     entries = {}
     for peer in group(context):
+        if peer.name == COMPILED and size in NOT_COMPILED:
+            _say(table, size, peer.name, "left out: to compile it takes longer than all the rest")
+            continue
         if faulty := [k for k in peer.rests_on if (k, dtype_name(size.dtype)) in wrong]:
             _say(table, size, peer.name, f"check found {faulty[0]} wrong")
             continue

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from .context import ROOT, Context, Table
@@ -43,8 +45,15 @@ def _train(
 ) -> bool:
     name = "train_" + "_".join(way.replace(",", "").split())
     command = [sys.executable, str(ROOT / "examples/train_gpt.py"), *options]
-    command += ["--out", str(context.out), "--name", name, "--device", context.device]
+    command += ["--name", name, "--device", context.device]
     command += [*TINY, "--text", str(ROOT / "README.md")] if context.dry else SIZE
+    with tempfile.TemporaryDirectory() as folder:  # of the report alone is something kept
+        return _run([*command, "--out", folder], context, table, way, Path(folder) / name, seconds)
+
+
+def _run(
+    command: list[str], context: Context, table: Table, way: str, folder: Path, seconds: float
+) -> bool:
     start = time.perf_counter()
     try:
         done = subprocess.run(
@@ -60,10 +69,12 @@ def _train(
         print(done.stdout[-3000:], flush=True)
         table.add(run=way, note=f"exit code {done.returncode}: {(lines or [''])[-1][:200]}")
         return False
-    report = json.loads((context.out / name / "report.json").read_text(encoding="utf-8"))
+    text = (folder / "report.json").read_text(encoding="utf-8")
+    (context.out / f"{folder.name}.json").write_text(text, encoding="utf-8")
+    report = json.loads(text)
     for quantity, value in numbers(report).items():
         table.add(run=way, quantity=quantity, value=value)
-    print(f"{way}: {taken:.0f} s; {lines[-1]}", flush=True)
+    print(f"{way}: {taken:.0f} s", flush=True)
     return True
 
 
