@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
-.PHONY: train test long compile fuzz mutate coverage lint types docs sanitize package clean
+.PHONY: gpu-dry-run train test long compile fuzz mutate coverage lint types docs sanitize package clean
 
 train: .venv/train
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -53,6 +53,10 @@ types: .venv/dev
 # The API reference, from the docstrings.
 docs: .venv/dev
 	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.distributed chunked_ce.huggingface chunked_ce.planner chunked_ce.doctor
+
+# The programs that check and measure a GPU, on tiny sizes on the CPU; with a GPU: `python -m bench gpu`.
+gpu-dry-run: .venv/dev
+	$(BIN)/python -m bench gpu --dry-run $(ARGS)
 
 package: .venv/dev
 	$(BIN)/python tests/check_package.py

@@ -1,5 +1,6 @@
 """python -m bench run --suite cpu|gpu|quick     measures; writes one folder
-python -m bench plot                             redraws every figure from the CSV files"""
+python -m bench plot                             redraws every figure from the CSV files
+python -m bench gpu [STAGE ...] [--dry-run]      checks and measures the kernels on a GPU"""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 
 from . import measure, records
 from .cpu import positive
+from .gpu import runner as gpu
 from .linear_providers import Shape
 from .suites import ALL_PROVIDERS, DTYPES, SUITES, Suite
 
@@ -24,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _run_command(commands.add_parser("run", help="measure a suite"))
     _plot_command(commands.add_parser("plot", help="draw the figures"))
+    gpu.add_command(commands.add_parser("gpu", help="check and measure the kernels on a GPU"))
     args = parser.parse_args(arguments)
     try:
-        args.run(args)
+        return int(args.run(args))
     except ValueError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _run_command(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +59,8 @@ def _plot_command(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=plot)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    """Return 1 where a result of ours was wrong."""
     from . import run as runner
 
     suite = _suite(args)
@@ -77,13 +80,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"{env.device}; torch {env.torch}; triton {env.triton or '-'}; commit {env.commit}")
     print(_minutes(suite) if suite == SUITES[args.suite] else _at_most(suite) + " min", flush=True)
     report, others = records.Report(env), measure.OtherProcesses()
-    current = runner.Run(suite, device, report)
+    current = runner.Run(suite, device, report, out)
     try:
         current.all()
-    finally:  # what was measured before an error or an interrupt is kept
-        if report.measurements:
-            runner.write(report, current.not_run, out)
+    finally:  # what was measured since the last case is kept too
+        current.write()
     print(f"\n{others}\n{time.perf_counter() - start:.0f} s in all; {out}/results.csv")
+    for line in current.faults:
+        print(f"WRONG  {line}")
+    return 1 if current.faults else 0
 
 
 def _suite(args: argparse.Namespace) -> Suite:
@@ -116,7 +121,7 @@ def _device_name(device: str) -> str:
     return f"{records.cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def plot(args: argparse.Namespace) -> None:
+def plot(args: argparse.Namespace) -> int:
     files = args.csv or sorted(RUNS.glob("*/results.csv"))
     if not files:
         raise ValueError(f"nothing to draw under {RUNS}: python -m bench run --suite cpu first")
@@ -143,6 +148,7 @@ def plot(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder} cannot be written: {error.strerror or error}") from error
         if picture is None:
             print(f"{path}: no figure shows its rows")
+    return 0
 
 
 if __name__ == "__main__":

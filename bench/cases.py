@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_sections, linear_providers, measure, providers
+from . import linear_providers, measure, providers
 from .cpu_sections import BOTH, FORWARD
 from .linear_providers import TOLERANCE, Shape, demand
 from .providers import LINEAR, LOGITS, OURS, Loss
@@ -42,8 +42,17 @@ def batch_of(case: Case, device: str) -> tuple[Tensor, ...]:
     """Leaves, and targets."""
     n, _, v = case.shape
     if case.form == LOGITS:
-        return cpu_sections.batch(n, v, case.dtype, device)
+        generator = torch.Generator(device).manual_seed(0)
+        logits = linear_providers.normal(n, v, case.dtype, generator)
+        return logits, torch.randint(v, (n,), generator=generator, device=device)
     return linear_providers.batch_of(case.shape, case.dtype, device)
+
+
+def batch_for(case: Case, provider: str, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batch, or a copy for a provider that writes the gradient over the logits it is given."""
+    if case.form == LOGITS and provider in providers.OVERWRITING:
+        return tuple(tensor.clone() for tensor in batch)
+    return batch
 
 
 def step_of(mode: str) -> Callable[..., measure.Step]:

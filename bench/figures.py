@@ -8,7 +8,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from .providers import COMPILED, CUT, EAGER, FLASH, INPLACE, LIGER, OURS, QUACK, TORCH
+from .providers import (
+    COMPILED,
+    CUT,
+    CUT_FILTER,
+    EAGER,
+    FLASH,
+    INPLACE,
+    LIGER,
+    OURS,
+    QUACK,
+    TORCH,
+)  # fmt: skip
 
 Row = dict[str, str]
 Point = tuple[float, float, float, float]  # x, value, q20, q80
@@ -16,6 +27,7 @@ BOTH = "forward+backward"
 PEAK, PREDICTED = "peak_extra_bytes", "predicted_peak_extra_bytes"
 COLORS = {
     EAGER: "#7f7f7f", COMPILED: "#e69f00", TORCH: "#b58900", CUT: "#56b4e9", LIGER: "#cc79a7",
+    CUT_FILTER: "#2b6c99",
     QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INPLACE: "#d55e00",
 }  # fmt: skip
 

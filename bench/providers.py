@@ -20,15 +20,17 @@ import chunked_ce
 EAGER, COMPILED, OURS = "eager", "torch.compile", "chunked_ce"
 INPLACE = "chunked_ce inplace_backward"
 TORCH, CUT, LIGER = "F.linear_cross_entropy", "cut-cross-entropy", "liger"
+CUT_FILTER = "cut-cross-entropy (filter)"  # leaves small gradients out; CUT computes all of them
 QUACK, FLASH = "quack", "flash-attn"
 
 LOGITS, LINEAR = "logits", "linear"  # forms
 PROVIDERS = {
     LOGITS: (EAGER, COMPILED, LIGER, QUACK, FLASH, OURS, INPLACE),
-    LINEAR: (EAGER, COMPILED, TORCH, CUT, LIGER, QUACK, OURS),
+    LINEAR: (EAGER, COMPILED, TORCH, CUT, CUT_FILTER, LIGER, QUACK, OURS),
 }
-COMPILING = (COMPILED, CUT)  # their first call shows whether they run here
+COMPILING = (COMPILED, CUT, CUT_FILTER)  # their first call shows whether they run here
 GPU_ONLY = (LIGER, QUACK, FLASH)
+OVERWRITING = (LIGER,)  # from logits: they hold the gradient after its forward
 
 Loss = Callable[..., Tensor]
 
@@ -64,10 +66,10 @@ def _from_hidden_states(provider: str, device: str) -> Loss:
     if provider == TORCH:
         options = torch.nn.LinearCrossEntropyOptions()
         return lambda x, w, target: F.linear_cross_entropy(x, w, target, options=options)
-    if provider == CUT:
+    if provider in (CUT, CUT_FILTER):
         how = "cce" if device == "cuda" else "torch_compile"
-        cut = _module("cut_cross_entropy").linear_cross_entropy
-        return lambda x, w, target: cut(x, w, target, impl=how)
+        cut: Loss = partial(_module("cut_cross_entropy").linear_cross_entropy, impl=how)
+        return cut if provider == CUT_FILTER else partial(cut, filter_eps=None)
     if provider == LIGER:
         fused: Loss = _module(
             "liger_kernel.transformers.functional"
@@ -100,6 +102,8 @@ def why_not(form: str, provider: str, device: str = "cpu") -> str:
         return f"has no loss from {'logits' if form == LOGITS else 'hidden states'}"
     if provider in GPU_ONLY and device != "cuda":
         return "its kernels need a GPU"
+    if provider == CUT_FILTER and device != "cuda":
+        return "its filter needs a GPU"
     if provider == TORCH and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has none with options"
     try:

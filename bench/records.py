@@ -134,6 +134,14 @@ class NotRun(dict[str, str]):
             print(f"{provider}: not run: {why} ({where})", flush=True)
 
 
+def write_folder(report: Report, not_run: NotRun, folder: Path) -> None:
+    """results.csv, and not_run.txt with the reasons."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_csv(folder / "results.csv")
+    rows = [("provider", "why"), *not_run.items()]
+    (folder / "not_run.txt").write_text(aligned(rows, labels=2) + "\n", encoding="utf-8")
+
+
 def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
 

@@ -20,10 +20,22 @@ from torch import Tensor
 from chunked_ce import planner
 
 from . import linear_providers, measure, providers
-from .cases import Case, answer, batch_of, compare, fake_batch, loss_of, reference, step_of, weigh
+from .cases import (
+    Case,
+    answer,
+    batch_for,
+    batch_of,
+    compare,
+    fake_batch,
+    loss_of,
+    reference,
+    step_of,
+    weigh,
+)
 from .cpu_sections import BOTH, spread
+from .memory_table import memory_table
 from .providers import COMPILED, EAGER, INPLACE, LINEAR, LOGITS, OURS, TORCH
-from .records import Measurement, NotRun, Report, aligned, dtype_name, reason
+from .records import Measurement, NotRun, Report, dtype_name, reason, write_folder
 from .suites import DTYPES, FULL, FULL_SIZE, OF_FORM, Suite
 from .tensor_bytes import predicted_peak
 
@@ -41,8 +53,9 @@ class _TooSlow(Exception):
 class Run:
     """One suite on one device."""
 
-    def __init__(self, suite: Suite, device: str, report: Report) -> None:
-        self.suite, self.device, self.report = suite, device, report
+    def __init__(self, suite: Suite, device: str, report: Report, folder: Path) -> None:
+        self.suite, self.device, self.report, self.folder = suite, device, report, folder
+        self.faults: list[str] = []  # of eager's results and ours
         self.clock = measure.clock_of(device)
         self.not_run = NotRun()
         self.deadline = time.perf_counter() + suite.budget
@@ -61,14 +74,20 @@ class Run:
                     self._predict(case, provider, mode, "cpu" if self.device == "cpu" else "meta")
             if self.device == "cpu" and self.suite.processes and measure.memory_is_measurable():
                 self._weigh_in_processes(case)
+            self.write()
         self._full_size()
-        self._memory_table()
+        memory_table(self.report)
 
     def _asked(self, form: str) -> list[str]:
         return [p for p in OF_FORM[form] if p in self.suite.providers]
 
     def _late(self) -> bool:
         return time.perf_counter() > self.deadline
+
+    def write(self) -> None:
+        """All that is measured so far, so that a stop loses no more than a case."""
+        if self.report.measurements:
+            write_folder(self.report, self.not_run, self.folder)
 
     # Time
 
@@ -102,7 +121,9 @@ class Run:
             at_work = agreeing[0]
 
             def watched(provider: str) -> measure.Step:
-                step = step_of(mode)(loss_of(case.form, provider, self.device), *batch)
+                step = step_of(mode)(
+                    loss_of(case.form, provider, self.device), *batch_for(case, provider, batch)
+                )
 
                 def run() -> None:
                     nonlocal at_work
@@ -153,6 +174,7 @@ class Run:
     ) -> float:  # fmt: skip
         """Of a step, once its answer has been compared."""
         loss = loss_of(case.form, provider, self.device)
+        batch = batch_for(case, provider, batch)
         start = time.perf_counter()
         got = answer(BOTH, loss, batch)
         times_eager = (time.perf_counter() - start) / max(eager_seconds, _SHORT)
@@ -177,17 +199,17 @@ class Run:
         return None
 
     def _failed(self, case: Case, provider: str, error: Exception) -> None:
-        """The rest is measured, whatever another's code raises; eager and ours may lack memory."""
+        """The rest is measured. What eager and ours raise, but for want of memory, is a fault."""
         if measure.is_out_of_memory(error):
             why = "out of memory"
         elif isinstance(error, BrokenProcessPool):
             why = "its process was killed, perhaps for want of memory"
         elif isinstance(error, _TooSlow):
             why = str(error)
-        elif provider in (EAGER, OURS, INPLACE):
-            raise error
         else:
             why = reason(error)
+            if provider in (EAGER, OURS, INPLACE):
+                self.faults.append(f"{why} ({case})")
         self.not_run.say(f"{provider}, {case.form}", why, str(case))
 
     def _all_failed(self, case: Case, error: Exception) -> None:
@@ -253,23 +275,6 @@ class Run:
                 for provider in self._asked(form):
                     self._predict(case, provider, case.modes[-1], "meta", PREDICTED_DEVICE)
 
-    def _memory_table(self) -> None:
-        """Predicted and measured side by side."""
-        found: dict[tuple[object, ...], dict[str, float]] = {}
-        for m in self.report.measurements:
-            if m.metric != "seconds":
-                key = m.provider, m.mode, m.N, m.D, m.V, m.dtype, m.device
-                found.setdefault(key, {})[m.metric] = m.value / 2**20
-        self.report.title("peak memory of a step beyond its batch, MiB")
-        rows = [("provider", "mode", "dtype", "N", "D", "V", "predicted", "measured", "ratio")]
-        for (provider, mode, n, d, v, dtype, _), of in found.items():
-            predicted, measured = of.get("predicted_peak_extra_bytes"), of.get("peak_extra_bytes")
-            cells = ("" if x is None else f"{x:.0f}" for x in (predicted, measured))
-            ratio = f"{measured / predicted:.2f}" if predicted and measured else ""
-            shape = (str(x or "") for x in (n, d, v))
-            rows.append((str(provider), str(mode), str(dtype), *shape, *cells, ratio))  # type: ignore[arg-type]
-        self.report.table(rows, labels=3)
-
     def _add(
         self, case: Case, provider: str, mode: str, metric: str, value: float,
         q20: float | None = None, q80: float | None = None, device: str | None = None,
@@ -288,11 +293,3 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def write(report: Report, not_run: NotRun, folder: Path) -> None:
-    """results.csv, and not_run.txt with the reasons."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_csv(folder / "results.csv")
-    rows = [("provider", "why"), *not_run.items()]
-    (folder / "not_run.txt").write_text(aligned(rows, labels=2) + "\n", encoding="utf-8")

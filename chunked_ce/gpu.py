@@ -24,7 +24,8 @@ def architecture(device: torch.device) -> str:
     if name not in launch.TABLE:
         warnings.warn(
             f"chunked_ce has no launch table for {name or device.type}: it uses the generic one, "
-            "which is correct but perhaps not the fastest (bench/tune.py measures the choices)",
+            "which is correct but perhaps not the fastest (`python -m bench gpu tune` measures "
+            "the choices)",
             stacklevel=2,
         )
         return "generic"

@@ -20,6 +20,14 @@ if not (SANITIZED or ON_GPU):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Versions that do not work together are no fault of a kernel: say so before a test fails."""
+    from bench.gpu.versions import installed_interpreter_fault
+
+    if INTERPRETED and (fault := installed_interpreter_fault()):
+        raise pytest.UsageError(fault)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The sanitizer executes kernels: it has no use for other backends, nor for torch's own tracers."""
     if not SANITIZED:

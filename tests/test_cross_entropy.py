@@ -270,14 +270,14 @@ def big_tensors(function, at_least):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_copy_of_the_logits(backend, dtype, monkeypatch):
+def test_no_copy_of_the_logits(backend, dtype, device, monkeypatch):
     """PITFALLS, loss 14 and 15: nothing of N x V elements but the gradient, and without one nothing.
 
     The operators' own allocations count too: they are called as Python functions here.
     """
 
     rows, vocab = ((40, 10), 900) if backend == "torch" else ((4, 10), 90)
-    x, target = batch(rows, vocab, dtype)
+    x, target = batch(rows, vocab, dtype, device)
     big = x[:, :-1].numel() // 2
     options = dict(dim=-1, backend=backend, label_smoothing=0.1, z_loss_weight=0.1, softcap=9.0)
     for call in (
@@ -363,24 +363,27 @@ def test_modes(backend, device):
 @pytest.mark.parametrize(
     "options", [{}, dict(entropy=True, mean_logprob=True, rank=True, argmax=True)], ids=str
 )
-def test_opcheck(backend, options):
-    x, target = batch(4, 30)
+def test_opcheck(backend, options, device):
+    x, target = batch(4, 30, device=device)
     target = target.clamp(max=24)
     wanted = [options.get(k, False) for k in ("entropy", "mean_logprob", "rank", "argmax")]
-    weight, at = (torch.rand(25), torch.randint(0, 25, (4, 3))) if options else (None, None)
+    weight, at = (None, None)
+    if options:
+        weight = torch.rand(25, device=device)
+        at = torch.randint(0, 25, (4, 3), device=device)
     classes = ops.Classes(weight, None, 1.0, 0.0, at)
     arguments = (x.requires_grad_(), target, *classes, -100, 25, 5.0, 0.5, backend, *wanted, False)
     torch.library.opcheck(torch.ops.chunked_ce.token_stats.default, arguments)
     x = x.detach()
     stats = torch.ops.chunked_ce.token_stats(*arguments)
-    g = torch.randn(4)
+    g = torch.randn(4, device=device)
     arguments = (
         x,
         target,
         *classes,
         *(s.detach() for s in stats[:3]),
         *[g] * 4,
-        None if at is None else torch.randn(4, 3),
+        None if at is None else torch.randn(4, 3, device=device),
         -100,
         25,
         5.0,
@@ -393,11 +396,11 @@ def test_opcheck(backend, options):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_compile_fullgraph(backend, compiler, inplace):
+def test_compile_fullgraph(backend, compiler, inplace, device):
     torch._dynamo.reset()
-    head = torch.nn.Linear(8, 50)
-    hidden = torch.randn(3, 4, 8)
-    target = batch((3, 4), 50)[1]
+    head = torch.nn.Linear(8, 50, device=device)
+    hidden = torch.randn(3, 4, 8, device=device)
+    target = batch((3, 4), 50, device=device)[1]
 
     def step(hidden, target):
         logits = head(hidden)
@@ -420,7 +423,7 @@ def test_compile_fullgraph(backend, compiler, inplace):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_compile_changes_of_size(backend):
+def test_compile_changes_of_size(backend, device):
     """PITFALLS, loss 26: one more compile for a second N (then dynamic), none for the third."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -428,7 +431,7 @@ def test_compile_changes_of_size(backend):
         lambda x, t: cross_entropy(x, t, backend=backend), fullgraph=True, backend=counter
     )
     for rows in (5, 7, 9, 12):
-        x, target = batch(rows, 40)
+        x, target = batch(rows, 40, device=device)
         torch.testing.assert_close(compiled(x, target), cross_entropy(x, target, backend=backend))
     assert counter.frame_count <= 2
 

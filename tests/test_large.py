@@ -23,9 +23,10 @@ from chunked_ce import (
 
 PROGRAM = """
 import os, sys
-backend, inplace = sys.argv[1], sys.argv[2] == "True"
-if backend == "triton": os.environ["TRITON_INTERPRET"] = "1"
+backend, inplace, device = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
+if backend == "triton" and device == "cpu": os.environ["TRITON_INTERPRET"] = "1"
 import torch, chunked_ce
+torch.set_default_device(device)
 rows, vocab, apart = 3, 100, 2**31 + 8
 storage = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
 logits = storage.as_strided((rows, vocab), (apart, 1))
@@ -59,8 +60,8 @@ print("equal")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_rows_two_to_the_31_logits_apart(backend, inplace):
-    command = [sys.executable, "-c", PROGRAM, backend, str(inplace)]
+def test_rows_two_to_the_31_logits_apart(backend, inplace, device):
+    command = [sys.executable, "-c", PROGRAM, backend, str(inplace), device]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 

@@ -83,13 +83,13 @@ def test_rows_of_several_blocks(dtype, vocab):
 
 @pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
 @pytest.mark.parametrize("head", [Head(None, 1.0), Head(5.0, 0.5)], ids=str)
-def test_shards_of_a_vocabulary_in_one_process(backend, leading, head):
+def test_shards_of_a_vocabulary_in_one_process(backend, leading, head, device):
     """The sums that ranks send; leading dimensions that do not merge, a target of +inf and of -inf."""
     vocab, cuts = 70, (0, 11, 12, 70)
-    wide = torch.randn(2, *leading, vocab, dtype=torch.float64) * 3
+    wide = torch.randn(2, *leading, vocab, dtype=torch.float64, device=device) * 3
     x = wide.transpose(0, -2)[..., :-1, :] if len(leading) > 1 else wide[0]
-    target = torch.randint(0, vocab, x.shape[:-1])
-    target.view(-1)[:4] = torch.tensor([0, 11, 12, 69])
+    target = torch.randint(0, vocab, x.shape[:-1], device=device)
+    target.view(-1)[:4] = torch.tensor([0, 11, 12, 69], device=device)
     flat_target = target.reshape(-1)
     parts, logits = [], []
     for start, stop in zip(cuts, cuts[1:], strict=False):

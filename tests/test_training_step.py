@@ -216,12 +216,12 @@ def test_no_step_waits_for_a_device(fused: bool) -> None:
     assert waits.seen == [] and model.head.weight.grad.shape == (V, D)
 
 
-def test_no_kernel_launch_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kernel_launch_reads_a_value(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton backend in the interpreter, told that looking is not free, as on a GPU."""
     pytest.importorskip("triton")
     checked = linear_ops.check_targets
     monkeypatch.setattr(linear_ops, "check_targets", lambda *a, free: checked(*a, free=False))
-    h, w, b, target = head("cpu")
+    h, w, b, target = head(device)
     tensors = [t.requires_grad_() for t in (h, w, b)]
     for reduction in ("mean", "none"):
         with Waits() as waits:
