@@ -17,7 +17,7 @@ from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, 
 
 from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
 from chunked_ce import evaluation as module
-from chunked_ce.documents import _bytes_of, from_text
+from chunked_ce.documents import from_text
 from chunked_ce.language_model import examine
 
 
@@ -338,8 +338,6 @@ def test_bytes_after_a_first_token_that_is_a_byte_or_a_space(scheme):
         assert document.n_bytes == len(text.encode()) - first
     (document,) = from_text(" 😀b", pieces(prepend_scheme=scheme), None, 0)
     assert document.n_bytes == 5
-    for text, n_bytes in (("😀", 1), (" 😀", 2)):
-        assert _bytes_of("Ġð", text) == n_bytes
 
 
 def test_numpy_s_ids(gpt2):
