@@ -2,7 +2,7 @@
 
 Offsets do not tell. Tokenizers trim spaces off them, count a prefix space that the text does not
 have, give a part of a character the whole character, or have none. The tokens' own bytes do. When
-joined, they are the text, but for a prefix space or leading white space that the tokenizer dropped.
+joined, they are the text, but for a prefix space or white space that the tokenizer dropped.
 Where the tokenizer rewrites the text (lower case, unknown words), the shortest prefix of the text
 that gives the first token alone is used instead.
 """
@@ -20,12 +20,14 @@ LONGEST_TOKEN = 256  # characters of the text that are tried
 
 def first_token_bytes(text: str, ids: Sequence[int], tokenizer: Any) -> int:
     """Return how many of the UTF-8 bytes of `text` lie before the end of its first token."""
+    kept = _without_dropped_space(text, tokenizer)
+    dropped, text = len(text.encode()) - len(kept.encode()), kept
     pieces = _pieces(ids[:COMPARED_TOKENS], tokenizer)
     end = _end_in_joined(text, pieces)
     if end is None:
         prefix = _prefix_of_token(text, ids[0], tokenizer)
         end = len(prefix.encode()) if prefix else _end_within_character(text, pieces[0])
-    return end
+    return dropped + end
 
 
 def after_bytes(text: str, n_bytes: int) -> str:
@@ -49,15 +51,15 @@ def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str | bytes]:
 def _end_in_joined(text: str, pieces: Sequence[str | bytes]) -> int | None:
     """Return the end of the first piece where the joined pieces follow the text beyond it.
 
-    Of the ways to read pieces as bytes, and of the text with and without a prefix space and its
-    leading white space, the one that follows the text to the end is right, or else furthest.
+    Of the ways to read pieces as bytes, and of the text with and without a prefix space, the one
+    that follows the text to the end is right, or else furthest.
     """
     best, furthest = None, (False, 0)
     for read in _READINGS:
         parts = [piece if isinstance(piece, bytes) else read(piece) for piece in pieces]
         joined, first = b"".join(parts), len(parts[0])
         shown = text.replace("▁", " ") if read is _with_spaces else text
-        for start, shift in _beginnings(shown):
+        for start, shift in ((shown.encode(), 0), (b" " + shown.encode(), -1)):
             common = len(os.path.commonprefix([joined, start[: len(joined)]]))
             reached = (common == len(joined), common)
             if 0 < first <= common and reached > furthest:
@@ -65,17 +67,24 @@ def _end_in_joined(text: str, pieces: Sequence[str | bytes]) -> int | None:
     return best
 
 
-def _beginnings(text: str) -> list[tuple[bytes, int]]:
-    """Return what the pieces may join to, and how many bytes of the text it leaves out or adds."""
-    whole, stripped = text.encode(), text.lstrip().encode()
-    dropped = len(whole) - len(stripped)
-    return [(whole, 0), (b" " + whole, -1), (stripped, dropped), (b" " + stripped, dropped - 1)]
-
-
 def _bytes_in(text: str, shown: str, end: int) -> int:
     """Return where `end` bytes of `shown` end in `text`, which has as many characters."""
     whole = shown.encode()[:end].decode(errors="ignore")
     return len(text[: len(whole)].encode()) + end - len(whole.encode())
+
+
+def _without_dropped_space(text: str, tokenizer: Any) -> str:
+    """Return `text` without its leading white space, if that changes no token."""
+    kept = text.lstrip()
+    if not kept or kept == text:
+        return text
+    start = text[: len(text) - len(kept) + LONGEST_TOKEN]
+    same = _ids(start, tokenizer) == _ids(start.lstrip(), tokenizer)
+    return kept if same else text
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _prefix_of_token(text: str, token: int, tokenizer: Any) -> str | None:
@@ -86,9 +95,7 @@ def _prefix_of_token(text: str, token: int, tokenizer: Any) -> str | None:
     unknown = token == getattr(tokenizer, "unk_token_id", None)
     found = 0
     for end in range(1, len(text) + 1):
-        prefix = text[:end]
-        encoded = tokenizer(prefix, add_special_tokens=False, verbose=False)
-        if list(encoded["input_ids"]) == [token]:
+        if _ids(text[:end], tokenizer) == [token]:
             found = end
             if not unknown:
                 break

@@ -207,6 +207,17 @@ def test_words_with_metaspace(space, before):
     assert scored(text, fast(tokenizer, unk_token="<unk>")) == len(f"{space}cat".encode())
 
 
+@pytest.mark.parametrize("text", ["THE cat", " THE cat", "  THE cat", "\u00a0\n日本", "the"])
+def test_dropped_white_space_before_an_unknown_word(text):
+    """T5's: leading white space goes, and a prefix space is put, here a token of its own."""
+    ids = {"<unk>": 0, "▁": 1, "t": 2, "h": 3, "e": 4}
+    tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    assert scored(text, fast(tokenizer, unk_token="<unk>")) == len(text.lstrip().encode())
+
+
 @EVERY_TEXT
 @given(TEXT.filter(lambda text: "<s>" not in text))
 def test_byt5(text):
