@@ -80,10 +80,14 @@ def examine(model: Any, ids: Tensor, device: torch.device) -> LanguageModel:
     """Tries `model` on the first tokens of a document, `ids` [T].
 
     Raises:
+        TypeError: the model cannot be called with ids alone.
         ValueError: the model is not causal, or gives no logits [B, T, V].
     """
     probe, *further = _probes(ids[:PROBE_TOKENS].to(device))
-    logits = _logits_of(model, probe)
+    try:
+        logits = _logits_of(model, probe)
+    except TypeError as error:
+        raise checks.not_of_ids_alone(error) from error
     checks.model_logits(logits, probe)
     looks_ahead = _looks_ahead(logits)
     for another in further if looks_ahead else ():  # rounding may depend on the tokens beside

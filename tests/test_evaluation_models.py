@@ -108,6 +108,21 @@ def test_multimodal():
     assert report.nll_sum == pytest.approx(stock_nll(model, ids), rel=1e-6)
 
 
+def test_a_model_that_needs_more_than_ids():
+    class Captions(torch.nn.Embedding):
+        def forward(self, input_ids, pixel_values):
+            return super().forward(input_ids)
+
+    model, ids = Captions(VOCAB, VOCAB), ids_of(20)
+    with pytest.raises(
+        TypeError, match="with token ids alone .*pixel_values.*model.language_model"
+    ):
+        evaluate_perplexity(model, ids, context_length=20)
+    report = evaluate_perplexity(lambda x: model(x, None), ids, context_length=20)
+    expected = F.cross_entropy(model.weight[ids[:-1]].double(), ids[1:], reduction="sum")
+    assert report.nll_sum == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
 def test_trained_prompts(kind):
     """Five positions of each window are the prompt's, whose logits are of no token."""

@@ -186,6 +186,14 @@ def ids_known(name: str, documents: Sequence[Tensor], model: Any, classes: int |
             )
 
 
+def not_of_ids_alone(error: TypeError) -> TypeError:
+    reason = " ".join(str(error).split())
+    return TypeError(
+        f"model cannot be called with token ids alone ({reason}): pass the language model within "
+        "it, often model.language_model, or a function of ids [B, T] that gives it the rest"
+    )
+
+
 def model_logits(logits: Any, ids: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(
