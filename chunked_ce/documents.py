@@ -2,12 +2,12 @@
 
 The beginning-of-sequence token is context and is not scored; without one a document's first token
 is context, and only the text after it counts as scored. The end-of-sequence token is scored and has
-no bytes.
+no bytes. A document that has them already is given no second one.
 """
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .first_token import after_bytes, first_token_bytes, token_text
 
 
 class Document(NamedTuple):
@@ -30,14 +31,14 @@ def from_ids(
     eos: int | None,
 ) -> list[Document]:
     """[T], [N, T], or a sequence of documents of unequal lengths."""
-    before = [] if bos is None else [bos]
-    after = [] if eos is None else [eos]
     rows = checks.documents_of_ids(input_ids, attention_mask)
     documents = []
     for i, row in enumerate(rows):
+        before, after = _ends_to_add(row.tolist(), bos, eos)
         ids = torch.cat([torch.tensor(before), row, torch.tensor(after)]).long()
         checks.enough_tokens(i, len(row), len(ids))
         documents.append(Document(ids, None, None))
+    _warn_of_ends([row.tolist() for row in rows], bos, eos)
     return documents
 
 
@@ -47,40 +48,55 @@ def from_text(
     """Each string is a document, tokenized with no special tokens but those asked for here."""
     texts = checks.texts(text)
     checks.tokenizer(tokenizer)
-    return [_from_text(i, text, tokenizer, bos, eos) for i, text in enumerate(texts)]
-
-
-def _from_text(index: int, text: str, tokenizer: Any, bos: int | None, eos: int | None) -> Document:
-    before = [] if bos is None else [bos]
-    after = [] if eos is None else [eos]
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    options = {"return_offsets_mapping": True} if fast else {}
     # verbose=False: longer than the model's context is what windows are for
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False, **options)
-    own = list(encoded["input_ids"])
+    rows = [
+        list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for text in texts
+    ]
+    documents = [
+        _from_text(i, text, row, tokenizer, bos, eos)
+        for i, (text, row) in enumerate(zip(texts, rows, strict=True))
+    ]
+    _warn_of_ends(rows, bos, eos)
+    return documents
+
+
+def _from_text(
+    index: int, text: str, own: list[int], tokenizer: Any, bos: int | None, eos: int | None
+) -> Document:
+    before, after = _ends_to_add(own, bos, eos)
     ids = before + own + after
     checks.enough_tokens(index, len(own), len(ids))
-    scored, n_bytes = text, None
-    if not before and fast:
-        offsets = encoded["offset_mapping"]
-        scored = text[offsets[1][0] :] if len(offsets) > 1 else ""
-        if len(offsets) > 1 and offsets[1][0] < offsets[0][1]:  # both of one character
-            n_bytes = len(text.encode()) - _bytes_of(tokenizer.convert_ids_to_tokens(ids[0]), text)
-    elif not before:
-        scored = text[len(tokenizer.decode(ids[:1])) :]
-    n_bytes = len(scored.encode()) if n_bytes is None else n_bytes
+    n_bytes, scored = len(text.encode()), text
+    if not before:
+        context = first_token_bytes(text, own, tokenizer)
+        n_bytes, scored = n_bytes - context, after_bytes(text, context)
+    if eos is not None and not after:
+        end = token_text(eos, tokenizer)
+        if scored.endswith(end):
+            n_bytes, scored = n_bytes - len(end.encode()), scored.removesuffix(end)
     return Document(torch.tensor(ids), n_bytes, len(scored.split()))
 
 
-def _bytes_of(token: str, text: str) -> int:
-    """Of a token that ends within a character, the first of `text`.
+def _ends_to_add(own: list[int], bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
+    """Those of BOS and EOS that a document lacks. One token alone is not both."""
+    begins, ends = own[:1] == [bos], own[-1:] == [eos] and (len(own) > 1 or bos != eos)
+    before = [] if bos is None or begins else [bos]
+    after = [] if eos is None or ends else [eos]
+    return before, after
 
-    Byte-level tokenizers write a byte as a character, those with a byte fallback as <0xF0>; a
-    space that the tokenizer put before the text is none of its bytes.
-    """
-    if re.fullmatch("<0x[0-9A-F]{2}>", token):
-        return 1
-    return len(token) - (token[0] in "Ġ▁" and not text[0].isspace())
+
+def _warn_of_ends(rows: Sequence[list[int]], bos: int | None, eos: int | None) -> None:
+    for name, verb, token, at in (("bos", "begins", bos, 0), ("eos", "ends", eos, 1)):
+        put = [len(_ends_to_add(row, bos, eos)[at]) for row in rows]
+        having = [i for i, count in enumerate(put) if not count]
+        if token is not None and having:
+            more = f" (and {len(having) - 1} more)" if len(having) > 1 else ""
+            warnings.warn(
+                f"document {having[0]}{more} {verb} with the {name.upper()} token, id {token}, "
+                f"already: it is counted once; leave it out of the documents, or pass {name}=False",
+                stacklevel=5,
+            )
 
 
 def bos_id(bos: bool | int | None, model: Any, tokenizer: Any) -> int | None:

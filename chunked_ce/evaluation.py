@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .documents import bos_id, eos_id, from_ids, from_text
-from .language_model import device_of, evaluating, examine
+from .language_model import device_of, evaluating, examine, try_length
 from .report import EvaluationInterrupted, EvaluationReport
 from .scoring import Scoring
 from .windows import batches, sliding_windows
@@ -61,6 +61,7 @@ def evaluate_perplexity(
         tokenizer: its transformers tokenizer. Bytes and words are counted for text alone.
         attention_mask: [N, T], 0 where `input_ids` are padded, which must be on the right.
         context_length: most tokens the model sees at once; by default what its configuration says.
+            More is refused where the model has no positions for them.
         stride: by how much a window goes beyond the one before, from 1 to `context_length`, which
             is the default. A token has at least context_length - stride + 1 tokens of context,
             or all there are.
@@ -70,6 +71,7 @@ def evaluate_perplexity(
             model's, False for none; None does as the tokenizer does, and for `input_ids` none.
             Without it a document's first token is not scored, nor are its bytes.
         eos: id put after each document and scored; it has no bytes. True for the tokenizer's.
+            A document that has one of them already is given no second one, with a warning.
         rank: top-1 accuracy and mean reciprocal rank too.
         per_document, per_position, per_window: reports of each, see :class:`EvaluationReport`.
         device: where batches go, by default where the model's parameters are; it is not moved.
@@ -120,6 +122,7 @@ def evaluate_perplexity(
     with evaluating(model):
         examined = examine(model, max(ids, key=len)[:context_length], where)
         checks.ids_known("document", ids, model, examined.vocab_size)
+        try_length(examined, max(ids, key=len)[:-1][:context_length], where, backend)
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
     report = scoring.report(

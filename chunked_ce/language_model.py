@@ -2,7 +2,7 @@
 
 Whether it can is tried, not assumed: on a few tokens the head's product with the hidden states must
 be the model's own logits, as they are, scaled (Granite, Cohere) or capped (Gemma 2). Where it is
-not, the model's own logits are used, some rows of a batch at a time.
+not, or where trying it fails, the model's own logits are used, some rows of a batch at a time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LanguageModel:
         rows = max(1, _LOGITS_BYTES // (input_ids.shape[1] * self.vocab_size * 4))
         parts = []
         for ids, labels in zip(input_ids.split(rows), target.split(rows), strict=True):
-            logits = _logits(_call(self.model, ids))
+            logits = _logits_of(self.model, ids)
             labels = labels.to(logits.device)
             parts.append(token_stats(logits, labels, rank=rank, backend=backend))
         joined = [None if s[0] is None else torch.cat(s) for s in zip(*parts, strict=True)]
@@ -80,17 +80,39 @@ def examine(model: Any, ids: Tensor, device: torch.device) -> LanguageModel:
     """Tries `model` on the first tokens of a document, `ids` [T].
 
     Raises:
+        TypeError: the model cannot be called with ids alone.
         ValueError: the model is not causal, or gives no logits [B, T, V].
     """
     probe, *further = _probes(ids[:PROBE_TOKENS].to(device))
-    logits = _logits(_call(model, probe))
+    try:
+        logits = _logits_of(model, probe)
+    except TypeError as error:
+        raise checks.not_of_ids_alone(error) from error
     checks.model_logits(logits, probe)
     looks_ahead = _looks_ahead(logits)
     for another in further if looks_ahead else ():  # rounding may depend on the tokens beside
-        looks_ahead = looks_ahead and _looks_ahead(_logits(_call(model, another)))
+        looks_ahead = looks_ahead and _looks_ahead(_logits_of(model, another))
     checks.causal(not looks_ahead)
-    heads = (_head(base, model, probe, logits) for base in _bases(model))
+    heads = (_attempt(_head, base, model, probe, logits) for base in _bases(model))
     return LanguageModel(model, logits.shape[-1], next(filter(None, heads), None))
+
+
+@torch.no_grad()
+def try_length(examined: LanguageModel, ids: Tensor, device: torch.device, backend: str) -> None:
+    """Try a window `ids` [T] that is longer than the configuration's maximum, where it may fail.
+
+    Raises:
+        ValueError: the model has no positions for it.
+    """
+    if not checks.exceeds_maximum(len(ids), examined.model):
+        return
+    inputs = ids[None].to(device)
+    try:
+        examined.token_stats(inputs, inputs, rank=False, backend=backend)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise checks.too_long(len(ids), examined.model) from error
 
 
 def _probes(tokens: Tensor) -> list[Tensor]:
@@ -156,15 +178,33 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def _bases(model: Any) -> list[nn.Module]:
-    """Where the hidden states may come from."""
-    found = [model.get_decoder()] if hasattr(model, "get_decoder") else []
-    found.append(getattr(model, getattr(model, "base_model_prefix", None) or "", None))
-    return [base for base in found if isinstance(base, nn.Module) and base is not model]
+    """Return the modules that the hidden states may come from.
+
+    None of a model with trained prompts: what it puts before the ids is put by the model itself.
+    """
+    if checks.virtual_tokens(model):
+        return []
+    prefix = getattr(model, "base_model_prefix", None) or ""
+    found = [_attempt(_method(model, "get_decoder")), getattr(model, prefix, None)]
+    head = _attempt(_method(model, "get_output_embeddings"))
+    return [b for b in found if isinstance(b, nn.Module) and b is not model and b is not head]
+
+
+def _method(model: Any, name: str) -> Any:
+    return getattr(model, name, lambda: None)
+
+
+def _attempt(function: Any, *args: Any) -> Any:
+    """Return None where it fails: the model's own logits are there for whatever that is."""
+    try:
+        return function(*args)
+    except Exception:
+        return None
 
 
 def _output_embeddings(model: Any) -> Any:
     """The head, if its weight can be multiplied with: not quantized, sharded or elsewhere."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _attempt(_method(model, "get_output_embeddings"))
     weight = getattr(head, "weight", None)
     usable = (
         isinstance(weight, Tensor)
@@ -214,12 +254,20 @@ def _logits(output: Any) -> Any:
     return output.logits if hasattr(output, "logits") else _first(output)
 
 
+def _logits_of(model: Any, input_ids: Tensor) -> Any:
+    """Return logits [B, T, V], without those of trained prompts before the ids [B, T]."""
+    logits = _logits(_call(model, input_ids))
+    extra = checks.virtual_tokens(model)
+    if not extra or not isinstance(logits, Tensor) or logits.dim() != 3:
+        return logits
+    return logits[:, extra:] if logits.shape[1] == extra + input_ids.shape[1] else logits
+
+
 def device_of(model: Any) -> torch.device:
     """Where a model takes its ids."""
-    if hasattr(model, "get_input_embeddings"):
-        weight = getattr(model.get_input_embeddings(), "weight", None)
-        if isinstance(weight, Tensor) and weight.device.type != "meta":
-            return weight.device
+    weight = getattr(checks.input_embeddings(model), "weight", None)
+    if isinstance(weight, Tensor) and weight.device.type != "meta":
+        return weight.device
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))
 

@@ -5,6 +5,7 @@ Never a mean of batch losses or of perplexities.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from . import checks
 from .collectives import all_gather
-from .functional import token_stats
+from .nll_sums import State, batch_sums, perplexity_of
 from .report import PerplexityReport
-from .stats import is_scored
 
 
 @torch.no_grad()
-def perplexity(input: Tensor, target: Tensor, *, ignore_index: int = -100, dim: int = -1) -> Tensor:
+def perplexity(
+    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1
+) -> Tensor:
     """Perplexity per token of one batch.
 
     exp(sum of NLL / number of targets that are not `ignore_index`).
@@ -29,7 +31,7 @@ def perplexity(input: Tensor, target: Tensor, *, ignore_index: int = -100, dim: 
         input: logits [..., V], classes in dimension `dim`.
         target: class indices [...]; already shifted, so that `target[..., i]` is what
             `input[..., i, :]` predicts.
-        ignore_index: target value of tokens that are not scored.
+        ignore_index: target value of tokens that are not scored; None is -100.
         dim: the class dimension.
 
     Returns:
@@ -38,41 +40,8 @@ def perplexity(input: Tensor, target: Tensor, *, ignore_index: int = -100, dim: 
     Raises:
         TypeError, ValueError, IndexError: as :func:`cross_entropy`.
     """
-    return _perplexity(_sums(input, target, ignore_index, dim, rank=False))
-
-
-State = dict[str, Any]  # sums and counts by name; None, or absent: not known
-
-
-def _sums(input: Tensor, target: Tensor, ignore_index: int, dim: int, rank: bool) -> State:
-    """Of a batch, on the device: float64 sums and int64 counts."""
-    checks.logits(input)
-    dim = checks.class_dimension(input, dim)
-    checks.target_indices(target)
-    checks.target(input, target, dim)
-    checks.flags(rank=rank)
-    logits = input.movedim(dim, -1)
-    stats = token_stats(logits, target, ignore_index=ignore_index, rank=rank)
-    nll = -stats.logprob.double()
-    sums: State = {
-        "nll_sum": nll.sum(),
-        "nll_square_sum": nll.square().sum(),
-        "tokens": is_scored(target, ignore_index).sum(),
-    }
-    if stats.rank is not None:
-        sums["top1"] = (stats.rank == 0).sum()
-        sums["reciprocal_rank_sum"] = reciprocal_rank(stats.rank).sum()
-    return sums
-
-
-def _perplexity(sums: State) -> Tensor:
-    value: Tensor = (sums["nll_sum"] / sums["tokens"]).exp()
-    return value
-
-
-def reciprocal_rank(rank: Tensor) -> Tensor:
-    """1 / (1 + rank) in float64; 0 for the -1 of a token that is not scored."""
-    return torch.where(rank < 0, 0.0, 1.0 / (rank + 1).clamp(min=1).double())
+    ignore_index = checks.meter_ignore_index(ignore_index)
+    return perplexity_of(batch_sums(input, target, ignore_index, dim, rank=False))
 
 
 class Perplexity:
@@ -104,7 +73,7 @@ class Perplexity:
     _ON_HOST = ("bytes", "words")
 
     def __init__(self, *, ignore_index: int | None = -100) -> None:
-        self.ignore_index = checks.ignore_index(-100 if ignore_index is None else ignore_index)
+        self.ignore_index = checks.meter_ignore_index(ignore_index)
         self.reset()
 
     def reset(self) -> None:
@@ -156,9 +125,9 @@ class Perplexity:
         """`update`; returns the perplexity of this batch alone, a 0-d float64 tensor."""
         n_bytes = checks.text_count("n_bytes", n_bytes)
         words = checks.text_count("words", words)
-        sums = _sums(input, target, self.ignore_index, dim, rank)
+        sums = batch_sums(input, target, self.ignore_index, dim, rank)
         self._add(sums | {"bytes": n_bytes, "words": words})
-        return _perplexity(sums)
+        return perplexity_of(sums)
 
     @torch.no_grad()
     def update_nll(
@@ -204,6 +173,21 @@ class Perplexity:
             None if top1 is None else int(top1),
             None if reciprocal is None else float(reciprocal),
         )
+
+    def to(self, device: torch.device | str | int) -> Perplexity:
+        """Move the sums to `device`, of this meter itself, and return it.
+
+        Raises:
+            ValueError: a device that is not there, or has no float64.
+        """
+        where = checks.device(device)
+        for name, value in self.state_dict().items():
+            setattr(self, name, value.to(where) if isinstance(value, Tensor) else value)
+        return self
+
+    def clone(self) -> Perplexity:
+        """Return a meter of its own that goes on from here."""
+        return copy.deepcopy(self)
 
     def merge(self, other: Perplexity) -> None:
         """Adds what `other` scored; also `+`, which changes neither."""

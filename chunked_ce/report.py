@@ -116,7 +116,9 @@ class EvaluationReport(PerplexityReport):
 
     `per_document` and `per_position`, where asked for: reports of each document in turn, and of the
     targets with 1, 2, ... `context_length` tokens of context in their window. `per_window`: reports
-    of each window, in the order of the text.
+    of each window, in the order of the text. Only in a partial report are `documents` fewer than
+    `documents_given`, and `windows_scored` fewer than `windows`; a document may then be scored in
+    part, and the mean of the documents' perplexities is of those that were begun.
     """
 
     context_length: int = 0
@@ -124,8 +126,10 @@ class EvaluationReport(PerplexityReport):
     full_last_window: bool = False
     bos: int | None = None  # ids put around each document
     eos: int | None = None
-    documents: int = 0
-    windows: int = 0
+    documents: int = 0  # of which something was scored
+    documents_given: int = 0
+    windows: int = 0  # planned
+    windows_scored: int = 0
     logits_stored: bool = False  # the head was not recognised: the model's own logits were used
     partial: bool = False  # interrupted: some windows are not in it
     per_document: tuple[PerplexityReport, ...] | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from .collectives import all_reduce, rank_and_size
 from .documents import Document
 from .language_model import LanguageModel
-from .perplexity import reciprocal_rank
+from .nll_sums import reciprocal_rank
 from .progress import perplexity_bar
 from .report import EvaluationReport, PerplexityReport
 from .windows import Window
@@ -107,8 +107,10 @@ class Scoring:
         return EvaluationReport(
             **vars(total),
             **settings,
-            documents=len(self.documents),
+            documents=int((by_document[:, TOKENS] > 0).sum()),
+            documents_given=len(self.documents),
             windows=len(self.windows),
+            windows_scored=int((table[:, TOKENS] > 0).sum()),
             logits_stored=self.model.head is None,
             per_document=of_documents,
             per_position=tuple(map(self._measures, self.positions.cpu())) if per_position else None,

@@ -84,7 +84,15 @@ def test_ctrl_c_reports_what_there_is(folder, tmp_path, monkeypatch, capsys):
     assert main(argv) == 130
     report = json.loads(out.read_text())
     assert report["partial"] is True and report["tokens"] > 0 and report["bytes"] is None
-    assert "PARTIAL" in capsys.readouterr().out and picture.exists()
+    begun = sum(document["tokens"] > 0 for document in report["per_document"])
+    assert 0 < begun == report["documents"] and report["documents_given"] == len(TEXTS)
+    assert report["windows_scored"] == 2 < report["windows"]
+    printed = capsys.readouterr().out
+    assert "PARTIAL" in printed and picture.exists()
+    some = f"{begun} of {len(TEXTS)} documents" if begun < len(TEXTS) else f"{begun} documents"
+    assert f"{some}, 2 of {report['windows']} windows" in printed
+    mean = f"mean of {some}' perplexities, partly scored"
+    assert (mean in printed) == (begun > 1)
 
 
 def test_an_interruption_before_anything_was_scored(folder, monkeypatch, capsys):

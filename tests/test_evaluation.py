@@ -17,7 +17,7 @@ from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, 
 
 from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
 from chunked_ce import evaluation as module
-from chunked_ce.documents import _bytes_of, from_text
+from chunked_ce.documents import from_text
 from chunked_ce.language_model import examine
 
 
@@ -338,8 +338,6 @@ def test_bytes_after_a_first_token_that_is_a_byte_or_a_space(scheme):
         assert document.n_bytes == len(text.encode()) - first
     (document,) = from_text(" 😀b", pieces(prepend_scheme=scheme), None, 0)
     assert document.n_bytes == 5
-    for text, n_bytes in (("😀", 1), (" 😀", 2)):
-        assert _bytes_of("Ġð", text) == n_bytes
 
 
 def test_numpy_s_ids(gpt2):
@@ -411,6 +409,35 @@ def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
     monkeypatch.undo()
     expected = brute_force(gpt2, ids[0][: 4 * CONTEXT + 1], CONTEXT, CONTEXT)
     assert report.nll_sum == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
+    from chunked_ce.cli.perplexity_report import table
+    from chunked_ce.scoring import Scoring
+
+    score, calls = Scoring._batch, []
+
+    def interrupted(self, chosen):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, chosen)
+
+    ids = documents(CONTEXT + 1, 3 * CONTEXT + 1, 20)
+    whole = evaluate_perplexity(gpt2, ids, batch_size=1, per_document=True)
+    assert (whole.documents, whole.documents_given) == (3, 3)
+    assert whole.windows == whole.windows_scored == 5
+    assert "3 documents, 5 windows of" in table(whole, "model")
+    monkeypatch.setattr(Scoring, "_batch", interrupted)
+    with pytest.raises(EvaluationInterrupted) as caught:
+        evaluate_perplexity(gpt2, ids, batch_size=1, per_document=True)
+    report = caught.value.report
+    assert [document.tokens for document in report.per_document] == [CONTEXT, CONTEXT, 0]
+    assert (report.documents, report.documents_given) == (2, 3)
+    assert (report.windows_scored, report.windows) == (2, 5)
+    shown = table(report, "model")
+    assert "2 of 3 documents, 2 of 5 windows" in shown
+    assert "mean of 2 of 3 documents' perplexities, partly scored" in shown
 
 
 def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):

@@ -29,6 +29,15 @@ def test_one_batch(dtype):
     )
 
 
+def test_no_ignore_index_is_torch_s():
+    x, target = batch(20, 50)
+    assert (target == -100).any()
+    assert perplexity(x, target, ignore_index=None) == perplexity(x, target)
+    assert Perplexity(ignore_index=None)(x, target) == perplexity(x, target)
+    with pytest.raises(TypeError, match="ignore_index must be an int"):
+        perplexity(x, target, ignore_index="none")
+
+
 @pytest.mark.parametrize("size", [1, 8, 16, 40])
 @pytest.mark.parametrize("order", [1, -1])
 def test_batch_size_and_order_do_not_matter(size, order):

@@ -91,6 +91,24 @@ def test_as_torchmetrics(dtype):
     torch.testing.assert_close(ours.compute(), theirs.compute().double(), rtol=2e-6, atol=0)
 
 
+def test_clone_and_to(device):
+    meter = Perplexity(ignore_index=7)
+    meter.update(*batch(20, 50, ignored=0), n_bytes=3, rank=True)
+    before = meter.report()
+    other = meter.clone()
+    assert other.report() == before and other.ignore_index == 7
+    other.update(*batch(5, 50, ignored=0), n_bytes=4, rank=True)
+    assert meter.report() == before and other.report().tokens > before.tokens
+    assert meter.to(device) is meter and meter.report() == before
+    tensors = [v for v in meter.state_dict().values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) == 5 and all(t.device.type == torch.device(device).type for t in tensors)
+    meter.update_nll(1.0, 1)
+    assert meter.to("cpu").report().words is None and meter.compute().device.type == "cpu"
+    with pytest.raises(ValueError, match="device is 'meta', which cannot be used here"):
+        meter.to("meta")
+    assert meter.report().tokens == before.tokens + 1
+
+
 def test_merge_and_state():
     parts = [batch(20, 50) for _ in range(3)]
     whole, meters = Perplexity(), [Perplexity() for _ in parts]

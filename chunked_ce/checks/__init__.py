@@ -9,6 +9,7 @@ from .distributed import *
 from .evaluation import *
 from .huggingface import *
 from .labels import *
+from .language_model import *
 from .linear import *
 from .loss import *
 from .mistakes import *

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import LOGIT_DTYPES, TARGET_DTYPES, brief, integer, names, shape
+from .values import TARGET_DTYPES, brief, integer, shape
 
 
 def model(value: Any) -> None:
@@ -162,59 +162,6 @@ def known_special(name: str, token: int | None) -> int:
     return token
 
 
-def context_length(value: Any, model: Any, tokenizer: Any) -> int:
-    """`value`, or what the model's configuration says."""
-    longest, bounded = _longest(model, tokenizer)
-    if value is None:
-        if longest is None:
-            raise ValueError(
-                "context_length is None, and the model's configuration has no maximum length: "
-                "pass the number of tokens to show it at once"
-            )
-        value = longest
-    length = integer("context_length", value, "an int or None")
-    if length < 2:
-        raise ValueError(f"context_length is {length}, expected at least 2")
-    if bounded and longest is not None and length > longest:
-        raise ValueError(
-            f"context_length is {length}, but the model has positions for {longest} tokens"
-        )
-    return length
-
-
-def _longest(model: Any, tokenizer: Any) -> tuple[int | None, bool]:
-    """The most tokens that the model knows of, and whether it can do no more than that."""
-    config = text_config(model)
-    for name in _MAXIMA:
-        if isinstance(longest := getattr(config, name, None), int) and longest > 0:
-            rotary = any(
-                getattr(config, n, None) for n in ("rope_parameters", "rope_theta", "alibi")
-            )
-            return longest - _positions_of_padding(model), not rotary
-    longest = getattr(tokenizer, "model_max_length", None)
-    # a tokenizer that knows none says 1e30
-    return (longest if isinstance(longest, int) and longest < 2**31 else None), False
-
-
-_MAXIMA = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "block_size")
-
-
-def _positions_of_padding(model: Any) -> int:
-    """RoBERTa counts positions from the one after padding's, and its maximum from 0."""
-    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
-    for name, module in modules:
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and isinstance(padding, int):
-            return padding + 1
-    return 0
-
-
-def text_config(model: Any) -> Any:
-    """Its configuration, of a model of several kinds that of the language model; or None."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def stride(value: Any, context_length: int) -> int:
     if value is None:
         return context_length
@@ -229,68 +176,6 @@ def at_least_one(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} is {number}, expected at least 1")
     return number
-
-
-def vocabularies(model: Any, tokenizer: Any) -> None:
-    """The model may have some more: padding of its head."""
-    classes, tokens = _embeddings(model), _length(tokenizer)
-    if classes is None or tokens is None:
-        return
-    if tokens > classes or classes > 1.25 * tokens + 1024:
-        raise ValueError(
-            f"tokenizer has {tokens} tokens, but the model has embeddings for {classes}: "
-            "pass the tokenizer that the model was trained with"
-        )
-
-
-def _length(tokenizer: Any) -> int | None:
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
-
-
-def _embeddings(model: Any) -> int | None:
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find(), "weight", None) if find is not None else None
-    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None
-
-
-def ids_known(name: str, documents: Sequence[Tensor], model: Any, classes: int | None) -> None:
-    """From 0 to `classes`, or to what the model has embeddings for."""
-    classes = _embeddings(model) if classes is None else classes
-    for i, ids in enumerate(documents):
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0:
-            raise ValueError(f"{name} {i} has token id {lowest}, expected at least 0")
-        if classes is not None and highest >= classes:
-            raise ValueError(
-                f"{name} {i} has token id {highest}, but the model's are 0 to {classes - 1}: "
-                "use the tokenizer that the model was trained with"
-            )
-
-
-def model_logits(logits: Any, ids: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"model returned {type(logits).__name__}, expected logits [B, T, V]: pass a causal "
-            "language model with its head"
-        )
-    if logits.dtype not in LOGIT_DTYPES:
-        raise TypeError(
-            f"model returned {logits.dtype}, expected logits [B, T, V] of one of "
-            f"{names(LOGIT_DTYPES)}: pass a causal language model with its head"
-        )
-    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
-        raise ValueError(
-            f"model returned {shape(logits)} for ids {shape(ids)}, expected logits [B, T, V]: pass "
-            "a causal language model with its head"
-        )
-
-
-def causal(is_causal: bool) -> None:
-    if not is_causal:
-        raise ValueError(
-            "model is not causal: its logits change with a token to their right, so that they are "
-            "no predictions of the next token"
-        )
 
 
 def device(value: Any) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .loss import ignore_index
 from .values import TARGET_DTYPES, integer, shape
 
 
@@ -48,6 +49,11 @@ def token_count(tokens: Any, name: str = "tokens") -> Tensor:
     if tokens < 0:
         raise ValueError(f"{name} is {tokens}, expected at least 0")
     return torch.tensor(tokens, dtype=torch.int64)
+
+
+def meter_ignore_index(value: Any) -> int:
+    """None, torchmetrics' default, is -100."""
+    return ignore_index(-100 if value is None else value)
 
 
 def meter(other: Any) -> Any:

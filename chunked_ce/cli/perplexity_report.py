@@ -40,7 +40,8 @@ def table(report: EvaluationReport, name: str) -> str:
         rows.append(("mean reciprocal rank", f"{report.mean_reciprocal_rank:.4f}", ""))
     mean = report.mean_document_perplexity
     if mean is not None and report.documents > 1:
-        what = f"mean of {report.documents} documents' perplexities"
+        what = f"mean of {_of(report.documents, report.documents_given, 'document')}' perplexities"
+        what += ", partly scored" if report.partial else ""
         rows.append(("document perplexity", f"{mean:.4f}", what))
     wide = max(len(value) for _, value, _ in rows)
     lines = [f"  {what:22}{value:>{wide}}  {unit}".rstrip() for what, value, unit in rows]
@@ -48,8 +49,8 @@ def table(report: EvaluationReport, name: str) -> str:
 
 
 def _heading(report: EvaluationReport, name: str) -> str:
-    documents = f"{report.documents} document{'s' if report.documents > 1 else ''}"
-    windows = f"{report.windows} window{'s' if report.windows > 1 else ''}"
+    documents = _of(report.documents, report.documents_given, "document")
+    windows = _of(report.windows_scored, report.windows, "window")
     ends = [
         f"{what} {'not added' if token is None else token}"
         for what, token in (("BOS", report.bos), ("EOS", report.eos))
@@ -63,6 +64,12 @@ def _heading(report: EvaluationReport, name: str) -> str:
         parts.append("from the model's own logits")
     partial = "PARTIAL, interrupted: only some windows are in it\n" if report.partial else ""
     return partial + ", ".join(parts)
+
+
+def _of(scored: int, given: int, what: str) -> str:
+    """3 windows, or 1 of 3 windows where an interruption left some out."""
+    some = "" if scored == given else f"{scored} of "
+    return f"{some}{given} {what}{'s' if given > 1 else ''}"
 
 
 def _spread(error: float | None) -> str:
