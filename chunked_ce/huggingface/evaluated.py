@@ -48,7 +48,7 @@ class EvaluatedLogits(Tensor):
         return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
