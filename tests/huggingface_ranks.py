@@ -65,6 +65,24 @@ def evaluated(way: str) -> float:
         return float(trainer.evaluate()["eval_loss"])
 
 
+def kept_head(gradients, rank: int, expected) -> None:
+    """A head in a group that keeps its weight after forward, as accelerate makes it: two steps."""
+    for enable_first in (True, False):
+        model = build("Gemma2")
+        if enable_first:
+            enable(model)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        tail = [model.model.norm, model.model.embed_tokens, model.lm_head]
+        fully_shard(tail, reshard_after_forward=False)
+        fully_shard(model)
+        if not enable_first:
+            enable(model)
+        for _ in range(2):
+            model.zero_grad()
+            check(gradients, model, step(model, rank, after="freed"), expected)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -101,6 +119,7 @@ def main() -> None:
         else:
             raise AssertionError("a head that is a group of its own was taken")
 
+    kept_head(gradients, rank, expected)
     losses = [evaluated(way) for way in ("transformers", "causal_lm_loss", "enable")]
     torch.testing.assert_close(torch.tensor(losses), torch.full((3,), losses[0]), rtol=1e-6, atol=0)
     if rank == 0:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 
 import oracle
@@ -205,12 +206,50 @@ def test_a_head_that_is_replaced_later_is_right():
     model = build("Llama")
     enable(model)
     model.resize_token_embeddings(VOCAB + 5)
-    loss = model(**batch()).loss
+    outputs = model(**batch())
+    assert isinstance(outputs.logits, DeferredLogits)
+    loss = outputs.loss
     truth = oracle.cross_entropy(
         model(input_ids=batch()["input_ids"]).logits,
         F.pad(batch()["labels"], (0, 1), value=-100)[:, 1:],
     )
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+
+
+def test_a_head_that_cannot_be_followed_warns_once():
+    model = build("Llama")
+    enable(model)
+    model.lm_head = Quantised(16, VOCAB, bias=False)
+    with pytest.warns(
+        UserWarning, match="the head was replaced, and .*keep it out of quantisation"
+    ):
+        assert isinstance(model(**batch()).logits, torch.Tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch())
+
+
+def test_a_followed_head_is_disabled_with_the_others():
+    model = build("Llama")
+    handle = enable(model)
+    model.resize_token_embeddings(VOCAB + 5)
+    model(**batch())
+    handle.disable()
+    assert not {"forward", "_chunked_ce", "__deepcopy__"} & vars(model.lm_head).keys()
+    assert isinstance(model(**batch()).logits, torch.Tensor)
+
+
+def test_a_deep_copy_of_the_head_alone_is_a_plain_layer():
+    model = build("Llama")
+    plain = vars(copy.deepcopy(model.lm_head)).keys()
+    enable(model)
+    for _ in range(2):
+        twin = copy.deepcopy(model.lm_head)
+        assert vars(twin).keys() == plain and torch.equal(twin.weight, model.lm_head.weight)
+        assert isinstance(model(**batch()).logits, DeferredLogits)
+    whole = copy.deepcopy(model)
+    assert vars(copy.deepcopy(whole.lm_head)).keys() == plain
+    assert isinstance(copy.deepcopy(whole)(**batch()).logits, DeferredLogits)
 
 
 def compiled_step(name, way, tracer):

@@ -165,6 +165,43 @@ def test_evaluation_makes_no_logits_where_asked(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6) and made.count == 0
 
 
+def test_prediction_gets_the_logits_that_evaluation_does_not_make(tmp_path):
+    model = build("Gemma2")
+    trainer = trainer_of(model, tmp_path, per_device_eval_batch_size=4)
+    expected = trainer.predict(examples(10)).predictions
+    enable(model, evaluation=True)
+    assert torch.equal(*map(torch.from_numpy, (trainer.predict(examples(10))[0], expected)))
+    with torch.no_grad(), LogitsMade(rows=1) as made:
+        given = batch()
+        outputs, pair = model.eval()(**given), model(**given, return_dict=False)
+        shapes = [(z.shape, z.size(-1), z.dim(), z.dtype) for z in (outputs.logits, pair[1])]
+    assert made.count == 0 and isinstance(outputs.logits, torch.Tensor)
+    assert shapes == [((*given["labels"].shape, VOCAB), VOCAB, 3, torch.float32)] * 2
+    for logits in (outputs.logits, pair[1]):
+        real = logits.tensor()
+        assert type(logits.detach()) is torch.Tensor and torch.equal(
+            logits.argmax(-1), real.argmax(-1)
+        )
+        assert torch.equal(torch.cat([logits, logits]), torch.cat([real, real]))
+        assert (logits.numpy() == real.numpy()).all()
+        causal = causal_lm_loss(logits, given["labels"])
+        torch.testing.assert_close(causal, outputs.loss)
+
+
+@pytest.mark.parametrize("takes_them", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_that_takes_the_labels_away_is_told(takes_them, tmp_path):
+    model = build("Llama")
+    enable(model)
+    smooth = {"label_smoothing_factor": 0.1} if takes_them == "label_smoothing_factor" else {}
+    trainer = trainer_of(model, tmp_path, **smooth)
+    if not smooth:
+        trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum(takes_them in str(w.message) and "pass labels" in str(w.message) for w in said) == 1
+
+
 def test_metrics_get_their_logits(tmp_path):
     model = build("Llama")
     enable(model)

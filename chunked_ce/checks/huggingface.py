@@ -16,6 +16,13 @@ LOGITS_WERE_MADE = (
     "tokens, so they are computed after all: chunked_ce.huggingface.enable saves nothing here"
 )
 
+NO_LABELS = (
+    "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
+    "computed and nothing is saved: pass labels to it. Of transformers' TrainingArguments, "
+    "label_smoothing_factor takes them away, and so does a Trainer's compute_loss_func: leave them "
+    "out, or call chunked_ce.linear_cross_entropy(..., label_smoothing=...) on hidden states"
+)
+
 
 def causal_lm(model: Any) -> nn.Module:
     """The model of transformers itself, out of PEFT's wrapper."""
@@ -46,6 +53,11 @@ def not_enabled(already: bool) -> None:
         raise ValueError("model is enabled already: call disable() on the handle you have first")
 
 
+def new_head(reason: TypeError) -> str:
+    """Of an output head that was put in place of the one that was enabled."""
+    return f"chunked_ce.huggingface.enable saves nothing here: the head was replaced, and {reason}"
+
+
 def no_replica() -> NoReturn:
     """Replicas share the methods of the model they copy, and so would run on its weights."""
     raise TypeError(
@@ -71,6 +83,11 @@ def output_head(model: Any) -> nn.Linear:
             f"{name} has no output head (get_output_embeddings() is None), so nothing would "
             "change: load it as AutoModelForCausalLM"
         )
+    return linear_head(model, head)
+
+
+def linear_head(model: Any, head: Any) -> nn.Linear:
+    """A module that the model calls for its logits, if `F.linear` and its weight say all of it."""
     kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
     otherwise = "or set model.loss_function = chunked_ce.huggingface.causal_lm_loss"
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -100,12 +117,25 @@ def output_head(model: Any) -> nn.Linear:
 
 
 def no_group_of_its_own(head: nn.Module) -> None:
-    """FSDP2 frees a group's weights when its forward is over, before the loss."""
-    if _fully_sharded(head):
+    """FSDP2 frees the weights of a group after its forward, before the loss, unless told not to."""
+    if _fully_sharded(head) and _resharded_after_forward(head):
         raise TypeError(
             "the output head is a group of its own under FSDP2, whose weight is gone when the loss "
-            "needs it: call fully_shard on the layers and on the model, but not on the head"
+            "needs it: call fully_shard(head, reshard_after_forward=False), or call fully_shard on "
+            "the layers and on the model, but not on the head"
         )
+
+
+def _resharded_after_forward(head: Any) -> bool:
+    """Whether FSDP2 frees any of the head's weights once it has run; True where that is unknown."""
+    state = head._get_fsdp_state() if hasattr(head, "_get_fsdp_state") else None
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        only = getattr(state, "_fsdp_param_group", None)
+        groups = () if only is None else (only,)
+    if state is None:
+        return True
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
 
 
 def _fully_sharded(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from .deferred import DeferredLogits, Head
+from .evaluated import as_tensors
 from .loss import causal_lm_loss
 
 _STATE = "_chunked_ce"
@@ -30,13 +31,16 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
     While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
     :func:`chunked_ce.linear_cross_entropy`, whatever factor or softcap the model puts between the
     two. Without labels, in evaluation and in generation the model is as it was. `outputs.logits` is
-    computed when something asks for it, which must be before `optimizer.step()`.
+    computed when something asks for it, which must be before `optimizer.step()`. A head put in the
+    place of the first (resized, or PEFT's `modules_to_save`) defers too, or a warning says why not;
+    training without labels warns once.
 
     Args:
         model: a `PreTrainedModel` whose forward calls `self.loss_function`, or a PEFT model of one.
             Enable it before it is compiled, prepared by accelerate or handed to a trainer.
-        evaluation: whether to do the same in evaluation with labels, where `outputs.logits` is then
-            no tensor: for a Trainer without `compute_metrics`.
+        evaluation: whether to do the same in evaluation with labels: for a Trainer without
+            `compute_metrics`. Without gradients `outputs.logits` is then a tensor that is computed
+            when something is done to it, as `Trainer.predict` does.
 
     Returns:
         A handle whose `disable()` undoes it; also a context manager.
@@ -65,19 +69,47 @@ class Enabled:
 
     def __init__(self, model: nn.Module, head: nn.Module, evaluation: bool) -> None:
         self._evaluation = evaluation
-        self._deferring = self._warned = False
+        self._model = model
+        self._deferring = False
+        self._warned: set[str] = set()
         self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
         changes: list[tuple[nn.Module, str, Any]] = [
             (model, _STATE, self),
             (model, "forward", MethodType(_model_forward(model), model)),
             (model, "_loss_function", causal_lm_loss),
             (model, "_replicate_for_data_parallel", checks.no_replica),
-            (head, _STATE, self),
-            (head, "forward", MethodType(_head_forward, head)),
         ]
-        self._changes = [(*change, _own(change[0], change[1])) for change in changes]
+        self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
+        self._change(changes)
+        self._take(head)
+
+    def _change(self, changes: list[tuple[nn.Module, str, Any]]) -> None:
+        self._changes += [(*change, _own(change[0], change[1])) for change in changes]
         for module, name, value in changes:
             vars(module)[name] = value
+
+    def _take(self, head: nn.Module) -> None:
+        self._change(
+            [
+                (head, _STATE, self),
+                (head, "forward", MethodType(_head_forward, head)),
+                (head, "__deepcopy__", MethodType(_head_copied, head)),
+            ]
+        )
+
+    def _follow(self) -> None:
+        """Takes what has been put in the head's place since: resized, or PEFT's modules_to_save."""
+        head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
+        original = getattr(head, "original_module", None)
+        heads = [head] if original is None else [original, *head.modules_to_save.values()]
+        for each in heads:
+            ours = getattr(each, "base_layer", each)  # an adapter around it computes, and says so
+            if ours is None or vars(ours).get(_STATE) is self:
+                continue
+            try:
+                self._take(checks.linear_head(self._model, each))
+            except TypeError as error:
+                self._warn(checks.new_head(error))
 
     def disable(self) -> None:
         """Sets everything back. Does nothing the second time.
@@ -107,9 +139,23 @@ class Enabled:
 
     def _on_use(self) -> None:
         """Says once that the model itself wants its logits, for which it was not enabled."""
-        if self._deferring and not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            warnings.warn(checks.LOGITS_WERE_MADE, stacklevel=5)
+        if self._deferring and not torch.compiler.is_compiling():
+            self._warn(checks.LOGITS_WERE_MADE)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=6)
+
+    def _prepare(self, labelled: bool) -> bool:
+        """Whether a forward that begins may defer."""
+        deferring = (self._model.training or self._evaluation) and labelled
+        if not torch.compiler.is_compiling():
+            if deferring:
+                self._follow()
+            elif self._model.training and torch.is_grad_enabled() and not labelled:
+                self._warn(checks.NO_LABELS)
+        return deferring
 
     def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if kwargs.get("labels") is not None:
@@ -137,11 +183,13 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         if state is None:
             return run(*args, **kwargs)
         before = state._deferring
-        state._deferring = (self.training or state._evaluation) and state._has_labels(args, kwargs)
+        state._deferring = state._prepare(state._has_labels(args, kwargs))
         try:
-            return run(*args, **kwargs)
+            outputs = run(*args, **kwargs)
         finally:
             state._deferring = before
+        evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return as_tensors(outputs) if evaluating else outputs
 
     # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -155,3 +203,20 @@ def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
         return nn.Linear.forward(self, input)
     checks.no_group_of_its_own(self)
     return DeferredLogits(Head.of(input, self.weight, self.bias, state._on_use), input)
+
+
+def _head_copied(self: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy: enabled as part of a copy of the model, plain where the head alone is copied."""
+    state: Enabled = vars(self)[_STATE]
+    whole = id(state._model) in memo
+    mine = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
+    now = {name: vars(self).pop(name) for _, name, _, _ in mine if name in vars(self)}
+    for _, _, _, before in mine:
+        vars(self).update(before)
+    try:
+        twin = copy.deepcopy(self, memo)
+    finally:
+        vars(self).update(now)
+    if whole:
+        vars(twin)["__deepcopy__"] = MethodType(_head_copied, twin)
+    return twin
