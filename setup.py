@@ -40,10 +40,10 @@ def libraries() -> list[Extension]:
 
 
 class Build(build_ext):
-    """Plain shared libraries: nothing of Python is in them, so neither is it in their names."""
+    """Plain shared libraries: nothing of Python is in them, so none is named like a module."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"
+        return str(Path(*fullname.split("."))) + ".bin"
 
 
 class Wheel(bdist_wheel):

@@ -54,14 +54,14 @@ class Job(ctypes.Structure):
 
 def built() -> list[Path]:
     """All libraries there are."""
-    return sorted(Path(__file__).parent.glob("cpu_*.so"))
+    return sorted(Path(__file__).parent.glob("cpu_*.bin"))
 
 
 def path() -> Path | None:
     """The library that this machine is to use; None: none was built."""
     capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in _X86 else ""
     for name in _BY_CAPABILITY.get(capability, ("base",)):
-        file = Path(__file__).with_name(f"cpu_{name}.so")
+        file = Path(__file__).with_name(f"cpu_{name}.bin")
         if file.exists():
             return file
     return None

@@ -27,12 +27,10 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks
-from .blocks import compute_dtype
 from .chunks import PRODUCT_BYTES
 from .linear import default_chunk_bytes, padded_row_bytes
 
 CHUNKS = (None, 64 << 20, 1 << 30)  # bytes of logits at a time; None: the default
-_SCRATCH = 1 << 20  # elements of the CPU backend's block
 _MOST_TOKENS = 1 << 40
 
 
@@ -242,12 +240,12 @@ def _compiled(head: HeadShape, tokens: int, device: str) -> int:
 
 def _logits(head: HeadShape, tokens: int, device: str) -> int:
     logits, gradients = _sizes(head, tokens)
-    return max(2 * logits, logits + gradients) + _scratch(head, tokens, device)
+    return max(2 * logits, logits + gradients)
 
 
 def _logits_in_place(head: HeadShape, tokens: int, device: str) -> int:
     logits, gradients = _sizes(head, tokens)
-    return logits + gradients + _scratch(head, tokens, device)
+    return logits + gradients
 
 
 def _linear(
@@ -261,7 +259,7 @@ def _linear(
     most = max(1, chunk_bytes // row)
     chunks = -(-tokens // most)
     rows = -(-tokens // chunks) if even else min(tokens, most)
-    buffer = rows * row + _scratch(head, rows, device)
+    buffer = rows * row
     of_input = tokens * head.hidden_size * size
     added_up = chunks > 1 and size < 4 and wide_sums
     in_float32 = head.vocab_size * head.hidden_size * 4 if added_up else 0
@@ -272,13 +270,6 @@ def _linear(
         return buffer + of_input + head.weight_bytes
     product = min(in_float32, PRODUCT_BYTES)
     return of_input + in_float32 + buffer + max(product, head.weight_bytes)
-
-
-def _scratch(head: HeadShape, tokens: int, device: str) -> int:
-    """The block that the CPU's backend works in; two more for a softcap."""
-    elements = min(tokens * head.vocab_size, _SCRATCH) if device == "cpu" else 0
-    blocks = 1 if head.softcap is None else 3
-    return blocks * elements * compute_dtype(head.dtype).itemsize
 
 
 def _largest_batch(way: _Way, head: HeadShape, device: str, memory: int) -> int:

@@ -129,7 +129,7 @@ def test_subnormal_results_are_zero():
 
 
 def test_a_damaged_library_is_named_and_not_used(tmp_path):
-    file = tmp_path / "cpu_base.so"
+    file = tmp_path / "cpu_base.bin"
     file.write_bytes(b"\x7fELF nothing that runs")
     with pytest.warns(UserWarning, match=f"{re.escape(str(file))} are not used") as warned:
         assert cpu_library.load(file) is None
@@ -173,7 +173,7 @@ def test_tensors_elsewhere_are_named():
 )
 def test_which_library(capability, files, expected, tmp_path, monkeypatch):
     for name in files:
-        (tmp_path / f"cpu_{name}.so").touch()
+        (tmp_path / f"cpu_{name}.bin").touch()
     monkeypatch.setattr(cpu_library, "__file__", str(tmp_path / "cpu_library.py"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(cpu_library.platform, "machine", lambda: "x86_64")
@@ -188,7 +188,7 @@ def test_every_instruction_set_agrees():
     names = usable.get(torch.backends.cpu.get_cpu_capability(), ["base"])
     first = None
     for name in names:
-        file = cpu_library.path().with_name(f"cpu_{name}.so")
+        file = cpu_library.path().with_name(f"cpu_{name}.bin")
         if not file.exists():
             continue
         with pytest.MonkeyPatch.context() as patch:
