@@ -115,7 +115,7 @@ def check_windows(case: Documents) -> None:
     )  # fmt: skip
     of_documents = []
     for ids in case.ids:
-        if case.bos is not False:
+        if case.bos is not False and ids[0] != case.bos:  # which counts once
             ids = torch.cat([torch.tensor([case.bos]), ids])
         nll = 0.0
         for target, start in enumerate(case.starts(len(ids))[1:], 1):
