@@ -54,7 +54,7 @@ class Result(NamedTuple):
     """Of one architecture; differences are empty where it could not be built or run."""
 
     model_type: str
-    status: str  # same, different, failed; own loss: `enable` refuses it; not built
+    status: str  # same, different, failed, own loss (`enable` refuses it), not causal, not built
     loss: float | str = ""
     gradient: float | str = ""
     perplexity: float | str = ""
@@ -125,7 +125,8 @@ def compare(model_type: str) -> Result:
         report = chunked_ce.evaluate_perplexity(model, ids, context_length=LENGTH)
         perplexity = abs(report.perplexity / math.exp(mean_nll(model, ids)) - 1)
     except Exception as error:
-        return Result(model_type, "failed", reason=_line(error))
+        status = "not causal" if "model is not causal" in str(error) else "failed"
+        return Result(model_type, status, reason=_line(error))
     same = perplexity < 1e-5 and (reason or loss_apart < 1e-5 and gradient_apart < 1e-3)
     status = "different" if not same else "own loss" if reason else "same"
     training: tuple[Any, Any] = ("", "") if reason else (loss_apart, gradient_apart)
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model_type in args.only:
         rows.append(apart(model_type))
         print(*("" if v == "" else f"{v:.1e}" if isinstance(v, float) else v for v in rows[-1]))
-    for status in ("same", "own loss", "different", "failed", "not built"):
+    for status in ("same", "own loss", "not causal", "different", "failed", "not built"):
         print(f"{sum(r.status == status for r in rows)} {status}")
     if args.csv:
         with args.csv.open("w", newline="") as file:

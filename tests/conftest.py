@@ -20,6 +20,14 @@ if not (SANITIZED or ON_GPU):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        action="store_true",
+        help="only tests whose tensors are on the GPU, if there is one",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Versions that do not work together are no fault of a kernel: say so before a test fails."""
     from bench.gpu.versions import installed_interpreter_fault
@@ -29,20 +37,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The sanitizer executes kernels: it has no use for other backends, nor for torch's own tracers."""
-    if not SANITIZED:
+    """A GPU and the sanitizer execute kernels, so other backends are left out.
+
+    The sanitizer models neither torch's own tracers nor tiles of the real sizes."""
+    if not (SANITIZED or config.getoption("--kernels")):
         return
+    beyond_it = {"framework", "real_sizes"} if SANITIZED else set()
     kernels = [
         item
         for item in items
-        if getattr(item, "callspec", None)
-        and item.callspec.params.get("backend", "triton") not in ("torch", "cpu")
-        and "framework" not in item.keywords
-        and "real_sizes" not in item.keywords
-        and "device" in item.fixturenames
+        if "device" in item.fixturenames
+        and (not SANITIZED or getattr(item, "callspec", None))
+        and _parameter(item, "backend", "triton") not in ("torch", "cpu")
+        and not beyond_it & set(item.keywords)
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in kernels])
     items[:] = kernels
+
+
+def _parameter(item: pytest.Item, name: str, default: str) -> str:
+    return item.callspec.params.get(name, default) if hasattr(item, "callspec") else default
 
 
 @pytest.fixture

@@ -3,9 +3,13 @@
 import contextlib
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from test_trainer import trainer_of, use
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -83,6 +87,36 @@ def kept_head(gradients, rank: int, expected) -> None:
             check(gradients, model, step(model, rank, after="freed"), expected)
 
 
+def prepared(gradients, rank: int, expected) -> None:
+    """By accelerate, whose FSDP2 groups are its own choice; enabled before and after."""
+    for enable_first in (True, False):
+        model = build("Gemma2")
+        if enable_first:
+            enable(model)
+        parallel = Accelerator(cpu=True).prepare(model)
+        if not enable_first:
+            enable(model)
+        check(gradients, parallel, step(parallel, rank), expected)
+
+        model = build("Gemma2")
+        if enable_first:
+            enable(model)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Gemma2DecoderLayer"], cpu_ram_efficient_loading=False,
+        )  # fmt: skip
+        # An Accelerator asks for FSDP on a GPU alone; what it then calls runs on a CPU too.
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=None, is_fsdp2=True,
+            device=torch.device("cpu"), mixed_precision="no", is_main_process=rank == 0,
+            parallelism_config=None,
+        )  # fmt: skip
+        model = fsdp2_prepare_model(accelerator, model)
+        if not enable_first:
+            enable(model)
+        check(gradients, model, step(model, rank, after="freed"), expected)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -120,6 +154,7 @@ def main() -> None:
             raise AssertionError("a head that is a group of its own was taken")
 
     kept_head(gradients, rank, expected)
+    prepared(gradients, rank, expected)
     losses = [evaluated(way) for way in ("transformers", "causal_lm_loss", "enable")]
     torch.testing.assert_close(torch.tensor(losses), torch.full((3,), losses[0]), rtol=1e-6, atol=0)
     if rank == 0:

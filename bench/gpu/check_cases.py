@@ -57,6 +57,10 @@ def cases(context: Context) -> Iterator[Case]:
         for vocab in vocabularies[1:]:
             run = partial(binary, context, dtype, vocab)
             yield Case("binary_cross_entropy_with_logits", name, f"{name} V={vocab}", run)
+        for vocab in vocabularies[1:4]:
+            run = partial(weighted, context, dtype, vocab)
+            inputs = f"{name} V={vocab} class weights, smoothing, probabilities, top-k"
+            yield Case("cross_entropy", name, inputs, run)
         for options in ({}, dict(token_chunk_size=0.2), dict(reduction="none")):
             run = partial(linear, context, dtype, options)
             yield Case("linear_cross_entropy", name, f"{name} {_text(options)}", run)
@@ -137,6 +141,33 @@ def loss(
     if schedule.get("inplace_backward"):
         demand(grads[0].data_ptr() == x.data_ptr(), "the gradient is not in place")
     return max(error, near_gradient(grads[0], wide.grad, dtype))
+
+
+def weighted(context: Context, dtype: torch.dtype, vocab: int) -> float:
+    """Class weights with smoothing, class probabilities with weights, a teacher's top-k classes."""
+    rows = 2 if context.dry else 16
+    x, target = logits(context, rows, vocab, dtype)
+    weight = torch.rand(vocab, device=x.device) + 0.5
+    prob = torch.rand(x.shape, device=x.device).softmax(-1).to(dtype)
+    top, classes = prob.float().topk(3)
+    dense = torch.zeros(x.shape, device=x.device).scatter(1, classes, top)
+    smooth: dict[str, Any] = dict(weight=weight, label_smoothing=0.1)
+    calls: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
+        (target, target, smooth), (prob, prob, smooth), ((classes, top), dense, {})
+    )  # fmt: skip
+    errors = []
+    for given, labels, options in calls:
+        leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+        ours = chunked_ce.cross_entropy(leaf, given, backend=BACKEND, **options)
+        if labels.is_floating_point():
+            labels = labels.double()
+        exact = {k: v.double() if k == "weight" else v for k, v in options.items()}
+        truth = F.cross_entropy(wide, labels, **exact)
+        ours.backward()
+        truth.backward()
+        assert leaf.grad is not None and wide.grad is not None
+        errors += [near("loss", ours, truth, 4e-6), near_gradient(leaf.grad, wide.grad, dtype)]
+    return max(errors)
 
 
 def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
