@@ -169,13 +169,16 @@ class TopK(_Distribution):
     def cross_entropy(self, answer: Answer) -> Tensor:
         z = answer.at_classes
         dtype, s = z.dtype, self.label_smoothing
-        q = self.prob.to(dtype).masked_fill(~self.given, 0.0)
+        prob = self.prob.masked_fill(~self.given, 0.0)
+        q = prob.to(dtype)
         floor = torch.full_like(answer.lse, s / self.vocab_size)  # of every class
         if self.spread_rest:
             first = self.given & is_first(self.indices)
             others = self.vocab_size - first.sum(-1)
-            share = self._rest(q, answer.mean_logprob).masked_fill(others == 0, 0.0)
-            share = share / others.clamp(min=1)
+            # In the teacher's digits, of which 1 - 0.999 needs more than float32 has.
+            exact = prob.to(torch.promote_types(prob.dtype, dtype))
+            share = self._rest(exact, answer.mean_logprob).masked_fill(others == 0, 0.0)
+            share = (share / others.clamp(min=1)).to(dtype)
             q = q - share[..., None] * first
             floor = (1.0 - s) * share + floor
         if self.weight is not None:

@@ -752,3 +752,16 @@ def test_an_explicit_ignore_index_beside_class_probabilities_raises_as_in_torch(
         F.cross_entropy(x, prob, ignore_index=-1),
     )
     chunked_ce.LinearCrossEntropyLoss(4, 11, dtype=torch.float64)(h, prob)
+
+
+def test_spread_rest_of_probabilities_in_fp64(backend, device):
+    """What 0.999 lacks of 1 is lost where it is rounded to float32 first: seen where the others' weights are 0."""
+    prob = torch.tensor([[0.999], [0.9999]], dtype=torch.float64, device=device)
+    classes, x = torch.tensor([[3], [5]], device=device), torch.randn(2, 20, device=device)
+    weight = torch.rand(20, device=device).index_fill_(0, classes.flatten(), 0.0)
+    loss = cross_entropy(
+        x, (classes, prob), weight, reduction="none", spread_rest=True, backend=backend
+    )
+    dense = ((1 - prob) / 19).expand(2, 20).scatter(1, classes, prob)
+    truth = F.cross_entropy(x.double(), dense, weight.double(), reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)

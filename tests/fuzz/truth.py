@@ -51,20 +51,23 @@ def cross_entropy(
     above = near.logsumexp(-1, keepdim=True)
     logp, lse = near - above, (largest + above)[..., 0]
     logp = torch.where((q == 0) & logp.isinf(), 0.0, logp)
-    loss = -(q * logp).sum(-1) + z_loss_weight * lse.square()
+    of_token = torch.ones_like(lse) if token_weight is None else token_weight.double()
+    in_mean = of_token * counted
+    z_share = 1.0  # of the z-loss in the mean, which is over tokens whatever the classes weigh
+    if indices and weight is not None:
+        tokens, in_mean = in_mean.sum(), in_mean * (w * prob).sum(-1)
+        if reduction == "mean" and num_items is None and tokens != 0:
+            z_share = (in_mean.sum() / tokens).detach()
+    loss = -(q * logp).sum(-1) + z_share * z_loss_weight * lse.square()
     loss = torch.where(broken, torch.nan, loss)
     unweighted = loss.detach().where(counted & loss.isfinite(), 0.0).abs()
-    of_token = torch.ones_like(loss) if token_weight is None else token_weight.double()
     nothing = ~counted | ((of_token == 0) & loss.isinf())
     loss = torch.where(nothing, 0.0, loss * of_token)
-    in_mean = of_token * counted
-    if indices and weight is not None:
-        in_mean = in_mean * (w * prob).sum(-1)
     divisor = torch.ones_like(loss.sum())
     if reduction == "mean":
         divisor = in_mean.sum() if num_items is None else torch.as_tensor(num_items).double()
     value = loss if reduction == "none" else loss.sum() / divisor
-    steepest = (q.abs().sum(-1) + 2.0 * z_loss_weight * lse.abs()) * of_token.abs()
+    steepest = (q.abs().sum(-1) + 2.0 * z_share * z_loss_weight * lse.abs()) * of_token.abs()
     return Loss(
         loss.detach(), value, broken & counted, steepest.detach(), divisor.detach(), unweighted
     )
