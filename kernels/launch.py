@@ -109,13 +109,18 @@ def _fitted(
     """The row's tile, or less where that already holds all columns."""
     width = 16 // itemsize
     groups, warps = row.groups, row.num_warps
-    groups //= (1 if plain else 2) * (1 if contiguous else 2)  # strided: 64-bit addresses
+    if plain:
+        groups //= 1 if contiguous else 2  # strided: 64-bit addresses
+    else:
+        groups //= 2 if contiguous else 8
     if itemsize == 8:  # twice the registers, and more for exponentials
         groups, warps = groups // 4, max(1, warps // 2)
     while groups > SMALLEST_GROUPS and groups * width >= 2 * columns:
         groups, warps = groups // 2, max(1, warps // 2)
     if not (plain and contiguous and itemsize < 8):
         maxnreg = 128  # left alone, the compiler spills rather than take more than 64
+    elif architecture == "sm_100" and not maxnreg:
+        maxnreg = 80  # the same for float16, by Triton 3.7
     return Tile(groups, width, warps, maxnreg if architecture.startswith("sm_") else 0)
 
 
