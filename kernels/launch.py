@@ -112,9 +112,9 @@ def _fitted(
     if plain:
         groups //= 1 if contiguous else 2  # strided: 64-bit addresses
     else:
-        groups //= 2 if contiguous else 8
+        groups = max(1, groups // (2 if contiguous else 8))
     if itemsize == 8:  # twice the registers, and more for exponentials
-        groups, warps = groups // 4, max(1, warps // 2)
+        groups, warps = max(1, groups // 4), max(1, warps // 2)
     while groups > SMALLEST_GROUPS and groups * width >= 2 * columns:
         groups, warps = groups // 2, max(1, warps // 2)
     if not (plain and contiguous and itemsize < 8):
