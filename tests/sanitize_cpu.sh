@@ -1,5 +1,6 @@
 #!/bin/sh
-# At -O3: sums that are not vectorised round otherwise. The CPU kernels built with gcc's sanitizers, under the tests that run them. Usage: sanitize_cpu.sh PYTHON
+# The CPU kernels built with gcc's sanitizers, under the tests that run them. Usage: sanitize_cpu.sh PYTHON
+# At -O3, because sums that are not vectorised are rounded differently.
 set -eu
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -7,7 +8,7 @@ compiler=${CC:-gcc}
 flags="-std=gnu11 -O3 -g -fno-omit-frame-pointer -fopenmp-simd -fno-math-errno -Wall -Wextra -Werror -shared -fPIC -pthread"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-cp -rL chunked_ce tests pyproject.toml "$folder"
+cp -rL bench chunked_ce tests pyproject.toml "$folder"
 
 run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
     sanitizers=$1 runtime=$("$compiler" -print-file-name="$2")
