@@ -70,8 +70,8 @@ else
 	test -e .venv-sanitize/done || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
 	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r tests/sanitize-requirements.txt && \
 	  touch .venv-sanitize/done; }
-	PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest tests/test_token_stats.py tests/test_cross_entropy.py \
-	  tests/test_grad_in_forward.py tests/test_drop_in.py tests/test_binary.py -q $(ARGS)
+	printf '%s\n' 'token_stats binary' 'cross_entropy grad_in_forward drop_in' | xargs -P 2 -I {} sh -c \
+	  'PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest $$(printf "tests/test_%s.py " {}) -q $(ARGS)'
 endif
 
 .venv/bin/python:

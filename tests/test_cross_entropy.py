@@ -360,6 +360,7 @@ def test_modes(backend, device):
 # --- operators and the compiler -------------------------------------------------------------------
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize(
     "options", [{}, dict(entropy=True, mean_logprob=True, rank=True, argmax=True)], ids=str
 )
@@ -394,6 +395,7 @@ def test_opcheck(backend, options, device):
     torch.library.opcheck(torch.ops.chunked_ce.token_grad_.default, (x.clone(), *arguments[1:]))
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compile_fullgraph(backend, compiler, inplace, device):
@@ -423,6 +425,7 @@ def test_compile_fullgraph(backend, compiler, inplace, device):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.framework
 def test_compile_changes_of_size(backend, device):
     """PITFALLS, loss 26: one more compile for a second N (then dynamic), none for the third."""
     torch._dynamo.reset()
