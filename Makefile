@@ -52,7 +52,7 @@ types: .venv/dev
 
 # The API reference, from the docstrings.
 docs: .venv/dev
-	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.distributed chunked_ce.huggingface chunked_ce.planner chunked_ce.doctor
+	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.distributed chunked_ce.huggingface chunked_ce.planner chunked_ce.cli.doctor
 
 # The programs that check and measure a GPU, on tiny sizes on the CPU; with a GPU: `python -m bench gpu`.
 gpu-dry-run: .venv/dev

@@ -27,7 +27,7 @@ def libraries() -> list[Extension]:
     builds = X86 if platform.machine() in ("x86_64", "AMD64") else {"base": []}
     return [
         Extension(
-            f"chunked_ce.cpu_{name}",
+            f"chunked_ce.backends.cpu_{name}",
             sources=sorted(str(p) for p in FOLDER.glob("*.c")),
             depends=sorted(str(p) for p in FOLDER.glob("*.h")),
             extra_compile_args=[*FLAGS, *flags],

@@ -26,9 +26,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from chunked_ce import backend_triton, clusters, gpu
-from chunked_ce.blocks import Head
-from chunked_ce.stats import UNIFORM, Coefficients
+from chunked_ce.backends import clusters, gpu
+from chunked_ce.backends import triton as backend_triton
+from chunked_ce.core.gradient import Coefficients
+from chunked_ce.core.head import Head
+from chunked_ce.core.row_stats import UNIFORM
 
 from . import sass
 from .compiled import TARGETS, Built, Launch, build, launches

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 import triton
 
-from chunked_ce import gpu
+from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
 from . import audit

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from chunked_ce import backend_triton, binary_triton, clusters
-from chunked_ce.blocks import Head
-from chunked_ce.stats import ClassWeights, Coefficients
+from chunked_ce.backends import clusters
+from chunked_ce.backends import triton as backend_triton
+from chunked_ce.backends import triton_binary as binary_triton
+from chunked_ce.core.gradient import Coefficients
+from chunked_ce.core.head import Head
+from chunked_ce.core.row_stats import ClassWeights
 
 PLAIN, CAPPED = Head(None, 1.0), Head(30.0, 0.5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -20,20 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chunked_ce import (
-    backend_cpu,
-    chunks,
-    clusters,
-    functional,
-    gpu,
-    linear,
-    linear_ops,
-    one_pass,
-    ops,
-)
+from chunked_ce.backends import choice, clusters, gpu
+from chunked_ce.backends import cpu as backend_cpu
+from chunked_ce.functional import linear, logits
+from chunked_ce.ops import chunks, one_pass
+from chunked_ce.ops import linear as linear_ops
+from chunked_ce.ops import logits as ops
 
 _OPERATORS = (ops, one_pass, linear_ops)
-_chosen = functional.choose_backend
+_chosen = choice.choose_backend
 _KERNELS = ("token_stats", "finish", "token_grad", "loss_and_grad", "scale")
 
 
@@ -129,7 +124,7 @@ def _fake(architecture: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))
-        for module in (functional, linear):
+        for module in (logits, linear):
             stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))
         gpu_values = {"architecture": architecture, "processors": 132, "l2_bytes": 50 << 20}
         for name, value in gpu_values.items():
@@ -137,7 +132,7 @@ def _fake(architecture: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(gpu, "on", lambda device: nullcontext()))
         stack.enter_context(mock.patch.object(backend_cpu, "_run", lambda *args, **kwargs: None))
         try:
-            from chunked_ce import backend_triton
+            from chunked_ce.backends import triton as backend_triton
         except ImportError:  # no Triton: then nothing asks for its kernels
             pass
         else:

@@ -1,15 +1,15 @@
 """Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored."""
 
-from .binary import binary_cross_entropy_with_logits
 from .checks import explain_loss
-from .evaluation import evaluate_perplexity
-from .functional import cross_entropy, token_stats
-from .likelihood import Loglikelihood, loglikelihood
-from .linear import linear_cross_entropy, linear_token_stats
+from .core.row_stats import TokenStats
+from .evaluation.evaluate import evaluate_perplexity
+from .evaluation.likelihood import Loglikelihood, loglikelihood
+from .evaluation.meter import Perplexity, perplexity
+from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
+from .functional.binary import binary_cross_entropy_with_logits
+from .functional.linear import linear_cross_entropy, linear_token_stats
+from .functional.logits import cross_entropy, token_stats
 from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
-from .perplexity import Perplexity, perplexity
-from .report import EvaluationInterrupted, EvaluationReport, PerplexityReport
-from .stats import TokenStats
 
 __version__ = "0.1.0"
 

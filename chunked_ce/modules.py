@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .binary import binary_cross_entropy_with_logits
-from .functional import cross_entropy
-from .linear import linear_cross_entropy
+from .functional.binary import binary_cross_entropy_with_logits
+from .functional.linear import linear_cross_entropy
+from .functional.logits import cross_entropy
 
 _OPTIONS = (
     "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "backend",

@@ -21,7 +21,7 @@ assert x.grad.isfinite().all() and (x.grad[2] == 0).all()
 folder = pathlib.Path(chunked_ce.__file__).parent
 assert "site-packages" in str(folder), folder
 assert (folder / "py.typed").exists() and not (folder / "kernels").is_symlink()
-assert chunked_ce.cpu_library.IS_THERE == EXPECTED, "the CPU kernels in C"
+assert chunked_ce.backends.cpu_library.IS_THERE == EXPECTED, "the CPU kernels in C"
 print("installed:", chunked_ce.__version__, sorted(p.name for p in (folder / "kernels").glob("*.py")))
 """
 
@@ -64,7 +64,9 @@ def main() -> None:
         assert not any(n.startswith("kernels/") for n in contents), "a top-level kernels package"
         has_compiler = shutil.which("cc") is not None
         if has_compiler:
-            assert any(n.startswith("chunked_ce/cpu_") for n in contents), "no CPU kernels in C"
+            assert any(n.startswith("chunked_ce/backends/cpu_") for n in contents), (
+                "no CPU kernels in C"
+            )
             assert wheel.name.split("-")[2:4] == ["py3", "none"], wheel.name
         # What was built runs where there is no compiler; and there the sdist is installed as well.
         use(wheel, folder / "clean", cpu_kernels=has_compiler)

@@ -68,7 +68,7 @@ def device() -> str:
 @pytest.fixture(params=["torch", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu":
-        from chunked_ce import cpu_library
+        from chunked_ce.backends import cpu_library
 
         if ON_GPU or not cpu_library.is_there():
             pytest.skip("the CPU kernels are not built, or tensors are on a GPU")
@@ -87,11 +87,11 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Tiles and blocks so small that a row of 100 logits spans several."""
     if "real_sizes" in request.keywords:
         return
-    from chunked_ce import backend_torch
+    from chunked_ce.backends import torch as backend_torch
 
     monkeypatch.setattr(backend_torch, "CACHED_ELEMENTS", 150)
     try:
-        from chunked_ce import gpu
+        from chunked_ce.backends import gpu
         from chunked_ce.kernels import launch
     except ImportError:
         return

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import chunked_ce
-from chunked_ce import backend_torch
-from chunked_ce.distributed import (
+from chunked_ce.backends import torch as backend_torch
+from chunked_ce.distributed.losses import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_token_stats,

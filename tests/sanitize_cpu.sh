@@ -15,8 +15,8 @@ run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
     shift 2
     cxx=$("$compiler" -print-file-name=libstdc++.so.6)  # else an exception within torch ends the process
     echo "CPU kernels with -fsanitize=$sanitizers"
-    rm -f "$folder"/chunked_ce/cpu_*.bin
-    "$compiler" $flags -fsanitize="$sanitizers" -fno-sanitize-recover=undefined -o "$folder/chunked_ce/cpu_base.bin" kernels/cpu/*.c -lm
+    rm -f "$folder"/chunked_ce/backends/cpu_*.bin
+    "$compiler" $flags -fsanitize="$sanitizers" -fno-sanitize-recover=undefined -o "$folder/chunked_ce/backends/cpu_base.bin" kernels/cpu/*.c -lm
     (cd "$folder" && PYTHONPATH="$folder" LD_PRELOAD="$runtime $cxx" ASAN_OPTIONS=detect_leaks=0 \
         PYTHONMALLOC=malloc "$python" -m pytest -q -s --tb=short -p no:cacheprovider -p no:xdist "$@")
 }

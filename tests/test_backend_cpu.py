@@ -8,7 +8,8 @@ import oracle
 import pytest
 import torch
 
-from chunked_ce import checks, cpu_library, cross_entropy, token_stats
+from chunked_ce import checks, cross_entropy, token_stats
+from chunked_ce.backends import cpu_library
 
 ALL = dict(entropy=True, mean_logprob=True, rank=True, argmax=True)
 pytestmark = pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them")
@@ -93,9 +94,9 @@ def test_gradients_are_rounded_to_nearest_even(dtype):
             torch.nextafter(between.float(), torch.tensor(9e9)),
         ]
     )
-    from chunked_ce import backend_cpu
-    from chunked_ce.blocks import Head
-    from chunked_ce.stats import Coefficients
+    from chunked_ce.backends import cpu as backend_cpu
+    from chunked_ce.core.gradient import Coefficients
+    from chunked_ce.core.head import Head
 
     n = len(wanted)
     x = torch.tensor([[0.0, -torch.inf]], dtype=dtype).expand(n, 2).contiguous()

@@ -96,7 +96,7 @@ CASES += [(f"ce: {c[0]}", ce, *c[1:]) for c in CROSS_ENTROPY] + [
     ids=[c[0] for c in CASES],
 )
 def test_message(make, args, kwargs, error, message, monkeypatch):
-    from chunked_ce import backend_torch
+    from chunked_ce.backends import torch as backend_torch
 
     monkeypatch.setattr(
         backend_torch, "_sum_rows", lambda *a: pytest.fail("computed before the check")

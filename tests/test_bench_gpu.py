@@ -27,7 +27,7 @@ from bench.gpu import (
     versions,
 )  # fmt: skip
 from bench.gpu.context import Context, Table, read_table
-from chunked_ce import gpu
+from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
 pytestmark = [

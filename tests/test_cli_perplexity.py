@@ -16,8 +16,8 @@ from language_models import TEXTS, brute_force, byte_tokenizer, causal_lm
 
 from chunked_ce.cli import main
 from chunked_ce.cli.perplexity_report import binned
-from chunked_ce.report import PerplexityReport
-from chunked_ce.scoring import Scoring
+from chunked_ce.evaluation.report import PerplexityReport
+from chunked_ce.evaluation.scoring import Scoring
 
 for needed in ("matplotlib", "tokenizers", "transformers"):
     pytest.importorskip(needed)

@@ -10,8 +10,9 @@ from helpers import assert_gradient, batch, gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from chunked_ce import cross_entropy, ops, token_stats
+from chunked_ce import cross_entropy, token_stats
 from chunked_ce.checks import mistakes
+from chunked_ce.ops import logits as ops
 
 UPSTREAM = {
     "1": lambda loss: loss.sum(),
@@ -452,7 +453,7 @@ def test_no_host_synchronisation(backend, device, monkeypatch):
             name,
             lambda self, *a, f=original, **k: reads.append(1) or f(self, *a, **k),
         )
-    from chunked_ce import backend_torch
+    from chunked_ce.backends import torch as backend_torch
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
     monkeypatch.setattr(mistakes, "_is_free", lambda x: False)

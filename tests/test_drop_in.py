@@ -19,9 +19,9 @@ from chunked_ce import (
     binary_cross_entropy_with_logits,
     cross_entropy,
     linear_cross_entropy,
-    linear_ops,
-    ops,
 )
+from chunked_ce.ops import linear as linear_ops
+from chunked_ce.ops import logits as ops
 
 SHAPES = {  # input, dim
     "[N, C]": ((5, 37), 1),

@@ -16,9 +16,9 @@ pytest.importorskip("transformers")
 from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, causal_lm
 
 from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
-from chunked_ce import evaluation as module
-from chunked_ce.documents import from_text
-from chunked_ce.language_model import examine
+from chunked_ce.evaluation import evaluate as module
+from chunked_ce.evaluation.documents import from_text
+from chunked_ce.evaluation.language_model import examine
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_an_unknown_head_falls_back_to_the_model_s_logits(gpt2, monkeypatch):
     report = evaluate_perplexity(model, ids, batch_size=3)
     assert report.logits_stored
     assert report.nll_sum == pytest.approx(brute_force(model, ids[0], CONTEXT, CONTEXT), rel=1e-6)
-    from chunked_ce import language_model
+    from chunked_ce.evaluation import language_model
 
     monkeypatch.setattr(language_model, "_LOGITS_BYTES", 1)  # a row at a time
     assert evaluate_perplexity(model, ids, batch_size=3).nll_sum == pytest.approx(
@@ -179,7 +179,7 @@ def test_no_logits_exist(gpt2, monkeypatch):
     """No tensor as large as [B, T, V] past the probe, whose 8 tokens do have logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from chunked_ce import linear
+    from chunked_ce.functional import linear
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -389,7 +389,7 @@ def test_half_precision_and_autocast(gpt2):
 
 
 def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
-    from chunked_ce.scoring import Scoring
+    from chunked_ce.evaluation.scoring import Scoring
 
     score, calls = Scoring._batch, []
 
@@ -413,7 +413,7 @@ def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
 
 def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
     from chunked_ce.cli.perplexity_report import table
-    from chunked_ce.scoring import Scoring
+    from chunked_ce.evaluation.scoring import Scoring
 
     score, calls = Scoring._batch, []
 
@@ -442,7 +442,8 @@ def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
 
 def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):
     """The others wait for it: no report of its own may pass for theirs."""
-    from chunked_ce import checks, scoring
+    from chunked_ce import checks
+    from chunked_ce.evaluation import scoring
 
     def interrupted(self, chosen):
         raise KeyboardInterrupt

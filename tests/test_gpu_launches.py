@@ -8,7 +8,7 @@ from helpers import assert_gradient, batch
 from chunked_ce import cross_entropy, token_stats
 
 pytest.importorskip("triton")
-from chunked_ce import gpu
+from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
 pytestmark = [

@@ -23,7 +23,7 @@ def backend(request, monkeypatch):
     if request.param == "torch":
         return "torch"
     pytest.importorskip("triton")
-    from chunked_ce import clusters
+    from chunked_ce.backends import clusters
     from chunked_ce.kernels import launch
 
     if request.param != "on_chip":

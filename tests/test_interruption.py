@@ -8,15 +8,9 @@ import pytest
 import torch
 from helpers import batch
 
-from chunked_ce import (
-    Perplexity,
-    backend_torch,
-    backends,
-    cpu_library,
-    cross_entropy,
-    linear_cross_entropy,
-    token_stats,
-)
+from chunked_ce import Perplexity, backends, cross_entropy, linear_cross_entropy, token_stats
+from chunked_ce.backends import cpu_library
+from chunked_ce.backends import torch as backend_torch
 
 WRITES = dict(inplace_backward=True), dict(grad_in_forward=True, inplace_backward=True)
 
@@ -209,7 +203,7 @@ def test_a_signal_handler_may_compute_a_loss():
 def test_a_meter_holds_all_of_a_batch_or_nothing(monkeypatch):
     from importlib import import_module
 
-    perplexity = import_module("chunked_ce.perplexity")  # as an attribute it is the function
+    perplexity = import_module("chunked_ce.evaluation.meter")  # as an attribute it is the function
     x, target = batch(20, 100)
     meter, whole = Perplexity(), Perplexity()
     meter.update(x, target, n_bytes=5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from chunked_ce import clusters, gpu
+from chunked_ce.backends import clusters, gpu
 from chunked_ce.kernels import launch
 
 pytestmark = pytest.mark.real_sizes

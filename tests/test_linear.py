@@ -9,14 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunked_ce import (
-    LinearCrossEntropyLoss,
-    chunks,
-    linear_cross_entropy,
-    linear_ops,
-    linear_token_stats,
-)
-from chunked_ce.ops import Classes
+from chunked_ce import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_stats
+from chunked_ce.ops import chunks
+from chunked_ce.ops import linear as linear_ops
+from chunked_ce.ops.library import Classes
 
 N, D, V = 9, 16, 101
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

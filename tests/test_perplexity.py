@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import batch
 
-from chunked_ce import Perplexity, PerplexityReport, perplexity
+from chunked_ce import Perplexity, PerplexityReport
+from chunked_ce.evaluation import meter as perplexity
 
 
 def truth(x, target):
@@ -137,7 +138,7 @@ def test_nothing_scored_is_nan():
 
 def test_update_reads_no_value(monkeypatch):
     meter, (x, target) = Perplexity(), batch(3, 20)
-    from chunked_ce import backend_torch
+    from chunked_ce.backends import torch as backend_torch
     from chunked_ce.checks import mistakes
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from chunked_ce.row_blocks import blocks
+from chunked_ce.backends.row_blocks import blocks
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tokenizers import (
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from chunked_ce import evaluate_perplexity
-from chunked_ce.documents import from_ids, from_text
+from chunked_ce.evaluation.documents import from_ids, from_text
 
 STARTS = [
     " ",

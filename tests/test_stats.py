@@ -8,8 +8,8 @@ import torch
 from helpers import assert_gradient, batch, gradient
 
 from chunked_ce import backends, cross_entropy, token_stats
-from chunked_ce.blocks import Head
-from chunked_ce.stats import Part, concatenate, finish, merge
+from chunked_ce.core.head import Head
+from chunked_ce.core.row_stats import Part, concatenate, finish, merge
 
 ALL = dict(entropy=True, mean_logprob=True, rank=True, argmax=True)
 NEVER = -100

@@ -7,7 +7,7 @@ from helpers import batch
 from chunked_ce import cross_entropy
 
 pytest.importorskip("triton")
-from chunked_ce.strided_rows import strided_rows
+from chunked_ce.backends.strided_rows import strided_rows
 
 
 def rows_of(x):

@@ -371,7 +371,7 @@ def test_out_of_range_target_is_an_error_on_request(device, monkeypatch):
 
 def test_accelerators_without_triton_run_the_same_blocks(monkeypatch):
     """The torch backend's path for other devices, made to run on the CPU: no look at any value."""
-    from chunked_ce import backend_torch
+    from chunked_ce.backends import torch as backend_torch
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
     x, target = batch(6, 100)
@@ -460,7 +460,7 @@ def test_a_long_row_alone_bit_for_bit(vocab):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dividing_a_row_among_programs_changes_no_bit(device, dtype, monkeypatch):
     pytest.importorskip("triton")
-    from chunked_ce import gpu
+    from chunked_ce.backends import gpu
 
     x, target = batch(3, 603, dtype, device)  # five segments
     results = []

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chunked_ce
-from chunked_ce import linear_ops, ops
+from chunked_ce.ops import linear as linear_ops
+from chunked_ce.ops import logits as ops
 
 pytestmark = pytest.mark.framework
 V, D = 50, 8

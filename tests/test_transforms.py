@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, jvp, vjp, vmap
 
 import chunked_ce as c
-from chunked_ce.distributed import vocab_parallel_cross_entropy
+from chunked_ce.distributed.losses import vocab_parallel_cross_entropy
 
 pytestmark = pytest.mark.framework
 torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chunked_ce.windows import Window, batches, sliding_windows
+from chunked_ce.evaluation.windows import Window, batches, sliding_windows
 
 
 def targets(window: Window) -> range:

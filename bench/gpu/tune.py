@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 import chunked_ce
-from chunked_ce import gpu
+from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
 from .. import measure

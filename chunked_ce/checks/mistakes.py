@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from ..stats import is_scored
+from ..core.row_stats import is_scored
 from .targets import target_indices
 from .values import integer, shape
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..stats import is_scored
+from ..core.row_stats import is_scored
 from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, is_int, names, same_device, shape, with_k
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..evaluation import evaluate_perplexity
-from ..report import EvaluationInterrupted, EvaluationReport, for_json
+from ..evaluation.evaluate import evaluate_perplexity
+from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import UsageError
 from .files import check_files, read_text, whole
 from .perplexity_report import draw, table

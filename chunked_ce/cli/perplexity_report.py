@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..report import EvaluationReport, PerplexityReport
+from ..evaluation.report import EvaluationReport, PerplexityReport
 
 NORMAL_95 = 1.96
 BINS_PER_OCTAVE = 4

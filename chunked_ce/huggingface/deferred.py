@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .. import checks
+from . import checks
 
 
 def version(tensor: Tensor) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from . import checks
 from .deferred import DeferredLogits, Head
 from .evaluated import as_tensors
 from .loss import causal_lm_loss

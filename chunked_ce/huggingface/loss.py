@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
-from ..functional import cross_entropy
-from ..linear import linear_cross_entropy
+from ..functional.linear import linear_cross_entropy
+from ..functional.logits import cross_entropy
+from . import checks
 from .deferred import DeferredLogits
 
 

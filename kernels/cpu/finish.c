@@ -1,4 +1,4 @@
-/* The mathematics of a row once its sums are known, in double; chunked_ce/stats.py says the same. */
+/* The mathematics of a row once its sums are known, in double; chunked_ce/core/row_stats.py says the same. */
 #include <math.h>
 #include <stddef.h>
 

@@ -1,4 +1,4 @@
-/* What one call does: filled in by chunked_ce/backend_cpu.py, field for field. */
+/* What one call does: filled in by chunked_ce/backends/cpu.py, field for field. */
 #ifndef CHUNKED_CE_JOB_H
 #define CHUNKED_CE_JOB_H
 
@@ -33,7 +33,7 @@ typedef struct {
     int64_t kind, shard, threads;
 } Job;
 
-/* Sums over some classes of a row but its target; see chunked_ce/stats.py. */
+/* Sums over some classes of a row but its target; see chunked_ce/core/row_stats.py. */
 typedef struct {
     double m, s, weighted, total, mass;
     int64_t beaten_by, argmax, first_nan; /* -1: none */

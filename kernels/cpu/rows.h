@@ -87,7 +87,7 @@ static void KIND(put_row)(const Job *job, int64_t row, const Part *part, REAL z)
         job->argmax[row] = KIND(winner)(part, z, target);
 }
 
-/* As `token_loss_coefficients` of chunked_ce/stats.py. */
+/* As `token_loss_coefficients` of chunked_ce/core/gradient.py. */
 static Coefficients KIND(loss_coefficients)(const Job *job, int64_t row)
 {
     double w = job->token_weight ? KIND(number)(job->token_weight, row) : 1.0;

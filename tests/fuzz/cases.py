@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunked_ce import backend_torch
+from chunked_ce.backends import torch as backend_torch
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.int64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]

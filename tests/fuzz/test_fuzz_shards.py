@@ -7,9 +7,10 @@ import torch
 import truth
 from row_statistics import FLOATS, Call, Truth, calls
 
-from chunked_ce import TokenStats, shards
-from chunked_ce.blocks import Head
-from chunked_ce.shard_autograd import Options, shard_stats
+from chunked_ce import TokenStats
+from chunked_ce.core.head import Head
+from chunked_ce.distributed import shards
+from chunked_ce.distributed.autograd import Options, shard_stats
 
 
 def check(call: Call, backend: str = "torch") -> None:

@@ -1,6 +1,6 @@
 """Mutation testing: a fault in one module, and whether the tests that decide about it notice.
 
-    make mutate ARGS="chunked_ce/stats.py --count 20"
+    make mutate ARGS="chunked_ce/core/row_stats.py --count 20"
 
 Mutants are drawn with a seed. Neither mutmut nor cosmic-ray fits: mutmut puts a dispatching copy in
 the place of a function, of which @triton.jit cannot read the source, and does not see that

@@ -1,0 +1,120 @@
+"""Whether the one-pass kernel may spread a row over a cluster of CTAs on a GPU.
+
+Triton's reductions across CTAs are young (3.8 has them). So the cluster form is used only on a GPU
+where `check` has run it against the streamed form and found the same:
+
+    python -m chunked_ce.clusters
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.head import Head
+
+
+def record_path() -> Path:
+    """The results by GPU and versions, under $CHUNKED_CE_CACHE or the user's cache folder."""
+    home = os.environ.get("CHUNKED_CE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chunked_ce"
+    )
+    return Path(home) / "clusters.json"
+
+
+@cache
+def checked(device: torch.device) -> bool:
+    """Whether the record says that clusters are right on this GPU, with these versions."""
+    if not supported(device):
+        return False
+    return _read().get(_key(device)) is True
+
+
+def supported(device: torch.device) -> bool:
+    """Clusters need sm_90 or later and Triton 3.8 or later."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return triton_has_them() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def triton_has_them() -> bool:
+    """Up to 3.7 the compiler fails on a reduction across CTAs."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= (3, 8)
+
+
+def check(device: torch.device) -> bool:
+    """Runs clusters of 2, 4 and 8 CTAs against the streamed form; records whether they agree."""
+    if not supported(device):
+        return False
+    right = all(
+        _agrees(columns, dtype, device)
+        for columns in (32000, 50257, 131072)
+        for dtype in (torch.bfloat16, torch.float16)
+    )
+    path = record_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_read() | {_key(device): right}, indent=1))
+    checked.cache_clear()
+    return right
+
+
+def _agrees(columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    from . import triton as backend_triton
+
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(300, columns, generator=generator)).to(dtype).to(device)
+    target = torch.randint(columns, (300,), generator=generator).to(device)
+    target[::7] = -100
+
+    def run(on_clusters: bool) -> tuple[Tensor, Tensor]:
+        return backend_triton.loss_and_gradient(
+            x, target, None, None, 0.0, 0.0, -100, columns, Head(None, 1.0),
+            inplace=False, on_clusters=on_clusters,
+        )  # fmt: skip
+
+    (loss, grad), (true_loss, true_grad) = run(True), run(False)
+    rtol = torch.finfo(dtype).eps
+    return torch.allclose(loss, true_loss, rtol=1e-5, atol=1e-6) and torch.allclose(
+        grad.float(), true_grad.float(), rtol=rtol, atol=1e-7
+    )
+
+
+def _key(device: torch.device) -> str:
+    import triton
+
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def _read() -> dict[str, bool]:
+    try:
+        record = json.loads(record_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing to check")
+        return 1
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        if not supported(device):
+            print(f"{_key(device)}: no clusters (they need sm_90 and Triton 3.8)")
+        else:
+            print(f"{_key(device)}: clusters {'agree' if check(device) else 'DISAGREE: not used'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

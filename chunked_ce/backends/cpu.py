@@ -1,0 +1,206 @@
+"""The CPU backend: allocates, says where tensors lie, calls the kernels in C."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..core.gradient import Coefficients
+from ..core.head import Head, compute_dtype
+from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics, TokenStats
+from . import cpu_library
+from .cpu_library import Job, Rows
+from .strided_rows import strided_rows
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_STATISTICS, _PARTS, _GRADIENT, _LOSS_AND_GRADIENT = range(4)
+
+
+def row_statistics(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    weights: ClassWeights = UNIFORM,
+    *,
+    entropy: bool,
+    mean_logprob: bool,
+    rank: bool,
+    argmax: bool,
+) -> RowStatistics:
+    """The statistics of every row, flat."""
+    dtype, integers = compute_dtype(input.dtype), torch.int64
+    rows = target.numel()
+
+    def new(wanted: bool, dtype: torch.dtype) -> Tensor | None:
+        return torch.empty(rows, dtype=dtype) if wanted else None
+
+    lse, logprob, lse_low = (torch.empty(rows, dtype=dtype) for _ in range(3))
+    weights = weights if mean_logprob else UNIFORM
+    stats = TokenStats(
+        lse, logprob, new(entropy, dtype), new(mean_logprob, dtype),
+        new(rank, integers), new(argmax, integers),
+    )  # fmt: skip
+    mass = new(not weights.are_one, dtype)
+    numbers = dict(stats._asdict(), lse_low=lse_low, mass=mass)
+    _run(_STATISTICS, input, None, target, ignore_index, vocab_size, head, weights, numbers)
+    return RowStatistics(stats, lse_low, mass)
+
+
+def row_part(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    *,
+    entropy: bool,
+    mean_logprob: bool,
+    argmax: bool,
+) -> tuple[Part, Tensor]:
+    """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
+    dtype, rows = compute_dtype(input.dtype), target.numel()
+    m, s, mass, target_logit = (torch.empty(rows, dtype=dtype) for _ in range(4))
+    weighted = torch.empty(rows, dtype=dtype) if entropy else None
+    total = torch.empty(rows, dtype=dtype) if mean_logprob else None
+    best = torch.empty(rows, dtype=torch.int64) if argmax else None
+    part = Part(m, s, weighted, total, mass if mean_logprob else None, None, best)
+    numbers = dict(
+        m=m, s=s, weighted=weighted, total=total, mass=mass, argmax=best, target_logit=target_logit
+    )
+    _run(_PARTS, input, None, target, ignore_index, vocab_size, head, UNIFORM, numbers, shard=True)
+    return part, target_logit
+
+
+def logits_gradient(
+    input: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    logprob: Tensor,
+    lse_low: Tensor,
+    coefficients: Coefficients,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    weights: ClassWeights = UNIFORM,
+    *,
+    inplace: bool,
+    shard: bool = False,
+) -> Tensor:
+    """dL/dinput, in a new tensor or over `input`."""
+    grad = input if inplace else torch.empty_like(input)
+    weights = UNIFORM if coefficients.u is None else weights
+    numbers = dict(coefficients._asdict(), lse=lse, logprob=logprob, lse_low=lse_low)
+    _run(
+        _GRADIENT, input, grad, target, ignore_index, vocab_size, head, weights, numbers,
+        shard=shard,
+    )  # fmt: skip
+    return grad
+
+
+def loss_and_gradient(
+    input: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    divisor: Tensor | None,
+    label_smoothing: float,
+    z_loss_weight: float,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    *,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+
+    That in a new tensor or over `input`; each row is visited once.
+    """
+    grad = input if inplace else torch.empty_like(input)
+    dtype = compute_dtype(input.dtype)
+    loss, *stats = (torch.empty(target.numel(), dtype=dtype) for _ in range(4))
+    names = ("lse", "logprob", "lse_low", "loss", "token_weight")
+    numbers = dict(zip(names, (*stats, loss, token_weight), strict=True))
+    _run(
+        _LOSS_AND_GRADIENT, input, grad, target, ignore_index, vocab_size, head, UNIFORM, numbers,
+        divisor=1.0 if divisor is None else float(divisor),
+        label_smoothing=label_smoothing, z_loss_weight=z_loss_weight,
+    )  # fmt: skip
+    return loss, grad
+
+
+def _run(
+    kind: int,
+    input: Tensor,
+    grad: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+    weights: ClassWeights,
+    numbers: dict[str, Tensor | None],  # [rows] each, by their names in `Job`
+    *,
+    shard: bool = False,
+    divisor: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+) -> None:
+    library = cpu_library.LIBRARY
+    assert library is not None
+    dtype = compute_dtype(input.dtype)
+    flat_target = target.reshape(-1).to(torch.int64).contiguous()
+    # Held until the call has ended: what is converted here has no other owner.
+    held = {
+        name: t if t.dtype == torch.int64 else t.detach().reshape(-1).to(dtype).contiguous()
+        for name, t in numbers.items()
+        if t is not None
+    }
+    class_weight = weights.weight
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(dtype).contiguous()
+    job = Job(
+        kind=kind, shard=shard, threads=torch.get_num_threads(),
+        vocab_size=vocab_size, columns=input.shape[-1], ignore_index=ignore_index,
+        softcap=head.softcap or 0.0, logit_scale=head.logit_scale,
+        prob_scale=weights.scale, prob_shift=weights.shift, divisor=divisor,
+        label_smoothing=label_smoothing, z_loss_weight=z_loss_weight,
+        class_weight=None if class_weight is None else class_weight.data_ptr(),
+    )  # fmt: skip
+    given = {"x": input, "grad": grad, "prob": weights.prob}
+    tensors = {name: t for name, t in given.items() if t is not None}
+    if not all(t.data_ptr() or t.numel() == 0 for t in tensors.values()):
+        raise ValueError("logits without memory, as fake tensors are: pass backend='torch'")
+    for first, (outer, inner), rows in _addresses(tensors):
+        job.outer, job.inner = outer, inner
+        for name, address in rows.items():
+            setattr(job, name, address)
+        job.target = flat_target.data_ptr() + 8 * first
+        for name, t in held.items():
+            setattr(job, name, t.data_ptr() + first * t.element_size())
+        if library.chunked_ce_run(ctypes.byref(job)):
+            checks.targets_in_range(flat_target, vocab_size, ignore_index)
+            raise AssertionError("a target was changed during the call")
+
+
+def _addresses(
+    tensors: dict[str, Tensor],
+) -> Iterator[tuple[int, tuple[int, int], dict[str, Rows]]]:
+    """(first row, (outer, inner), where each tensor is), once wherever strides allow."""
+    if all(t.is_contiguous() for t in tensors.values()):
+        rows = {
+            name: Rows(t.data_ptr(), (0, t.shape[-1], 1), _DTYPES[t.dtype])
+            for name, t in tensors.items()
+        }
+        x = tensors["x"]
+        yield 0, (1, x.numel() // x.shape[-1]), rows
+        return
+    for flat, views in strided_rows(*tensors.values()):
+        rows = {}
+        for name, view in zip(tensors, views, strict=True):
+            start = view.data.data_ptr() + view.offset * view.data.element_size()
+            rows[name] = Rows(start, view.stride, _DTYPES[view.data.dtype])
+        yield flat.start, (views[0].shape[0], views[0].shape[1]), rows

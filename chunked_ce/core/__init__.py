@@ -1,0 +1,1 @@
+"""The mathematics of rows of logits, on [N] vectors: no device, no operator."""

@@ -1,0 +1,68 @@
+"""Logits of a few classes of each row, and the gradient there.
+
+A teacher's top-k classes, the labels of an example: K of V, by index, so that nothing is dense.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gradient import Coefficients
+from .head import Head, compute_dtype
+
+
+def logits_at(input: Tensor, classes: Tensor, head: Head) -> Tensor:
+    """[..., K] z of `classes` [..., K], which exist."""
+    return head.apply_(input.gather(-1, classes).to(compute_dtype(input.dtype)))
+
+
+def gradient_at(
+    x: Tensor,  # [rows, K] logits before the head
+    classes: Tensor,
+    upstream: Tensor,  # [rows, K] of `logits_at`
+    target: Tensor,  # [rows], as those that follow
+    lse: Tensor,
+    logprob: Tensor,
+    lse_low: Tensor,
+    coefficients: Coefficients,
+    weights_at: Tensor | None,  # [rows, K] of `mean_logprob`; None: 1
+    scored: Tensor,
+    head: Head,
+) -> Tensor:
+    """[rows, K] the whole of dL/dx at `classes`, to be rounded once; equal where classes are."""
+    target, lse, logprob, lse_low, scored = (
+        t[:, None] for t in (target, lse, logprob, lse_low, scored)
+    )
+    a, b, c, u = (None if n is None else n[:, None] for n in coefficients)
+    z = head.apply_(x.to(lse.dtype, copy=True))
+    is_target = classes == target
+    log_p = torch.where(is_target, logprob, (z - lse) - lse_low)
+    p = log_p.exp()
+    grad = _sum_of_equal(classes, upstream.to(lse.dtype))
+    if a is not None:
+        grad = grad + a * p
+    if b is not None:
+        grad = grad + (b * p * log_p).masked_fill(p == 0, 0.0)
+    if c is not None:
+        grad = grad + c * torch.where(is_target, -log_p.expm1(), -p)
+    if u is not None:
+        grad = grad + (u if weights_at is None else u * weights_at).masked_fill(is_target, 0.0)
+    return (grad * head.derivative(x)).masked_fill(~scored, 0.0)
+
+
+def _sum_of_equal(classes: Tensor, values: Tensor) -> Tensor:
+    """[rows, K] of each entry, the sum over all entries of its row that name the same class."""
+    ordered, order = classes.sort(-1)
+    run = torch.zeros_like(ordered)
+    run[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(-1)
+    sums = torch.zeros_like(values).scatter_add_(-1, run, values.gather(-1, order))
+    return torch.empty_like(values).scatter_(-1, order, sums.gather(-1, run))
+
+
+def is_first(indices: Tensor) -> Tensor:
+    """[..., K] whether no earlier entry of its row names the same class."""
+    ordered, order = indices.sort(dim=-1, stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    return torch.empty_like(first).scatter_(-1, order, first)

@@ -1,0 +1,104 @@
+"""The gradient of row statistics: four numbers a row.
+
+    dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u w_j [j != target]
+
+w_j is 1, or what :class:`ClassWeights` say.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .row_stats import TokenStats
+
+
+class Coefficients(NamedTuple):
+    """a, b, c, u of the gradient, [rows] each; None stands for zeros."""
+
+    a: Tensor | None
+    b: Tensor | None
+    c: Tensor | None
+    u: Tensor | None
+
+
+def coefficients(
+    lse_grad: Tensor | None,
+    logprob_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    mean_logprob_grad: Tensor | None,
+    entropy: Tensor,
+    vocab_size: int,
+    target_weight: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> Coefficients:
+    """What each upstream gradient [rows] adds to a, b, c, u."""
+    a, b, c, u = lse_grad, None, logprob_grad, None
+    if entropy_grad is not None:
+        b = -entropy_grad
+        a = _plus(a, -entropy_grad * entropy)
+    if mean_logprob_grad is not None:
+        # The target's share goes into c, which does not cancel where p is near 1.
+        u = mean_logprob_grad / vocab_size
+        a = _plus(a, -u * (vocab_size - 1 if mass is None else mass))
+        c = _plus(c, u if target_weight is None else u * target_weight)
+    return Coefficients(a, b, c, u)
+
+
+def _plus(x: Tensor | None, y: Tensor) -> Tensor:
+    return y if x is None else x + y
+
+
+def token_loss_coefficients(
+    stats: TokenStats, weight: Tensor, label_smoothing: float, z_loss_weight: float, vocab_size: int
+) -> Coefficients:
+    """The coefficients of `token_loss` times `weight` [rows]."""
+    return coefficients(
+        2.0 * z_loss_weight * stats.lse * weight if z_loss_weight > 0 else None,
+        (label_smoothing - 1.0) * weight,
+        None,
+        -label_smoothing * weight if label_smoothing > 0 else None,
+        stats.lse,
+        vocab_size,
+    )
+
+
+class RowGradient(NamedTuple):
+    """The gradient as the backends apply it: e (scale + slope (z - lse)) + u, and at the target.
+
+    e is p, or what is proportional to it. [rows] each.
+    """
+
+    scale: Tensor
+    slope: Tensor | None
+    u: Tensor | None
+    at_target: Tensor
+
+    def of(self, factor: Tensor) -> RowGradient:
+        """With e = p / factor."""
+        slope = None if self.slope is None else self.slope * factor
+        return self._replace(scale=self.scale * factor, slope=slope)
+
+    def as_columns(self) -> RowGradient:
+        """[rows, 1] each."""
+        return RowGradient(*(None if part is None else part[:, None] for part in self))  # type: ignore[arg-type]
+
+
+def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -> RowGradient:
+    a, b, c, u = coefficients
+    scale = at_target = None
+    if c is not None:
+        scale = -c
+        at_target = scale * logprob.expm1()
+    if a is not None or b is not None:
+        p_target = logprob.exp()
+        if a is not None:
+            scale, at_target = _plus(scale, a), _plus(at_target, a * p_target)
+        if b is not None:
+            at_target = _plus(at_target, (b * p_target * logprob).masked_fill(p_target == 0, 0.0))
+            scale = _plus(scale, -b * lse_low)  # what the backends' z - lse lacks
+    if scale is None or at_target is None:
+        scale = at_target = torch.zeros_like(logprob)
+    return RowGradient(scale, b, u, at_target)

@@ -1,0 +1,39 @@
+"""The transforms of a model's head: z = softcap * tanh(logit_scale * x / softcap)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """What a model's head does to its logits: z = softcap tanh(logit_scale x / softcap)."""
+
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def is_identity(self) -> bool:
+        return self.softcap is None and self.logit_scale == 1.0
+
+    def apply_(self, z: Tensor) -> Tensor:
+        if self.logit_scale != 1.0:
+            z = z.mul_(self.logit_scale)
+        if self.softcap is not None:
+            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def derivative(self, x: Tensor) -> Tensor | float:
+        """dz/dx. 1 - tanh^2 would cancel where the cap is felt; 4e / (1 + e)^2, e = exp(-2 |y|),
+        does not."""
+        if self.softcap is None:
+            return self.logit_scale
+        y = x.to(compute_dtype(x.dtype), copy=True).mul_(2 * self.logit_scale / self.softcap)
+        e = y.abs_().neg_().exp_()
+        return (e * (4 * self.logit_scale)).div_(e.add_(1.0).square_())
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,74 @@
+"""From the tokens' losses to the loss: weights, what a mean divides by, the sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .row_stats import is_scored, with_z_loss
+
+
+class Reduction(NamedTuple):
+    name: str  # "mean", "sum" or "none"
+    weight: Tensor | None  # of each token, 0 where ignored; None: 1
+    divisor: Tensor | None  # of the sum, []; None: 1
+    z_divisor: Tensor | None = None  # of the z-losses' sum; None: as `divisor`
+
+    def of(self, loss: Tensor) -> Tensor:
+        """The loss, from those of the tokens (0 where ignored)."""
+        if self.weight is not None:
+            loss = weighted(loss, self.weight)
+        if self.name == "none":
+            return loss + 0.0  # an ignored token's -0 becomes 0
+        return loss.sum() if self.divisor is None else loss.sum() / self.divisor
+
+    def with_z_loss(self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
+        """The loss. Class weights do not change what its z-loss is divided by."""
+        if self.z_divisor is None or z_loss_weight == 0:
+            return self.of(with_z_loss(cross_entropy, lse, z_loss_weight))
+        of_z = self._replace(divisor=self.z_divisor)
+        return self.of(cross_entropy) + of_z.of(z_loss_weight * lse.square())
+
+    def known_before_backward(self, dtype: torch.dtype) -> bool:
+        """Whether gradients of logits of `dtype` may be rounded when their weights are known.
+
+        Not for float16, whose small ones only the loss scale saves, which comes with backward; nor
+        where the weights want a gradient themselves.
+        """
+        given = (self.weight, self.divisor)
+        return dtype != torch.float16 and not any(t is not None and t.requires_grad for t in given)
+
+
+def weighted(loss: Tensor, weight: Tensor) -> Tensor:
+    """Their product; what has no weight costs nothing, even if that is infinite."""
+    return (loss * weight).masked_fill((weight == 0) & loss.isinf(), 0.0)
+
+
+def reduction_of(
+    name: str,
+    target: Tensor,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    num_items: int | Tensor | None,
+    dtype: torch.dtype,
+    counts: Tensor | None = None,
+) -> Reduction:
+    """The reduction of losses [...] in `dtype`, on target's device, without waiting for it.
+
+    counts: [...] what each token's cross-entropy counts for in a mean, besides its weight;
+        None: 1. Its z-loss counts for 1.
+    """
+    weight = divisor = z_divisor = None
+    if token_weight is not None:
+        weight = torch.where(is_scored(target, ignore_index), token_weight.to(dtype), 0.0)
+    if isinstance(num_items, Tensor):
+        divisor = num_items.to(target.device, dtype, non_blocking=True)
+    elif num_items is not None:
+        divisor = torch.full((), num_items, dtype=dtype, device=target.device)
+    elif name == "mean":
+        counted = is_scored(target, ignore_index) if weight is None else weight
+        divisor = (counted if counts is None else counted * counts.to(dtype)).sum()
+        z_divisor = None if counts is None else counted.sum()
+    return Reduction(name, weight, divisor, z_divisor)

@@ -1,0 +1,13 @@
+"""Cross-entropy where the vocabulary lies on several ranks (tensor parallelism)."""
+
+from .losses import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+    vocab_parallel_token_stats,
+)
+
+__all__ = [
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_token_stats",
+]

@@ -1,0 +1,248 @@
+"""Process groups, and shards of a vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks.values import LOGIT_DTYPES, floating, integer, same_device, shape
+
+
+def process_group(group: Any) -> dist.ProcessGroup:
+    """`group`, or the default one, of which this process must be a member."""
+    if not dist.is_available():
+        raise RuntimeError(
+            "this build of torch has no torch.distributed: use chunked_ce.cross_entropy, "
+            "or install a build that has it"
+        )
+    if group is None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "group is None, and there is no default process group: call "
+                "torch.distributed.init_process_group() first, in a program started by torchrun"
+            )
+        return dist.group.WORLD  # type: ignore[return-value]
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "group does not contain this process: call the loss on its ranks alone, "
+            "or pass the group of this rank"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}: "
+            "make one with torch.distributed.new_group(), or take mesh.get_group()"
+        )
+    return group
+
+
+def shard(
+    columns: int, vocab_start: Any, vocab_size: Any, rank: int, world: int
+) -> tuple[int, int]:
+    """(first class of this rank's shard, number of classes over all ranks)."""
+    if vocab_start is None:
+        if columns == 0:
+            raise ValueError(
+                "this rank holds no class, and vocab_start is None, which means shards of equal "
+                "size: pass vocab_start and vocab_size"
+            )
+        start, size = rank * columns, columns * world
+        if vocab_size is None:
+            return start, size
+        size = integer("vocab_size", vocab_size, "an int or None")
+        if not 1 <= size <= columns * world:
+            raise ValueError(
+                f"vocab_size is {size}, but {world} shards of {columns} classes make "
+                f"{columns * world}: give a number from 1 to that, or pass vocab_start as well "
+                "where shards differ in size"
+            )
+        return start, size
+    start = integer("vocab_start", vocab_start, "an int or None")
+    if vocab_size is None:
+        raise ValueError(
+            "vocab_start is given, but not vocab_size, the number of classes over all ranks: "
+            "pass both, or neither where all shards have one size"
+        )
+    size = integer("vocab_size", vocab_size, "an int")
+    if start < 0 or size < 1:
+        raise ValueError(
+            f"vocab_start is {start} and vocab_size {size}, expected at least 0 and at least 1"
+        )
+    return start, size
+
+
+class ShardReport(NamedTuple):
+    """What a rank says of its call."""
+
+    rows: int
+    start: int
+    columns: int
+    vocab_size: int
+    dtype: int
+    entropy: int
+    mean_logprob: int
+    argmax: int
+    targets: int  # a checksum
+    options: int  # another
+    input_gradient: int  # whether backward adds up over the ranks
+    contents: int = 0  # a checksum of the shard itself; 0 where a copy may be meant
+
+
+_NAMES = ("targets", None, None, "classes in all (vocab_size)")
+
+
+def shards_agree(reports: list[ShardReport]) -> None:
+    """All ranks see the same reports, so all raise, or none."""
+    first = reports[0]
+    for rank, report in enumerate(reports):
+        for name, a, b in zip(_NAMES, first, report, strict=False):
+            if name is not None and a != b:
+                raise ValueError(
+                    f"ranks disagree: rank 0 of the group has {a} {name}, rank {rank} has {b}: "
+                    "every rank must score the same tokens, each with its own classes"
+                )
+        if report.dtype != first.dtype:
+            raise TypeError(
+                f"ranks disagree: rank 0 of the group has {LOGIT_DTYPES[first.dtype]}, "
+                f"rank {rank} has {LOGIT_DTYPES[report.dtype]}: convert one of them"
+            )
+        if report[5:8] != first[5:8]:
+            raise ValueError(
+                f"ranks disagree: rank 0 and rank {rank} of the group want different statistics: "
+                "pass the same options on every rank"
+            )
+        if report.targets != first.targets:
+            raise ValueError(
+                f"ranks disagree: rank 0 and rank {rank} of the group have different targets: "
+                "every rank must score the same tokens, each with its own classes"
+            )
+        if report.options != first.options:
+            raise ValueError(
+                f"ranks disagree: rank 0 and rank {rank} of the group have different options, such "
+                "as ignore_index, softcap, reduction or num_items: pass the same ones on every rank"
+            )
+        if report.input_gradient != first.input_gradient:
+            has, lacks = (0, rank) if first.input_gradient else (rank, 0)
+            raise ValueError(
+                f"ranks disagree: input requires a gradient on rank {has} of "
+                f"the group, but not on rank {lacks}: backward adds it up over "
+                "the ranks, so that it must on all or on none"
+            )
+    _every_class_once(reports)
+    _no_copies(reports)
+
+
+def _every_class_once(reports: list[ShardReport]) -> None:
+    """Columns at or past vocab_size are padding, of which a rank may hold any number."""
+    end, size = 0, reports[0].vocab_size
+    for rank, report in enumerate(reports):
+        stop = min(report.start + report.columns, size)
+        if report.start >= stop:
+            continue
+        if report.start != end:
+            fault = "overlap" if report.start < end else "do not cover the vocabulary"
+            raise ValueError(
+                f"shards {fault}: that of rank {rank} starts at class {report.start}, but those "
+                f"before it end at {end}: give every class to one rank, in the order of the ranks, "
+                "and pass each rank's vocab_start; where every rank holds all classes, call "
+                "chunked_ce.cross_entropy or chunked_ce.linear_cross_entropy"
+            )
+        end = stop
+    if end < size:
+        raise ValueError(
+            f"shards do not cover the vocabulary: they end at class {end}, but vocab_size is "
+            f"{size}: give every class to a rank"
+        )
+
+
+def _no_copies(reports: list[ShardReport]) -> None:
+    """Logits that were gathered, or a whole head, where vocab_start does not say otherwise."""
+    owners: dict[int, int] = {}
+    for rank, report in enumerate(reports):
+        owner = owners.setdefault(report.contents, rank)
+        if report.contents and owner != rank:
+            raise ValueError(
+                f"ranks {owner} and {rank} of the group bring the same values, which would count "
+                "every class twice: pass each rank's own classes, or call "
+                "chunked_ce.cross_entropy or chunked_ce.linear_cross_entropy where every rank "
+                "holds all of them; if the shards are meant to be equal, pass vocab_start and "
+                "vocab_size"
+            )
+
+
+def shard_of_logits(input: Tensor, target: Tensor) -> None:
+    """`input` [..., C] and `target` [...]; a rank may have no class at all."""
+    floating("input", input, " of logits")
+    if input.dim() == 0:
+        raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., C]")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {shape(target)}, but input of shape {shape(input)} has one row per "
+            "target: give every rank the class index of each row, counted over all ranks"
+        )
+    same_device("target", target, input)
+
+
+def shard_of_weight(weight: Tensor, input: Tensor, target: Tensor) -> None:
+    """`weight` [C, D], the rows of a head that this rank holds, perhaps none."""
+    floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight has shape {shape(weight)}, expected [C, {input.shape[-1]}]: "
+            f"this rank's classes, for hidden states of shape {shape(input)}"
+        )
+    same_device("linear_weight", weight, input)
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {shape(target)}, but input of shape {shape(input)} has one hidden "
+            "state per target: give every rank the class index of each, counted over all ranks"
+        )
+    same_device("target", target, input)
+
+
+def placements(name: str, tensor: Any, dim: int, rows: bool) -> int:
+    """Which dimension of the DTensor's mesh shards its dimension `dim`.
+
+    The others hold it whole, or, where `rows` may be, shards of its other dimensions.
+    """
+    placed = [p for p in tensor.placements if p.is_shard(dim)]
+    others = [p for p in tensor.placements if not p.is_shard(dim)]
+    if len(placed) != 1 or not all(p.is_replicate() or (rows and _of_rows(p)) for p in others):
+        otherwise = "Replicate() or a Shard of the rows" if rows else "Replicate()"
+        raise ValueError(
+            f"{name} is a DTensor with placements {tuple(tensor.placements)}, expected one "
+            f"Shard({dim}) and otherwise {otherwise}: redistribute it, or pass "
+            f"{name}.to_local() with group and vocab_start"
+        )
+    return [p.is_shard(dim) for p in tensor.placements].index(True)
+
+
+def _of_rows(placement: Any) -> bool:
+    """Whether it is a plain Shard: a strided one lays the rows out in another order."""
+    return type(placement).__name__ == "Shard"
+
+
+def placed_as_rows(name: str, tensor: Any, expected: tuple[Any, ...] | None) -> None:
+    """`expected`: where the mesh shards the rows of the logits; None: nowhere."""
+    placed = tuple(tensor.placements)
+    if expected is not None and placed == expected:
+        return
+    if expected is None or all(p.is_replicate() for p in expected):
+        if all(p.is_replicate() for p in placed):
+            return
+        wanted = "Replicate() on every dimension of the mesh"
+    else:
+        wanted = f"{expected}, as the rows of input"
+    raise ValueError(
+        f"{name} is a DTensor with placements {placed}, expected {wanted}: redistribute it, or "
+        "pass a plain tensor of this rank's rows"
+    )
+
+
+def mesh_only(group: object, vocab_start: object) -> None:
+    if group is not None or vocab_start is not None:
+        raise ValueError(
+            "group and vocab_start are given, but a DTensor knows both from its mesh: leave them "
+            "None, or pass its .to_local()"
+        )

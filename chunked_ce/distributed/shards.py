@@ -1,0 +1,216 @@
+"""A vocabulary over ranks: what each knows of a row, exchanged once and merged as any two parts.
+
+Every rank sums over its own classes, the target left out; the owner of the target adds its logit.
+One all-gather carries these few numbers a row, every rank merges them in the order of the classes,
+and all hold the same bits. (Megatron-LM, arXiv:1909.08053, section 3, reduces a maximum, a sum and
+the target's logit one after the other.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import backends
+from ..checks.values import LOGIT_DTYPES, is_dtensor
+from ..core.head import Head, compute_dtype
+from ..core.row_stats import Part, TokenStats, blank, finish, is_scored, merge
+from . import checks
+from .collectives import all_gather
+
+SAMPLED_ROWS = 16  # by which copies of a shard are told: a whole one would be read once more
+IGNORED, ELSEWHERE = -100, -1  # among local targets, which are classes of the shard otherwise
+
+
+class Shard(NamedTuple):
+    """This rank's classes: `columns` from `start` on, of `vocab_size` in all."""
+
+    group: dist.ProcessGroup
+    start: int
+    columns: int
+    vocab_size: int
+
+    def local(self, target: Tensor, ignore_index: int) -> Tensor:
+        """[rows] targets counted from `start`."""
+        target = target.reshape(-1).long()
+        column = target - self.start
+        column = column.masked_fill((column < 0) | (column >= self.columns), ELSEWHERE)
+        return column.masked_fill(~is_scored(target, ignore_index), IGNORED)
+
+
+class Wanted(NamedTuple):
+    entropy: bool = False
+    mean_logprob: bool = False
+    argmax: bool = False
+
+
+def shard_of(
+    columns: int, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
+) -> Shard:
+    """The shard of a rank that holds `columns` columns, padding included."""
+    group = checks.process_group(group)
+    start, size = checks.shard(
+        columns, vocab_start, vocab_size, dist.get_rank(group), dist.get_world_size(group)
+    )
+    return Shard(group, start, min(max(size - start, 0), columns), size)
+
+
+def local_parts(
+    tensors: dict[str, Any],
+    dim: int,
+    group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    rows: bool = False,
+) -> tuple[list[Any], dist.ProcessGroup | None, int | None, int | None]:
+    """This rank's part of tensors whose dimension `dim` holds the classes, and where it lies."""
+    first_name, first = next(iter(tensors.items()))
+    if not is_dtensor(first):
+        return list(tensors.values()), group, vocab_start, vocab_size
+    checks.mesh_only(group, vocab_start)
+    mesh, classes = first.device_mesh, first.shape[dim]
+    mesh_dim = checks.placements(first_name, first, dim % first.dim(), rows)
+    for name, t in tensors.items():
+        if is_dtensor(t):
+            checks.placements(name, t, dim % t.dim(), rows)
+    local = [t.to_local() if is_dtensor(t) else t for t in tensors.values()]
+    size = -(-classes // mesh.size(mesh_dim))  # as torch.chunk cuts
+    start = min(mesh.get_local_rank(mesh_dim) * size, classes)
+    vocab_size = classes if vocab_size is None else vocab_size
+    return local, mesh.get_group(mesh_dim), start, vocab_size
+
+
+def placements_of_rows(logits: Any) -> tuple[Any, ...]:
+    """Those of a DTensor, without its classes."""
+    from torch.distributed.tensor import Replicate
+
+    last = logits.dim() - 1
+    return tuple(Replicate() if p.is_shard(last) else p for p in logits.placements)
+
+
+def plain(name: str, t: Any, rows: tuple[Any, ...] | None) -> Any:
+    """What every rank of the group holds whole; `rows`: what else the mesh does with them."""
+    if not is_dtensor(t):
+        return t
+    checks.placed_as_rows(name, t, rows)
+    return t.to_local()
+
+
+def check_agreement(
+    shard: Shard,
+    columns: int,
+    input: Tensor,
+    target: Tensor,
+    wanted: Wanted,
+    options: tuple[object, ...],
+    input_gradient: bool,
+    contents: Tensor | None,  # [..., C]
+) -> None:
+    """Whether all ranks bring the same rows and options, and together every class once.
+
+    Where that is not free, but means waiting for a GPU, the user says when to.
+    """
+    if input.device.type != "cpu" and os.environ.get("CHUNKED_CE_CHECK_TARGETS") != "1":
+        return
+    dtype = LOGIT_DTYPES.index(input.dtype)
+    flat = target.reshape(-1).long()
+    options_told = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
+    fields = [len(flat), shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
+    fields += [int(_checksum(flat)), zlib.crc32(options_told.encode()), int(input_gradient)]
+    fields += [0 if contents is None or not shard.columns else _fingerprint(contents)]
+    mine = torch.tensor(fields, device=input.device)
+    reports = all_gather(mine, shard.group).tolist()
+    checks.shards_agree([checks.ShardReport(*report) for report in reports])
+
+
+def _fingerprint(classes: Tensor) -> int:
+    """Of the bits of some rows [..., C]; 0 where no row differs from class to class.
+
+    Shards of a head of zeros are equal without being copies.
+    """
+    rows = classes.detach().reshape(-1, classes.shape[-1])
+    rows = rows[:: max(1, len(rows) // SAMPLED_ROWS)].contiguous()
+    if not len(rows) or bool((rows == rows[:, :1]).all()):
+        return 0
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    return int(_checksum(rows.view(bits))) or 1
+
+
+def _checksum(values: Tensor) -> float:
+    """In which their order counts."""
+    flat = values.detach().reshape(-1)
+    dtype = torch.float64 if flat.is_floating_point() else torch.int64  # fp16 would end in inf
+    return (flat * torch.arange(1, len(flat) + 1, dtype=dtype, device=flat.device)).sum().item()
+
+
+def fields(
+    backend: str,
+    logits: Tensor,  # [..., C]
+    target: Tensor,  # [rows], local
+    shard: Shard,
+    head: Head,
+    wanted: Wanted,
+) -> Tensor:
+    """[fields, rows]: what this rank knows of its rows, in the form that is sent."""
+    dtype = compute_dtype(logits.dtype)
+    if shard.columns == 0 or target.numel() == 0:
+        zeros = torch.zeros(target.shape, dtype=dtype, device=target.device)
+        nothing = zeros - math.inf
+        best = zeros.long() if wanted.argmax else None
+        part, target_logit = Part(nothing, zeros, zeros, zeros, zeros, None, best), nothing
+    else:
+        part, target_logit = backends.row_part(
+            backend, logits, target, IGNORED, shard.columns, head, **wanted._asdict()
+        )
+    assert part.m is not None
+    sent = [part.m, part.s, target_logit]
+    if wanted.entropy:
+        assert part.weighted is not None
+        sent.append(part.weighted)
+    if wanted.mean_logprob:
+        assert part.total is not None and isinstance(part.mass, Tensor)
+        sent += [part.total, part.mass]
+    if wanted.argmax:
+        assert part.argmax is not None
+        integers = torch.int64 if dtype == torch.float64 else torch.int32
+        sent.append((part.argmax + shard.start).to(integers).view(dtype))  # its bits
+    return torch.stack([field.to(dtype) for field in sent])
+
+
+def merged(
+    sent: Tensor,  # [fields, rows]
+    target: Tensor,  # [rows], of the whole vocabulary
+    ignore_index: int,
+    shard: Shard,
+    wanted: Wanted,
+) -> tuple[TokenStats, Tensor]:
+    """The statistics of whole rows, and what rounding took from lse: the collective."""
+    received = all_gather(sent, shard.group)
+    part = reduce(merge, (_part(of_rank, wanted) for of_rank in received))
+    target = target.long()
+    ignored = ~is_scored(target, ignore_index)
+    target_logit = received[:, 2].amax(0)
+    outside = (target < 0) | (target >= shard.vocab_size)  # on a GPU: unchecked
+    target_logit = target_logit.masked_fill(outside, math.nan)
+    stats, lse_low, _ = finish(part, target_logit, target, shard.vocab_size)
+    return blank(stats, ignored), lse_low.masked_fill(ignored, 0.0)
+
+
+def _part(sent: Tensor, wanted: Wanted) -> Part:
+    m, s, _, *others = sent.unbind(0)
+    weighted = total = columns = argmax = None
+    if wanted.entropy:
+        weighted, *others = others
+    if wanted.mean_logprob:
+        total, columns, *others = others
+    if wanted.argmax:
+        bits = torch.int64 if m.dtype == torch.float64 else torch.int32
+        argmax = others[0].view(bits).long()
+    return Part(m, s, weighted, total, columns, None, argmax)

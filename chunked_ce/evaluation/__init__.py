@@ -1,0 +1,1 @@
+"""Perplexity: meter, report, evaluation of a language model on documents."""

@@ -1,0 +1,5 @@
+"""Every message that a mistake in an evaluation can produce."""
+
+from .counts import *
+from .inputs import *
+from .language_model import *

@@ -1,0 +1,46 @@
+"""Sums of negative log-likelihoods over a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..core.row_stats import is_scored
+from ..functional.logits import token_stats
+
+State = dict[str, Any]  # sums and counts by name; None, or absent: not known
+
+
+def batch_sums(input: Tensor, target: Tensor, ignore_index: int, dim: int, rank: bool) -> State:
+    """Sum up a batch of logits [..., V], on its device: float64 sums and int64 counts."""
+    checks.logits(input)
+    dim = checks.class_dimension(input, dim)
+    checks.target_indices(target)
+    checks.target(input, target, dim)
+    checks.flags(rank=rank)
+    logits = input.movedim(dim, -1)
+    stats = token_stats(logits, target, ignore_index=ignore_index, rank=rank)
+    nll = -stats.logprob.double()
+    sums: State = {
+        "nll_sum": nll.sum(),
+        "nll_square_sum": nll.square().sum(),
+        "tokens": is_scored(target, ignore_index).sum(),
+    }
+    if stats.rank is not None:
+        sums["top1"] = (stats.rank == 0).sum()
+        sums["reciprocal_rank_sum"] = reciprocal_rank(stats.rank).sum()
+    return sums
+
+
+def perplexity_of(sums: State) -> Tensor:
+    """Return exp(mean NLL), 0-d float64; NaN when nothing was scored."""
+    value: Tensor = (sums["nll_sum"] / sums["tokens"]).exp()
+    return value
+
+
+def reciprocal_rank(rank: Tensor) -> Tensor:
+    """1 / (1 + rank) in float64; 0 for the -1 of a token that is not scored."""
+    return torch.where(rank < 0, 0.0, 1.0 / (rank + 1).clamp(min=1).double())

@@ -1,0 +1,130 @@
+"""Scores windows, batch by batch, into a table of sums, and adds the table up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed.collectives import all_reduce, rank_and_size
+from .documents import Document
+from .language_model import LanguageModel
+from .nll_sums import reciprocal_rank
+from .progress import perplexity_bar
+from .report import EvaluationReport, PerplexityReport
+from .windows import Window
+
+IGNORE = -100
+# Columns of sums, all float64, in which counts up to 2^53 are exact.
+NLL, SQUARES, TOKENS, TOP1, RECIPROCAL = range(5)
+
+
+class Scoring:
+    """Scores windows into tables on the device, and adds the tables up."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        documents: list[Document],
+        windows: list[Window],
+        device: torch.device,
+        rank: bool,
+        backend: str,
+    ) -> None:
+        self.model, self.documents, self.windows = model, documents, windows
+        self.device, self.rank, self.backend = device, rank, backend
+        longest = max(window.length for window in windows)
+        # Of windows and, below them, of positions: one tensor, for an interruption to find both
+        # with a batch or both without.
+        self.sums = torch.zeros(len(windows) + longest, 5, dtype=torch.float64, device=device)
+        self.table, self.positions = self.sums.split([len(windows), longest])
+
+    def run(self, plan: list[list[int]], group: Any, progress: bool) -> bool:
+        """Whether it was interrupted. Ranks run equally many batches: a sharded model waits."""
+        this, size = (0, 1) if group is None else rank_and_size(group)
+        turns = range(this, -(-len(plan) // size) * size, size)
+        tokens = sum(self.windows[i].scored for chosen in plan[this::size] for i in chosen)
+        try:
+            with perplexity_bar(tokens, progress and this == 0) as advance:
+                for turn in turns:
+                    sums = self._batch(plan[turn % len(plan)])
+                    if turn < len(plan):
+                        advance(self._keep(plan[turn], *sums), self.table[:, [NLL, TOKENS]].sum(0))
+        except KeyboardInterrupt:
+            if size > 1 or not self.table[:, TOKENS].any():
+                raise  # the others wait for this rank, or there is nothing to report
+            return True
+        if size > 1:
+            self.sums.copy_(all_reduce(self.sums, group))
+        return False
+
+    def _batch(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """Sums of each window [B, 5] and of each position [T, 5]."""
+        windows = [self.windows[i] for i in chosen]
+        width = max(window.length for window in windows)
+        inputs = torch.zeros(len(windows), width, dtype=torch.int64)
+        target = torch.full_like(inputs, IGNORE)
+        for row, window in enumerate(windows):
+            ids = self.documents[window.document].ids
+            inputs[row, : window.length] = ids[window.start : window.stop]
+            first = window.length - window.scored
+            target[row, first : window.length] = ids[window.start + 1 + first : window.stop + 1]
+        inputs, target = inputs.to(self.device), target.to(self.device)
+        stats = self.model.token_stats(inputs, target, rank=self.rank, backend=self.backend)
+        nll = -stats.logprob.to(self.device, torch.float64)
+        scored = (target != IGNORE).double()
+        columns = [nll, nll.square(), scored]
+        if stats.rank is not None:
+            ranks = stats.rank.to(self.device)
+            columns += [(ranks == 0).double(), reciprocal_rank(ranks)]
+        sums = torch.stack(columns, -1)
+        sums = F.pad(sums, (0, 5 - sums.shape[-1]))  # [B, T, 5]
+        return sums.sum(1), sums.sum(0)
+
+    def _keep(self, chosen: list[int], rows: Tensor, positions: Tensor) -> int:
+        """How many tokens that scored."""
+        below = range(len(self.windows), len(self.windows) + len(positions))
+        where = torch.tensor([*chosen, *below], device=self.device)
+        self.sums.index_add_(0, where, torch.cat([rows, positions]))
+        return sum(self.windows[i].scored for i in chosen)
+
+    def report(
+        self, per_document: bool, per_position: bool, per_window: bool, **settings: Any
+    ) -> EvaluationReport:
+        table = self.table.cpu()
+        owner = torch.tensor([window.document for window in self.windows])
+        by_document = table.new_zeros(len(self.documents), 5).index_add_(0, owner, table)
+        whole = not settings["partial"]
+        n_bytes = [document.n_bytes if whole else None for document in self.documents]
+        words = [document.words if whole else None for document in self.documents]
+        of_documents = None
+        if per_document:
+            of_documents = tuple(map(self._measures, by_document, n_bytes, words))
+        total = self._measures(table.sum(0), _sum(n_bytes), _sum(words))
+        return EvaluationReport(
+            **vars(total),
+            **settings,
+            documents=int((by_document[:, TOKENS] > 0).sum()),
+            documents_given=len(self.documents),
+            windows=len(self.windows),
+            windows_scored=int((table[:, TOKENS] > 0).sum()),
+            logits_stored=self.model.head is None,
+            per_document=of_documents,
+            per_position=tuple(map(self._measures, self.positions.cpu())) if per_position else None,
+            per_window=tuple(map(self._measures, table)) if per_window else None,
+        )
+
+    def _measures(
+        self, sums: Tensor, n_bytes: int | None = None, words: int | None = None
+    ) -> PerplexityReport:
+        nll_sum, squares, tokens, top1, reciprocal = sums.tolist()
+        ranks = (int(top1), reciprocal) if self.rank else (None, None)
+        return PerplexityReport(nll_sum, int(tokens), n_bytes, words, squares, *ranks)
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None

@@ -1,0 +1,1 @@
+"""The public functions: check, describe the target, call one operator, reduce."""

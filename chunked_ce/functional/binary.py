@@ -1,0 +1,78 @@
+"""Binary cross-entropy over many labels, streamed; the labels dense, or by index.
+
+chunked_ce::binary_loss  its sum, or the loss of each logit
+chunked_ce::binary_grad  the gradient of the logits
+
+Labels by index [N, K] stand for a multi-hot [N, V]: the kernels take every label for 0 and leave
+the few positive ones out, whose K terms are computed here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends.choice import choose_backend
+from ..ops import transforms
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    reduce: None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """Binary cross-entropy of logits, one yes-or-no question each, streamed.
+
+    As `torch.nn.functional.binary_cross_entropy_with_logits`: with label y, weight w and positive
+    weight v the loss of a logit z is `w [(1 - y) softplus(z) + v y softplus(-z)]`. No tensor of
+    N·V elements is made but the gradient (and the result, for "none").
+
+    Unlike torch's, the loss is float32 for half-precision logits, the loss and the gradient of
+    a confident answer (1e-9) are not rounded to 0, and a logit of -inf with label 0, or inf with
+    label 1, costs 0.
+
+    Args:
+        input: logits of any shape, [N, V]; float16, bfloat16, float32 or float64, any strides.
+        target: labels from 0 to 1, the shape of `input`, any floating dtype; or, for many classes
+            of which few are true, their indices [..., K], any integer dtype, padded with
+            `ignore_index`: the same as a multi-hot [..., V]. A row of padding alone has no label.
+        weight: of each logit's loss, to be broadcast to `input`.
+        size_average, reduce: None; torch's deprecated names for `reduction`.
+        reduction: "mean" over all logits, "sum" or "none".
+        pos_weight: of the positive labels, to be broadcast to `input`; [V] as a rule.
+        ignore_index: what indices are padded with; beside dense labels only -100.
+        backend: "auto", "cpu", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
+
+    Returns:
+        The loss, a 0-d tensor, or that of each logit for "none"; float32 (float64 for float64
+        logits).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        IndexError: an index out of range, on the CPU; elsewhere the gradient there is undefined
+            unless `CHUNKED_CE_CHECK_TARGETS=1`.
+    """
+    if transforms.active():
+        transformed: Tensor = transforms.call(binary_cross_entropy_with_logits, locals())
+        return transformed
+    checks.deprecated(size_average=size_average, reduce=reduce)
+    checks.label_logits(input)
+    checks.labels(input, target)
+    checks.reduction(reduction)
+    checks.label_weight("weight", weight, input)
+    checks.label_weight("pos_weight", pos_weight, input)
+    ignore_index = checks.ignore_index(ignore_index)
+    checks.no_label_ignored(ignore_index, target)
+    backend = choose_backend(backend, input.device)
+    loss: Tensor = torch.ops.chunked_ce.binary_loss(
+        input, target, weight, pos_weight, ignore_index, reduction == "none", backend
+    )
+    return loss / input.numel() if reduction == "mean" else loss

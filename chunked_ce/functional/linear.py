@@ -1,0 +1,302 @@
+"""The lm_head and the loss in one: the logits never exist but for a chunk of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import checks  # noqa: F401  (linear_ops registers the operators)
+from ..backends.choice import choose_backend
+from ..core.head import compute_dtype
+from ..core.reduction import Reduction, reduction_of
+from ..core.row_stats import TokenStats
+from ..ops import transforms
+from ..ops.library import Classes
+from ..ops.logits import as_stats
+from .targets import AnyTarget, ClassIndices, Target, answer_of, target_of, with_token_weight
+
+CHUNK_BYTES = 256 << 20
+"""Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
+
+_CPU_CHUNK_BYTES = 128 << 20
+"""On a CPU, where that is not enough for all: products need workspace of their own."""
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    mean_logprob: bool = False,
+    rank: bool = False,
+    argmax: bool = False,
+    weight: Tensor | None = None,
+    acc_dtype: torch.dtype = torch.float32,
+    chunk_bytes: int | None = None,
+    token_chunk_size: int | None = None,
+    drop_ignored: bool | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """:func:`chunked_ce.token_stats` of `input @ linear_weight.T + linear_bias`, less the logits.
+
+    Differentiable in `input`, `linear_weight` and `linear_bias` with any upstream gradient:
+    backward computes each chunk's logits again (8 N D V FLOPs in all). For log-probabilities of
+    long sequences and for policy-gradient losses.
+
+    Args:
+        input: hidden states [..., D]; float16, bfloat16, float32 or float64.
+        linear_weight: [V, D], as `torch.nn.Linear` keeps it; of `input`'s dtype but under autocast.
+        target: class indices [...], any integer dtype.
+        linear_bias: [V] or None.
+        acc_dtype: in which the chunks' gradients of `linear_weight` are added, to be rounded once.
+        chunk_bytes: of logits held at a time; by default 256 MiB, on a CPU 128 MiB where that
+            does not hold all; or
+        token_chunk_size: as a number of tokens.
+        drop_ignored: whether ignored tokens are left out of the products. Finding them makes a GPU
+            wait, so by default that is done on the CPU alone.
+        others: see :func:`chunked_ce.token_stats`.
+
+    Returns:
+        TokenStats of shape [...].
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
+            computed.
+    """
+    if transforms.active():
+        stats: TokenStats = transforms.call(linear_token_stats, locals(), rows=("input", "target"))
+        return stats
+    checks.hidden_states(input)
+    checks.linear_weight(linear_weight, input, dims=False)
+    checks.linear_bias(linear_bias, linear_weight)
+    checks.target_indices(target)
+    checks.linear_target(input, linear_weight, target)
+    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    shared = _shared(
+        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
+        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
+    )  # fmt: skip
+    weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
+    wanted = (entropy, mean_logprob, rank, argmax)
+    classes = Classes(weight if mean_logprob else None)
+    outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
+    return as_stats(outputs, wanted)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: AnyTarget,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
+    acc_dtype: torch.dtype = torch.float32,
+    chunk_bytes: int | None = None,
+    token_chunk_size: int | None = None,
+    drop_ignored: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of `input @ linear_weight.T + linear_bias`, without the logits.
+
+    As `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk over chunks
+    of tokens, 6 N D V FLOPs as without chunks; without gradients 2 N D V. With `reduction="none"`,
+    a `token_weight` or `num_items` that wants a gradient, or float16, whose small gradients only a
+    loss scale saves that backward knows, through :func:`linear_token_stats`: 8 N D V. Else an
+    upstream gradient other than 1 multiplies the rounded gradients.
+
+    Safe in a CUDA graph: unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for it, no
+    value on the device is read by the host and no size depends on one. The number of chunks follows
+    from shapes, divisor and upstream gradient stay on the device, and a target out of range makes
+    NaN, not an exception.
+
+    Args:
+        input: hidden states [..., D]; float16, bfloat16, float32 or float64.
+        linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
+        target: class indices [...], class probabilities [..., V], or the pair (indices [..., K],
+            probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
+        linear_bias: [V] (or [V, d1, ...]) or None.
+        ignore_index: None is -100, as in torch; with class probabilities only None.
+        others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
+
+    Returns:
+        The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64
+        input).
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
+            computed.
+    """
+    if transforms.active():
+        transformed: Tensor = transforms.call(linear_cross_entropy, locals())
+        return transformed
+    checks.hidden_states(input)
+    checks.linear_weight(linear_weight, input, dims=True)
+    checks.linear_bias(linear_bias, linear_weight)
+    checks.linear_target(input, linear_weight, target)
+    checks.no_ignore_index(ignore_index, target)
+    checks.reduction(reduction)
+    label_smoothing = checks.label_smoothing(label_smoothing)
+    z_loss_weight = checks.z_loss_weight(z_loss_weight)
+    checks.spread_rest(spread_rest, target)
+    checks.token_weight(token_weight, input.shape[:-1] + linear_weight.shape[1:-1], input)
+    num_items = checks.num_items(num_items, reduction, input)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    shared = _shared(
+        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
+        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
+    )  # fmt: skip
+    ignore_index, classes, *_ = shared
+    weight = checks.class_weight(weight, linear_weight[..., 0].movedim(0, -1), classes)
+    goal = target_of(target, -1, weight, label_smoothing, ignore_index, classes, spread_rest)
+    dtype = compute_dtype(input.dtype)
+    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight, dtype)
+    index = goal.index
+    how = reduction_of(
+        reduction, index, goal.ignore_index, token_weight, num_items, dtype, goal.counts
+    )
+    shared = (goal.ignore_index, *shared[1:])
+    fused = reduction != "none" and goal.is_plain and how.known_before_backward(input.dtype)
+
+    def of_head(
+        head: Tensor, bias: Tensor | None, index: Tensor, how: Reduction, goal: Target
+    ) -> Tensor:
+        """The loss of one [V, D] head: a sum, or that of each token."""
+        if not fused:
+            wanted = (False, goal.wants_mean_logprob, False, False)
+            outputs = _outputs(input, head, bias, index, goal.classes, shared, wanted)
+            answer = answer_of(outputs)
+            return how.with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight)
+        of_tokens = None if how.weight is None else how.weight.reshape(-1)
+        reuse = not torch.compiler.is_compiling()
+        loss: Tensor  # autograd fills in which gradients are wanted
+        loss, *_ = torch.ops.chunked_ce.linear_loss(
+            input.reshape(-1, input.shape[-1]), head, bias, index.reshape(-1), of_tokens,
+            how.divisor, label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
+        )  # fmt: skip
+        return loss
+
+    if linear_weight.dim() == 2:
+        return of_head(linear_weight, linear_bias, index, how, goal)
+    heads = linear_weight.flatten(1, -2).unbind(1)
+
+    def of_each(t: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
+
+    assert isinstance(goal, ClassIndices)
+    losses = [
+        of_head(head, bias, labels, how._replace(weight=weight), replace(goal, index=labels))
+        for head, bias, labels, weight in zip(
+            heads, of_each(linear_bias), index.flatten(1).unbind(1), of_each(how.weight),
+            strict=True,
+        )
+    ]  # fmt: skip
+    if reduction == "none":
+        return torch.stack(losses, 1).view(index.shape)
+    return torch.stack(losses).sum()
+
+
+Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
+
+
+def _shared(
+    input: Tensor,
+    weight: Tensor,
+    ignore_index: int,
+    vocab_size: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    chunk_bytes: int | None,
+    token_chunk_size: int | None,
+    drop_ignored: bool | None,
+    acc_dtype: torch.dtype,
+) -> Shared:
+    """The arguments that both operators share, checked."""
+    classes = checks.linear_vocab_size(vocab_size, weight)
+    row_bytes = padded_row_bytes(classes, weight.element_size())
+    tokens = input.numel() // input.shape[-1]
+    default = default_chunk_bytes(tokens * row_bytes, input.device.type)
+    return (
+        checks.ignore_index(ignore_index),
+        classes,
+        checks.softcap(softcap),
+        checks.logit_scale(logit_scale),
+        choose_backend(backend, input.device),
+        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
+        checks.drop_ignored(drop_ignored, input.device),
+        checks.acc_dtype(acc_dtype, weight),
+    )
+
+
+def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
+    """Of a token's logits in a chunk, whose rows start on 128 bytes."""
+    return -(-vocab_size * itemsize // 128) * 128
+
+
+def default_chunk_bytes(logits_bytes: int, device_type: str) -> int:
+    """Of logits at a time, where all of them take `logits_bytes`."""
+    whole = logits_bytes <= CHUNK_BYTES
+    return CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
+
+
+def _outputs(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    classes: Classes,
+    shared: Shared,
+    wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
+) -> list[Tensor]:
+    """An operator's outputs in target's shape."""
+    of_class, prob, scale, shift, at = classes
+    rows = Classes(  # torch.compile of torch 2.6 cannot trace _replace
+        of_class,
+        None if prob is None else prob.reshape(-1, prob.shape[-1]),
+        scale,
+        shift,
+        None if at is None else at.reshape(-1, at.shape[-1]),
+    )
+    outputs = torch.ops.chunked_ce.linear_stats(
+        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows, *shared,
+        *wanted,
+    )  # fmt: skip
+    n = target.numel()
+    return [o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs]
+
+
+def autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `F.linear` has them under autocast."""
+    device = input.device.type
+    # Which devices have it is no question for torch.compile: that of torch 2.6 cannot trace it.
+    available = device in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device)
+    enabled = available and torch.is_autocast_enabled(device)
+    if enabled and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if bias is None else bias.to(dtype)
+        return input.to(dtype), weight.to(dtype), bias
+    checks.same_dtype(input, weight, bias)
+    return input, weight, bias

@@ -1,0 +1,253 @@
+"""Models of transformers, their heads, their labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..checks.values import LOGIT_DTYPES, integer, is_dtensor, shape
+
+LOGITS_WERE_MADE = (
+    "the model uses its logits before the loss for more than a factor, a softcap or a slice of the "
+    "tokens, so they are computed after all: chunked_ce.huggingface.enable saves nothing here"
+)
+
+NO_LABELS = (
+    "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
+    "computed and nothing is saved: pass labels to it. Of transformers' TrainingArguments, "
+    "label_smoothing_factor takes them away, and so does a Trainer's compute_loss_func: leave them "
+    "out, or call chunked_ce.linear_cross_entropy(..., label_smoothing=...) on hidden states"
+)
+
+
+def causal_lm(model: Any) -> nn.Module:
+    """The model of transformers itself, out of PEFT's wrapper."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a causal language model of transformers, got {type(model).__name__}"
+        )
+    kind = type(model).__name__
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise TypeError(f"model is compiled ({kind}): enable it first, then compile it")
+    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise TypeError(
+            f"model is wrapped in {kind}: call enable(model.module), or before wrapping"
+        )
+    of_peft = getattr(model, "get_base_model", None)
+    base: Any = of_peft() if callable(of_peft) else model
+    if not callable(getattr(base, "get_output_embeddings", None)):
+        raise TypeError(
+            f"{kind} is no model of transformers (it has no get_output_embeddings): in your own "
+            "forward call chunked_ce.linear_cross_entropy(hidden, lm_head.weight, labels)"
+        )
+    found: nn.Module = base
+    return found
+
+
+def not_enabled(already: bool) -> None:
+    if already:
+        raise ValueError("model is enabled already: call disable() on the handle you have first")
+
+
+def new_head(reason: TypeError) -> str:
+    """Of an output head that was put in place of the one that was enabled."""
+    return f"chunked_ce.huggingface.enable saves nothing here: the head was replaced, and {reason}"
+
+
+def no_replica() -> NoReturn:
+    """Replicas share the methods of the model they copy, and so would run on its weights."""
+    raise TypeError(
+        "an enabled model is replicated by DataParallel, whose replicas cannot defer their logits: "
+        "run one process per GPU (torchrun, DistributedDataParallel), let one GPU be visible, or "
+        "disable() it and set model.loss_function = chunked_ce.huggingface.causal_lm_loss"
+    )
+
+
+def not_pickled() -> NoReturn:
+    """What replaced the forwards of model and head could not be loaded again."""
+    raise TypeError(
+        "an enabled model cannot be pickled: save its state_dict() or save_pretrained(), or call "
+        "disable() first, and enable it again once it is loaded"
+    )
+
+
+def output_head(model: Any) -> nn.Linear:
+    """The head, if it is a linear layer and nothing more."""
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{name} has no output head (get_output_embeddings() is None), so nothing would "
+            "change: load it as AutoModelForCausalLM"
+        )
+    return linear_head(model, head)
+
+
+def linear_head(model: Any, head: Any) -> nn.Linear:
+    """A module that the model calls for its logits, if `F.linear` and its weight say all of it."""
+    kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
+    otherwise = "or set model.loss_function = chunked_ce.huggingface.causal_lm_loss"
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        if hasattr(head, "base_layer") or hasattr(head, "original_module"):
+            raise TypeError(
+                f"the output head is {kind}, whose adapter linear_cross_entropy(hidden, weight) "
+                f"would leave out: leave the head out of target_modules and modules_to_save, "
+                f"{otherwise}"
+            )
+        raise TypeError(
+            f"the output head is {kind}, expected a plain torch.nn.Linear: keep it out of "
+            f"quantisation, {otherwise}"
+        )
+    if "forward" in vars(head):
+        raise TypeError(
+            "the output head's forward has been replaced on the instance (accelerate does that for "
+            f"a device_map over several devices): put the model on one device, {otherwise}"
+        )
+    if head.weight.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"the output head's weight has dtype {head.weight.dtype}, expected a floating one: "
+            f"keep the head out of quantisation, {otherwise}"
+        )
+    no_group_of_its_own(head)
+    _one_piece(model, head, otherwise)
+    return head
+
+
+def no_group_of_its_own(head: nn.Module) -> None:
+    """FSDP2 frees the weights of a group after its forward, before the loss, unless told not to."""
+    if _fully_sharded(head) and _resharded_after_forward(head):
+        raise TypeError(
+            "the output head is a group of its own under FSDP2, whose weight is gone when the loss "
+            "needs it: call fully_shard(head, reshard_after_forward=False), or call fully_shard on "
+            "the layers and on the model, but not on the head"
+        )
+
+
+def _resharded_after_forward(head: Any) -> bool:
+    """Whether FSDP2 frees any of the head's weights once it has run; True where that is unknown."""
+    state = head._get_fsdp_state() if hasattr(head, "_get_fsdp_state") else None
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        only = getattr(state, "_fsdp_param_group", None)
+        groups = () if only is None else (only,)
+    if state is None:
+        return True
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
+
+
+def _fully_sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _one_piece(model: Any, head: nn.Linear, otherwise: str) -> None:
+    sharded = is_sharded(head.weight) and not _fully_sharded(model)  # FSDP2 gathers it in forward
+    if sharded or (getattr(model, "_tp_size", None) or 1) > 1:
+        raise TypeError(
+            "the output head's weight is sharded over devices (tensor parallelism): use "
+            f"chunked_ce.distributed for shards of the vocabulary, {otherwise}"
+        )
+
+
+def is_sharded(*tensors: Tensor) -> bool:
+    return any(map(is_dtensor, tensors))
+
+
+def calls_loss_function(model: nn.Module) -> None:
+    """Whether a forward of the model's classes takes labels and calls `self.loss_function`."""
+    name = type(model).__name__
+    if "labels" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"{name}.forward takes no labels, so nothing would change: load the model with its "
+            "head, as AutoModelForCausalLM"
+        )
+    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    codes = [getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards]
+    if not any(code is not None and "loss_function" in code.co_names for code in codes):
+        raise ValueError(
+            f"{name}.forward never calls self.loss_function, so nothing would change: call it "
+            "without labels and give outputs.logits to chunked_ce.cross_entropy(..., dim=-1)"
+        )
+
+
+def replaceable_loss(model: Any, known: tuple[Callable[..., Tensor], ...]) -> None:
+    loss = model.loss_function
+    if loss not in known:
+        raise ValueError(
+            f"model.loss_function is {getattr(loss, '__name__', type(loss).__name__)}, which "
+            "deferred logits would replace: expected transformers' ForCausalLMLoss"
+        )
+
+
+def head_unchanged(unchanged: bool) -> None:
+    """The logits can be computed only from what they were deferred with."""
+    if not unchanged:
+        raise RuntimeError(
+            "outputs.logits was asked for after the output head's weight (or the hidden states) "
+            "had changed or been freed: read it before optimizer.step(), or call the model again "
+            "under torch.no_grad() without labels"
+        )
+
+
+def gradient_of_logits(name: str, loss_taken: bool) -> None:
+    """The loss of deferred logits goes past them, and so does its gradient."""
+    if loss_taken and name in ("retain_grad", "register_hook", "requires_grad_"):
+        raise RuntimeError(
+            f"outputs.logits.{name} would see no gradient of the loss, which was taken without "
+            "computing the logits: call the model without labels and take the loss of "
+            "outputs.logits, or call outputs.logits.tensor() for the logits' other uses"
+        )
+
+
+def causal_lm_labels(logits: Any, labels: Any, shift_labels: Any) -> None:
+    """Labels that fit the logits, before they are shifted or after."""
+    if labels is None and shift_labels is None:
+        raise ValueError(
+            "labels is None, and so is shift_labels: pass labels of shape [..., T], -100 where "
+            "nothing is scored"
+        )
+    for name, value in (("labels", labels), ("shift_labels", shift_labels)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor of class indices, got {type(value).__name__}")
+    if labels is not None and shift_labels is not None:
+        # Where logits_to_keep picked tokens by a mask, shift_labels is flat and labels is not.
+        if labels.dim() == shift_labels.dim() and labels.shape != shift_labels.shape:
+            raise ValueError(
+                f"labels has shape {shape(labels)}, but shift_labels has shape "
+                f"{shape(shift_labels)}: pass shift_labels of the shape of labels, or one of them"
+            )
+    if not hasattr(logits, "shape") or len(logits.shape) == 0:
+        raise TypeError(f"logits must be a Tensor [..., V], got {type(logits).__name__}")
+    rows = torch.Size(logits.shape[:-1])
+    if shift_labels is not None:
+        if shift_labels.numel() != rows.numel():
+            raise ValueError(
+                f"shift_labels has shape {shape(shift_labels)}, but logits of shape "
+                f"{list(logits.shape)} have {rows.numel()} rows: pass one label for each"
+            )
+    elif labels.shape != rows and (len(rows) != 1 or labels.numel() != rows[0]):  # flat logits
+        raise ValueError(
+            f"labels has shape {shape(labels)}, but logits of shape {list(logits.shape)} want "
+            f"{list(rows)}: pass one label per token (they are shifted here)"
+        )
+
+
+def num_items_in_batch(value: Any) -> int | Tensor | None:
+    """None, an int above 0, or a tensor of one number as [] (DataParallel's scatter gives [1])."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch has shape {shape(value)}, expected one number: sum it first"
+            )
+        items: Tensor = value.reshape(())
+        return items
+    count = integer("num_items_in_batch", value, "an int or a tensor of one number")
+    if count <= 0:
+        raise ValueError(
+            f"num_items_in_batch is {count}, expected at least 1: skip a batch with no labels"
+        )
+    return count

@@ -1,0 +1,1 @@
+"""The registered operators: schemas, shapes for tracing, autograd."""

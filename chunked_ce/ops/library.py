@@ -1,0 +1,77 @@
+"""The library that the operators are registered in, and what their schemas share."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..core.row_stats import ClassWeights
+
+library = torch.library.Library("chunked_ce", "DEF")
+
+SHARED_SCHEMA = (
+    "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
+)
+
+CLASSES_SCHEMA = (
+    "Tensor? class_weight, Tensor? prob, float prob_scale, float prob_shift, Tensor? classes"
+)
+
+FLAGS = ("entropy", "mean_logprob", "rank", "argmax")
+
+FLAGS_SCHEMA = "bool entropy, bool mean_logprob, bool rank, bool argmax"
+
+OUTPUTS_SCHEMA = (
+    "(Tensor lse, Tensor logprob, Tensor lse_low, Tensor entropy, Tensor mean_logprob, "
+    "Tensor mass, Tensor at_classes, Tensor rank, Tensor argmax)"
+)
+
+UPSTREAM_SCHEMA = (
+    "Tensor lse, Tensor logprob, Tensor lse_low, "
+    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? at_classes"
+)
+
+NO_CLASS = -100
+
+INTEGERS = 7  # outputs from here on have no gradient
+
+
+class Classes(NamedTuple):
+    """What an operator is told about classes: weights of `mean_logprob`, and which to read.
+
+    `mean_logprob` is sum_j weight_j (prob_scale prob_j + prob_shift / V) (z_j - lse).
+    """
+
+    weight: Tensor | None = None  # [V]
+    prob: Tensor | None = None  # [..., V]
+    prob_scale: float = 1.0
+    prob_shift: float = 0.0
+    at: Tensor | None = None  # [..., K]; NO_CLASS where there are fewer
+
+    def weights(self, vocab_size: int) -> ClassWeights:
+        return ClassWeights(self.weight, self.prob, vocab_size * self.prob_scale, self.prob_shift)
+
+    @property
+    def are_weighted(self) -> bool:
+        return self.weight is not None or self.prob is not None
+
+    def of_rows(self, index: slice | Tensor) -> Classes:
+        """Those of some of the rows [N]."""
+        prob, at = (None if t is None else t[index] for t in (self.prob, self.at))
+        return self._replace(prob=prob, at=at)
+
+
+def check_targets(
+    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False, per_row: int = 1
+) -> None:
+    """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
+    if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
+        checks.targets_in_range(target, vocab_size, ignore_index, per_row)
+
+
+def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    checks.double_backward()

@@ -1,0 +1,277 @@
+"""The lm_head and the loss in one, a chunk of tokens at a time: operators and autograd.
+
+chunked_ce::linear_loss         the weighted loss and its gradients, 6 N D V FLOPs
+chunked_ce::linear_stats        statistics of tokens, 2 N D V
+chunked_ce::linear_stats_grad   their gradients for any upstream one, computing the logits again
+
+Memory: one chunk of logits, the gradients, and a sum in `acc_dtype` where chunks are added up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..core.head import Head, compute_dtype
+from ..core.reduction import weighted
+from ..core.row_stats import is_scored, token_loss
+from . import transforms
+from .chunks import Gradients, chunk_indices, gradient_like, walk
+from .library import (
+    CLASSES_SCHEMA,
+    FLAGS,
+    FLAGS_SCHEMA,
+    INTEGERS,
+    OUTPUTS_SCHEMA,
+    SHARED_SCHEMA,
+    UPSTREAM_SCHEMA,
+    Classes,
+    check_targets,
+    library,
+    no_double_backward,
+)
+from .logits import at_classes, check_classes, new_outputs, outputs_of, rows_gradient, upstream_of
+
+_HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+_CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
+library.define(
+    f"linear_loss({_HEAD}Tensor? token_weight, Tensor? divisor, float label_smoothing, "
+    f"float z_loss_weight, {SHARED_SCHEMA}{_CHUNKS}, bool[] wanted, bool reuse) -> "
+    "(Tensor loss, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
+)
+library.define(
+    f"linear_stats({_HEAD}{CLASSES_SCHEMA}, {SHARED_SCHEMA}{_CHUNKS}, {FLAGS_SCHEMA}) -> "
+    + OUTPUTS_SCHEMA
+)
+library.define(
+    f"linear_stats_grad({_HEAD}{CLASSES_SCHEMA}, {UPSTREAM_SCHEMA}, {SHARED_SCHEMA}{_CHUNKS}, "
+    "bool[] wanted) -> "
+    "(Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
+)
+
+
+def _linear_loss(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    token_weight: Tensor | None,
+    divisor: Tensor | None,
+    label_smoothing: float,
+    z_loss_weight: float,
+    ignore_index: int,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    rows_per_chunk: int,
+    drop_ignored: bool,
+    acc_dtype: torch.dtype,
+    wanted: list[bool],
+    reuse: bool,
+) -> tuple[Tensor, ...]:
+    check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    input, weight = input.detach(), weight.detach()
+    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    ignored = None if drop_ignored else ~is_scored(target, ignore_index)
+    head = Head(softcap, logit_scale)
+    total = input.new_zeros((), dtype=compute_dtype(input.dtype))
+    gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
+        of_tokens = None if token_weight is None else token_weight[index]
+        if any(wanted):
+            loss, grad = backends.loss_and_gradient(
+                backend, logits, target[index], of_tokens, divisor, label_smoothing, z_loss_weight,
+                ignore_index, vocab_size, head, inplace=True,
+            )  # fmt: skip
+            gradients.add(index, x, grad)
+        else:
+            stats, *_ = backends.row_statistics(
+                backend, logits, target[index], ignore_index, vocab_size, head,
+                entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
+            )  # fmt: skip
+            loss = token_loss(stats, label_smoothing, z_loss_weight)
+        total += (loss if of_tokens is None else weighted(loss, of_tokens)).sum()
+    value = total if divisor is None else total / divisor
+    return value, *gradients.finish()
+
+
+def _linear_stats(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    classes, shared, flags = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
+    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _ = shared
+    check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    check_classes(classes, vocab_size)
+    wanted = dict(zip(FLAGS, flags, strict=True))
+    outputs = new_outputs(input, target, classes, *flags)
+    for out in outputs:
+        out.fill_(0 if out.is_floating_point() else -1)  # those ignored
+    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
+    ignored = None if drop_ignored else ~is_scored(target, ignore_index)
+    head = Head(softcap, logit_scale)
+    input, weight = input.detach(), weight.detach()
+    for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
+        of_chunk, labels = classes.of_rows(index), target[index]
+        found = backends.row_statistics(
+            backend, logits, labels, ignore_index, vocab_size, head,
+            of_chunk.weights(vocab_size), **wanted,
+        )  # fmt: skip
+        at = at_classes(logits, labels, of_chunk, ignore_index, vocab_size, head)
+        for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
+            if value.numel():
+                out[index] = value
+    return outputs
+
+
+def _linear_stats_grad(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:21]
+    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, acc_dtype = shared
+    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
+    ignored = None if drop_ignored else ~is_scored(target, ignore_index)
+    gradients = Gradients(input, weight, bias, vocab_size, arguments[21], acc_dtype, chunks)
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
+        of_chunk: list[Any] = [None if n is None else n[index] for n in upstream]
+        grad = rows_gradient(
+            logits, target[index], classes.of_rows(index), *of_chunk, *shared[:5], inplace=True
+        )
+        gradients.add(index, x, grad)
+    return gradients.finish()
+
+
+def _fake_linear_loss(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, wanted, _ = rest
+    loss = input.new_empty((), dtype=compute_dtype(input.dtype))
+    given = zip((input, weight, bias), wanted, strict=True)
+    return loss, *(gradient_like(t, w) for t, w in given)
+
+
+def _fake_linear_stats(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return new_outputs(input, target, Classes(*rest[:5]), *rest[-4:])
+
+
+def _fake_linear_stats_grad(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    given = zip((input, weight, bias), rest[-1], strict=True)
+    return tuple(gradient_like(t, w) for t, w in given)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *given, _, reuse = arguments
+        wanted = list(ctx.needs_input_grad[:3])
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, *grads = torch.ops.chunked_ce.linear_loss(*given, wanted, reuse)
+        ctx.options, ctx.wanted, ctx.reuse = given[6:], wanted, reuse
+        ctx.grads = grads  # not saved: backward gives them away
+        ctx.save_for_backward(*given[:6])
+        result: Tensor = loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            checks.double_backward()
+        given, grads = ctx.saved_tensors, ctx.grads
+        if ctx.reuse:
+            ctx.grads = None
+        if grads is None:  # handed over, and scaled: a second backward computes them again
+            with torch._C._AutoDispatchBelowAutograd():
+                _, *grads = torch.ops.chunked_ce.linear_loss(
+                    *given, *ctx.options, ctx.wanted, ctx.reuse
+                )
+        backend = ctx.options[6]
+        scaled: list[Tensor | None] = [None, None, None]
+        for i, wanted in enumerate(ctx.wanted):
+            if wanted and ctx.reuse:
+                scaled[i] = grads[i]
+                torch.ops.chunked_ce.scale_(_rows(grads[i]), upstream, backend)
+            elif wanted:
+                scaled[i] = (grads[i] * upstream).to(grads[i].dtype)
+        return *scaled, *(None,) * 15
+
+
+def _rows(grad: Tensor) -> Tensor:
+    return grad if grad.dim() > 1 else grad[None].detach()
+
+
+class _LinearStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        input, weight, bias, target, *given = arguments
+        ctx.classes, ctx.options, ctx.wanted = Classes(*given[:5]), given[5:13], given[13:15]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_stats(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[INTEGERS:])
+        class_weight, prob, *_, at = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
+        ctx.save_for_backward(
+            input, weight, bias, target, class_weight, prob, at, *outputs[:4], outputs[5]
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            checks.double_backward()
+        *given, class_weight, prob, at, lse, logprob, lse_low, entropy, mass = ctx.saved_tensors
+        classes = ctx.classes._replace(weight=class_weight, prob=prob, at=at)
+        _, vocab_size, *_ = ctx.options
+        upstream = upstream_of(grads, entropy, mass, given[3], classes, vocab_size, *ctx.wanted)
+        wanted = list(ctx.needs_input_grad[:3])
+        found = torch.ops.chunked_ce.linear_stats_grad(
+            *given, *classes, lse, logprob, lse_low, *upstream, *ctx.options, wanted
+        )
+        return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 18
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _differentiable_linear_loss(*arguments: Any) -> Any:
+    if _needs_gradient(*arguments[:3]):
+        transforms.not_within_compiled()
+        loss = _LinearLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+        return loss, *(loss.new_empty(0) for _ in range(3))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.chunked_ce.linear_loss(*arguments)
+
+
+def _differentiable_linear_stats(*arguments: Any) -> Any:
+    if _needs_gradient(*arguments[:3]):
+        transforms.not_within_compiled()
+        return _LinearStats.apply(*arguments)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.chunked_ce.linear_stats(*arguments)
+
+
+library.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
+library.impl("linear_loss", _differentiable_linear_loss, "Autograd")
+library.impl("linear_stats", _linear_stats, "CompositeExplicitAutograd")
+library.impl("linear_stats", _differentiable_linear_stats, "Autograd")
+library.impl("linear_stats_grad", _linear_stats_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("chunked_ce::linear_loss", _fake_linear_loss, lib=library)
+torch.library.register_fake("chunked_ce::linear_stats", _fake_linear_stats, lib=library)
+torch.library.register_fake("chunked_ce::linear_stats_grad", _fake_linear_stats_grad, lib=library)
+torch.library.register_autograd("chunked_ce::linear_stats_grad", no_double_backward, lib=library)

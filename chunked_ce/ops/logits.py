@@ -1,0 +1,325 @@
+"""The registered operators: schemas, shapes for tracing, autograd.
+
+torch.compile sees these and looks no further.
+
+chunked_ce::token_stats  statistics of rows of logits, differentiable in the logits
+chunked_ce::token_grad   their gradient, in a new tensor
+chunked_ce::token_grad_  the same over the logits, whose version counter says so
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..core.class_logits import gradient_at, logits_at
+from ..core.gradient import Coefficients, coefficients
+from ..core.head import Head, compute_dtype
+from ..core.row_stats import RowStatistics, TokenStats, is_scored
+from . import transforms
+from .library import (
+    CLASSES_SCHEMA,
+    FLAGS,
+    FLAGS_SCHEMA,
+    INTEGERS,
+    NO_CLASS,
+    OUTPUTS_SCHEMA,
+    SHARED_SCHEMA,
+    UPSTREAM_SCHEMA,
+    Classes,
+    check_targets,
+    library,
+    no_double_backward,
+)
+
+_GRADIENT = f"Tensor target, {CLASSES_SCHEMA}, {UPSTREAM_SCHEMA}, {SHARED_SCHEMA}"
+
+library.define(
+    f"token_stats(Tensor input, Tensor target, {CLASSES_SCHEMA}, {SHARED_SCHEMA}, {FLAGS_SCHEMA}, "
+    f"bool inplace_backward) -> {OUTPUTS_SCHEMA}"
+)
+library.define(f"token_grad(Tensor input, {_GRADIENT}) -> Tensor")
+library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
+
+
+def _token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    classes, shared, flags = Classes(*arguments[:5]), arguments[5:10], arguments[10:14]
+    ignore_index, vocab_size, softcap, logit_scale, backend = shared
+    check_targets(target, vocab_size, ignore_index)
+    if target.numel() == 0:
+        return new_outputs(input, target, classes, *flags)
+    check_classes(classes, vocab_size)
+    head, wanted = Head(softcap, logit_scale), dict(zip(FLAGS, flags, strict=True))
+    input = input.detach()
+    rows = backends.row_statistics(
+        backend, input, target, ignore_index, vocab_size, head, classes.weights(vocab_size),
+        **wanted,
+    )  # fmt: skip
+    at = at_classes(input, target, classes, ignore_index, vocab_size, head)
+    return outputs_of(rows, at, target.shape)
+
+
+def at_classes(
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+) -> Tensor | None:
+    """[..., K], 0 in rows that are ignored, NaN where there is no such class."""
+    if classes.at is None:
+        return None
+    existing, broken = existing_classes(classes.at, vocab_size)
+    ignored = ~is_scored(target, ignore_index)
+    z = logits_at(input, existing, head).masked_fill_(broken, float("nan"))
+    return z.masked_fill_(ignored[..., None], 0.0)
+
+
+def existing_classes(at: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(classes to read, which entries name none that exists, and are no padding)."""
+    existing = at.clamp(0, vocab_size - 1)
+    return existing, (at != existing) & (at != NO_CLASS)
+
+
+def check_classes(classes: Classes, vocab_size: int) -> None:
+    if classes.at is not None:
+        free, k = classes.at.device.type == "cpu", classes.at.shape[-1]
+        check_targets(classes.at, vocab_size, NO_CLASS, free=free, per_row=k)
+
+
+def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
+    """An operator's outputs are tensors always: empty ones stand for what was not asked for."""
+    lse, logprob, entropy, mean_logprob, rank, argmax = rows.stats
+    given = (lse, logprob, rows.lse_low, entropy, mean_logprob, rows.mass, at, rank, argmax)
+    outputs: list[Tensor] = []
+    for i, out in enumerate(given):
+        if out is None:
+            outputs.append(lse.new_empty(0, dtype=None if i < INTEGERS else torch.int64))
+        else:
+            outputs.append(out if len(shape) == 1 or out is at else out.view(shape))
+    return tuple(outputs)
+
+
+def new_outputs(
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    entropy: bool,
+    mean_logprob: bool,
+    rank: bool,
+    argmax: bool,
+) -> tuple[Tensor, ...]:
+    floats, integers = compute_dtype(input.dtype), torch.int64
+
+    def new(dtype: torch.dtype, wanted: bool = True) -> Tensor:
+        return input.new_empty(target.shape if wanted else 0, dtype=dtype)
+
+    return (
+        *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
+        new(floats, mean_logprob and classes.are_weighted),
+        input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
+        *(new(integers, rank), new(integers, argmax)),
+    )
+
+
+def as_stats(outputs: Sequence[Tensor], wanted: tuple[bool, ...]) -> TokenStats:
+    """An operator's outputs as users get them; `wanted`: entropy, mean_logprob, rank, argmax."""
+    lse, logprob, _, entropy, mean_logprob, _, _, *integers = outputs
+    others = (entropy, mean_logprob, *integers)
+    asked = (out if want else None for out, want in zip(others, wanted, strict=True))
+    return TokenStats(lse, logprob, *asked)
+
+
+def upstream_of(
+    grads: Sequence[Tensor | None],
+    entropy: Tensor,
+    mass: Tensor,
+    target: Tensor,
+    classes: Classes,
+    vocab_size: int,
+    wants_entropy: bool,
+    wants_mean_logprob: bool,
+) -> tuple[Tensor | None, ...]:
+    """a, b, c, u [...] and the gradient of `at_classes`, from those of an operator's outputs.
+
+    An output that was not asked for is empty, and a tracer may give it an empty gradient.
+    """
+    lse, logprob, _, of_entropy, of_mean_logprob, _, of_classes, *_ = grads
+    weighted = wants_mean_logprob and classes.are_weighted
+    at_target = None
+    if weighted:
+        existing = target.long().clamp(0, vocab_size - 1)
+        at_target = classes.weights(vocab_size).at(existing.reshape(-1), mass.dtype)
+    numbers = coefficients(
+        lse,
+        logprob,
+        of_entropy if wants_entropy else None,
+        of_mean_logprob if wants_mean_logprob else None,
+        entropy,
+        vocab_size,
+        None if at_target is None else at_target.view(target.shape),
+        mass if weighted else None,
+    )
+    return *numbers, None if classes.at is None else of_classes
+
+
+def _fake_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return new_outputs(input, target, Classes(*arguments[:5]), *arguments[10:14])
+
+
+def _gradient(inplace: bool, input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
+    if target.numel() == 0:
+        return torch.empty_like(input)
+    classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
+    return rows_gradient(input.detach(), target, classes, *upstream, *shared, inplace=inplace)
+
+
+def rows_gradient(
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    lse: Tensor,
+    logprob: Tensor,
+    lse_low: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    u: Tensor | None,
+    at_classes: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """dL/dinput, in a new tensor or over `input`."""
+    head = Head(softcap, logit_scale)
+    numbers = Coefficients(
+        *(None if n is None else n.reshape(-1).contiguous() for n in (a, b, c, u))
+    )
+    stats = (lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1))
+    values = None
+    if classes.at is not None and at_classes is not None and classes.at.numel():
+        assert classes.prob is None
+        k = classes.at.shape[-1]
+        existing, broken = existing_classes(classes.at, vocab_size)
+        weights_at = None
+        if u is not None and classes.weight is not None:
+            weights_at = classes.weight.to(lse.dtype)[existing].view(-1, k)
+        values = gradient_at(
+            input.gather(-1, existing).view(-1, k), existing.reshape(-1, k),
+            at_classes.reshape(-1, k), target.long().reshape(-1), *stats, numbers, weights_at,
+            is_scored(target, ignore_index).reshape(-1), head,
+        )  # fmt: skip
+    grad = backends.logits_gradient(
+        backend, input, target, *stats, numbers, ignore_index, vocab_size, head,
+        classes.weights(vocab_size), inplace=inplace,
+    )  # fmt: skip
+    if values is not None:
+        assert classes.at is not None
+        values = values.view(existing.shape).masked_fill(broken, float("nan"))
+        grad.scatter_(-1, existing, values.to(grad.dtype))
+    return grad
+
+
+def prob_gradient(
+    input: Tensor,
+    classes: Classes,
+    lse: Tensor,
+    lse_low: Tensor,
+    mean_logprob_grad: Tensor,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """d mean_logprob / d prob = weight scale (z - lse) / V, for targets that are learned."""
+    assert classes.prob is not None
+    x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
+    z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None]).sub_(lse_low[..., None])
+    grad = z.mul_((mean_logprob_grad * classes.prob_scale)[..., None])
+    grad = grad if classes.weight is None else grad.mul_(classes.weight)
+    return grad.to(classes.prob.dtype)
+
+
+def _token_grad(*arguments: Any) -> Tensor:
+    return _gradient(False, *arguments)
+
+
+def _token_grad_(input: Tensor, *arguments: Any) -> None:
+    # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
+    torch.autograd.graph.increment_version(input)
+    _gradient(True, input, *arguments)
+
+
+class _TokenStats(torch.autograd.Function):
+    """torch.library.register_autograd would do the same at 60 microseconds more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        input, target, *given = arguments
+        ctx.classes, ctx.shared = Classes(*given[:5]), given[5:10]
+        ctx.wanted, ctx.inplace_backward = given[10:12], given[14]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.token_stats(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[INTEGERS:])
+        weight, prob, *_, at = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
+        ctx.save_for_backward(input, target, weight, prob, at, *outputs[:4], outputs[5])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, target, weight, prob, at, *stats, entropy, mass = ctx.saved_tensors
+        classes = ctx.classes._replace(weight=weight, prob=prob, at=at)
+        _, vocab_size, *_ = ctx.shared
+        upstream = upstream_of(grads, entropy, mass, target, classes, vocab_size, *ctx.wanted)
+        arguments = (input, target, *classes, *stats, *upstream, *ctx.shared)
+        of_prob = None
+        if ctx.needs_input_grad[3] and grads[4] is not None:
+            if torch.is_grad_enabled():
+                checks.double_backward()
+            lse, _, lse_low = stats
+            of_prob = prob_gradient(input, classes, lse, lse_low, grads[4], *ctx.shared[1:4])
+        no_gradient = (None, None, of_prob, *(None,) * 13)
+        if not ctx.needs_input_grad[0]:
+            return None, *no_gradient
+        if ctx.inplace_backward:
+            if torch.is_grad_enabled():  # create_graph: a gradient over the logits has no history
+                checks.double_backward()
+            torch.ops.chunked_ce.token_grad_(*arguments)
+            return input.detach(), *no_gradient
+        if torch.is_grad_enabled():
+            return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
+
+
+def _differentiable_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Any:
+    prob = arguments[1]
+    if torch.is_grad_enabled() and (
+        input.requires_grad or (prob is not None and prob.requires_grad)
+    ):
+        transforms.not_within_compiled()
+        return _TokenStats.apply(input, target, *arguments)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.chunked_ce.token_stats(input, target, *arguments)
+
+
+library.impl("token_stats", _token_stats, "CompositeExplicitAutograd")
+library.impl("token_stats", _differentiable_token_stats, "Autograd")
+library.impl("token_grad", _token_grad, "CompositeExplicitAutograd")
+library.impl("token_grad_", _token_grad_, "CompositeExplicitAutograd")
+torch.library.register_fake("chunked_ce::token_stats", _fake_token_stats, lib=library)
+torch.library.register_fake(
+    "chunked_ce::token_grad", lambda input, *_: torch.empty_like(input), lib=library
+)
+torch.library.register_fake("chunked_ce::token_grad_", lambda input, *_: None, lib=library)
+torch.library.register_autograd("chunked_ce::token_grad", no_double_backward, lib=library)

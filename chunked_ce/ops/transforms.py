@@ -1,0 +1,209 @@
+"""The public functions under torch.func's transforms: grad, vjp, jacrev, vmap and their nestings.
+
+A transform wraps tensors, which then have no memory for a kernel to read. torch unwraps them one
+transform at a time for an autograd.Function with `setup_context` and `vmap`. So a call becomes such
+a Function, and its forward, at the innermost level, is the same call on plain tensors. Backward is
+a second Function, which runs the call again and asks ordinary autograd for the gradients. It has no
+derivative: second derivatives raise, and so does forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .. import checks
+from ..checks.values import forward_mode
+
+Dims = Sequence[int | None]
+
+_WRITES = ("inplace_backward", "grad_in_forward")
+"""Options that save memory by writing over tensors which other transforms may still need."""
+
+
+def active() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def not_within_compiled() -> None:
+    """Operators meet a transform only where a compiled program has one inside."""
+    if torch._C._are_functorch_transforms_active():
+        checks.compiled_transform()
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[str] = ()) -> Any:
+    """`function(**arguments)`, for the transforms that are active.
+
+    rows: names of the arguments [rows, ...] that may have further dimensions in front, if all
+        outputs then have these too. A batch of them is one call; of other arguments, one a sample.
+    """
+    this = _Call(function, arguments, rows)
+    outputs = _Forward.apply(this, *this.tensors)  # type: ignore[no-untyped-call]
+    return this.result(outputs)
+
+
+class _Call:
+    """A function and its arguments, of which the tensors are left open."""
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[str]
+    ) -> None:
+        self.function, self.rows = function, rows
+        leaves, self.spec = tree_flatten(arguments)
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors = [leaves[i] for i in self.places]
+        names = [name for name, value in arguments.items() for _ in tree_flatten(value)[0]]
+        self.names = [names[i] for i in self.places]
+        self.output_spec: TreeSpec | None = None
+        self.output_places: list[int] = []
+
+    def run(self, tensors: Sequence[Tensor], *, writes: bool = True) -> tuple[Tensor, ...]:
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        arguments = tree_unflatten(leaves, self.spec)
+        if not writes:
+            arguments |= {name: False for name in _WRITES if name in arguments}
+        outputs, self.output_spec = tree_flatten(self.function(**arguments))
+        self.output_places = [i for i, out in enumerate(outputs) if out is not None]
+        return tuple(out for out in outputs if out is not None)
+
+    def result(self, outputs: Sequence[Tensor]) -> Any:
+        assert self.output_spec is not None
+        leaves: list[Tensor | None] = [None] * self.output_spec.num_leaves
+        for place, out in zip(self.output_places, outputs, strict=True):
+            leaves[place] = out
+        return tree_unflatten(leaves, self.output_spec)
+
+    def in_one(self, dims: Dims, size: int, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """The tensors with the batch in front, if one call can take all samples."""
+        batched = [name for name, dim in zip(self.names, dims, strict=True) if dim is not None]
+        if not batched or not set(batched) <= set(self.rows):
+            return None
+        return [
+            _in_front(t, dim, size) if name in self.rows else t
+            for name, t, dim in zip(self.names, tensors, dims, strict=True)
+        ]
+
+
+def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _sample(tensors: Sequence[Tensor | None], dims: Dims, i: int) -> list[Tensor | None]:
+    return [
+        t if t is None or dim is None else t.select(dim, i)
+        for t, dim in zip(tensors, dims, strict=True)
+    ]
+
+
+def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    outputs = tuple(torch.stack(each) for each in zip(*samples, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(this: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return this.run(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(out for out in output if not out.is_floating_point()))
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, *wanted = ctx.needs_input_grad
+        if all(grad is None for grad in upstream):
+            return None, *(None for _ in wanted)
+        found = _Backward.apply(  # type: ignore[no-untyped-call]
+            ctx.call, tuple(wanted), *ctx.saved_tensors, *upstream
+        )
+        grads = iter(found)
+        return None, *(next(grads) if want else None for want in wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        forward_mode("an argument")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], this: _Call, *tensors: Tensor) -> Any:
+        checks.vmap_size(info.batch_size)
+        dims = in_dims[1:]
+        together = this.in_one(dims, info.batch_size, tensors)
+        if together is not None:
+            outputs = _Forward.apply(this, *together)  # type: ignore[no-untyped-call]
+            return outputs, (0,) * len(outputs)
+        return _stacked(
+            [
+                _Forward.apply(this, *_sample(tensors, dims, i))  # type: ignore[no-untyped-call]
+                for i in range(info.batch_size)
+            ]
+        )
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(this: _Call, wanted: tuple[bool, ...], *given: Tensor | None) -> Any:
+        n = len(wanted)
+        tensors = [t.detach() for t in given[:n] if t is not None]
+        with torch.enable_grad():
+            inputs = [t.requires_grad_() for t, w in zip(tensors, wanted, strict=True) if w]
+            outputs = this.run(tensors, writes=False)
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, given[n:], strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        if not pairs:
+            return tuple(map(torch.zeros_like, inputs))
+        return torch.autograd.grad(
+            [out for out, _ in pairs],
+            inputs,
+            [grad for _, grad in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        checks.double_backward()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        forward_mode("an argument")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], this: _Call, wanted: tuple[bool, ...], *given: Any
+    ) -> Any:
+        n, size, dims = len(wanted), info.batch_size, in_dims[2:]
+        of_rows = all(
+            name in this.rows for name, want in zip(this.names, wanted, strict=True) if want
+        )
+        together = this.in_one(dims[:n], size, given[:n]) if of_rows else None
+        if together is not None:
+            upstream = [
+                None if grad is None else _in_front(grad, dim, size)
+                for grad, dim in zip(given[n:], dims[n:], strict=True)
+            ]
+            found = _Backward.apply(this, wanted, *together, *upstream)  # type: ignore[no-untyped-call]
+            return found, (0,) * len(found)
+        return _stacked(
+            [
+                _Backward.apply(this, wanted, *_sample(given, dims, i))  # type: ignore[no-untyped-call]
+                for i in range(size)
+            ]
+        )
