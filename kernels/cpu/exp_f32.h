@@ -6,19 +6,19 @@
 
 #define LOWEST_f32 (-87.3f)
 
-/* exp r for r <= 88 or NaN: 2^n e^f, f to two parts of ln 2 (Cody and Waite), e^f by Cephes. */
+/* exp r for r <= 88 or NaN: 2^n e^f, f to two parts of ln 2 (Cody and Waite), e^f minimax to 3e-09. */
 static inline float exp_f32(float r)
 {
     const float round = 12582912.0f; /* 1.5 2^23: a sum with it has the integer in its last bits */
     float shifted = r * 1.44269504f + round, n = shifted - round;
     float f = (r - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
+    float p = 1.381461858e-03f;
+    p = p * f + 8.368713781e-03f;
+    p = p * f + 4.166838899e-02f;
+    p = p * f + 1.666652113e-01f;
+    p = p * f + 4.999999404e-01f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
     float e = p * as_float((as_bits(shifted) << 23) + (127u << 23));
     return r < LOWEST_f32 ? 0.0f : e; /* a NaN is not below: it stays */
 }

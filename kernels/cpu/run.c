@@ -3,7 +3,7 @@
 
 #include "job.h"
 
-enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 16, LAYOUT = 1 };
+enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 17, LAYOUT = 1 };
 
 static int64_t rows_per_task(const Job *job)
 {

@@ -1,46 +1,92 @@
-/* Threads for one call: none outlives it, so that nothing is left to a fork. */
+/* Threads for one call. A thread that starts too late finds nothing to do; the call does not wait for it. */
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stddef.h>
+#include <stdlib.h>
 
 #include "job.h"
 
-enum { MOST_THREADS = 1024 };
+enum { MOST_THREADS = 1024, STACK_BYTES = 1 << 20 };
 
 typedef struct {
-    const Job *job;
+    const Job *job; /* gone once all tasks are done, as `parts` */
     Part *parts;
     Task task;
     int64_t count;
-    _Atomic int64_t next;
+    _Atomic int64_t next, done, owners; /* the last owner frees the queue */
+    pthread_mutex_t mutex;
+    pthread_cond_t all_done;
 } Queue;
 
-static void *work(void *given)
+static void take_tasks(Queue *queue)
 {
-    Queue *queue = given;
     int64_t index;
-    while ((index = atomic_fetch_add(&queue->next, 1)) < queue->count)
+    while ((index = atomic_fetch_add(&queue->next, 1)) < queue->count) {
         queue->task(queue->job, queue->parts, index);
+        if (atomic_fetch_add(&queue->done, 1) + 1 == queue->count) {
+            pthread_mutex_lock(&queue->mutex);
+            pthread_cond_signal(&queue->all_done);
+            pthread_mutex_unlock(&queue->mutex);
+        }
+    }
+}
+
+static void let_go(Queue *queue)
+{
+    if (atomic_fetch_sub(&queue->owners, 1) > 1)
+        return;
+    pthread_cond_destroy(&queue->all_done);
+    pthread_mutex_destroy(&queue->mutex);
+    free(queue);
+}
+
+static void *work(void *queue)
+{
+    take_tasks(queue);
+    let_go(queue);
     return NULL;
+}
+
+/* Signals are for the threads that Python knows. */
+static void start_threads(Queue *queue, int64_t count)
+{
+    sigset_t all, before;
+    pthread_attr_t attributes;
+    pthread_t thread;
+    if (pthread_attr_init(&attributes) != 0)
+        return;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int64_t i = 0; i < count; i++) {
+        atomic_fetch_add(&queue->owners, 1);
+        if (pthread_create(&thread, &attributes, work, queue) != 0) {
+            atomic_fetch_sub(&queue->owners, 1); /* the others do its share */
+            break;
+        }
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
 }
 
 void run_tasks(const Job *job, Part *parts, Task task, int64_t count, int64_t threads)
 {
-    Queue queue = {.job = job, .parts = parts, .task = task, .count = count};
-    pthread_t started[MOST_THREADS];
-    sigset_t all, before;
     int64_t others = (threads < count ? threads : count) - 1;
-    int64_t n = 0;
-    others = others > MOST_THREADS ? MOST_THREADS : others;
-    if (others > 0) { /* signals are for the threads that Python knows */
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        while (n < others && pthread_create(&started[n], NULL, work, &queue) == 0)
-            n++; /* one that cannot start: the others do its share */
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    Queue *queue = others > 0 ? malloc(sizeof *queue) : NULL;
+    if (!queue) {
+        for (int64_t i = 0; i < count; i++)
+            task(job, parts, i);
+        return;
     }
-    work(&queue);
-    while (n > 0)
-        pthread_join(started[--n], NULL);
+    *queue = (Queue){.job = job, .parts = parts, .task = task, .count = count, .owners = 1};
+    pthread_mutex_init(&queue->mutex, NULL);
+    pthread_cond_init(&queue->all_done, NULL);
+    start_threads(queue, others < MOST_THREADS ? others : MOST_THREADS);
+    take_tasks(queue);
+    pthread_mutex_lock(&queue->mutex);
+    while (atomic_load(&queue->done) < count)
+        pthread_cond_wait(&queue->all_done, &queue->mutex);
+    pthread_mutex_unlock(&queue->mutex);
+    let_go(queue);
 }
