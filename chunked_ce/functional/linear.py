@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import checks  # noqa: F401  (linear_ops registers the operators)
+from .. import checks
 from ..backends.choice import choose_backend
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, reduction_of
