@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from chunked_ce import checks
+from chunked_ce.distributed import checks
 from chunked_ce.distributed.losses import vocab_parallel_cross_entropy
 
 HERE = Path(__file__).parent

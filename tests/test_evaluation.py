@@ -442,13 +442,12 @@ def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
 
 def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):
     """The others wait for it: no report of its own may pass for theirs."""
-    from chunked_ce import checks
     from chunked_ce.evaluation import scoring
 
     def interrupted(self, chosen):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checks, "process_group", lambda group: group)
+    monkeypatch.setattr(module, "process_group", lambda group: group)
     monkeypatch.setattr(scoring, "rank_and_size", lambda group: (0, 2))
     monkeypatch.setattr(scoring.Scoring, "_batch", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:

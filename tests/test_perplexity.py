@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers import batch
 
-from chunked_ce import Perplexity, PerplexityReport
-from chunked_ce.evaluation import meter as perplexity
+from chunked_ce import Perplexity, PerplexityReport, perplexity
 
 
 def truth(x, target):

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from row_statistics import Call, Truth, calls
 from torch import Tensor, nn
 
-from chunked_ce import Perplexity, evaluate_perplexity
+from chunked_ce import Perplexity, evaluate_perplexity, perplexity
 from chunked_ce.core.row_stats import is_scored
-from chunked_ce.evaluation import meter as perplexity
 
 VOCAB = 11
 
