@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chunked_ce.backends import choice, clusters, gpu
+from chunked_ce.backends import choice, clusters, cpu_binary, gpu
 from chunked_ce.backends import cpu as backend_cpu
 from chunked_ce.functional import linear, logits
 from chunked_ce.ops import chunks, one_pass
@@ -130,7 +130,8 @@ def _fake(architecture: str) -> Iterator[None]:
         for name, value in gpu_values.items():
             stack.enter_context(mock.patch.object(gpu, name, lambda device, value=value: value))
         stack.enter_context(mock.patch.object(gpu, "on", lambda device: nullcontext()))
-        stack.enter_context(mock.patch.object(backend_cpu, "_run", lambda *args, **kwargs: None))
+        for module in (backend_cpu, cpu_binary):
+            stack.enter_context(mock.patch.object(module, "_run", lambda *args, **kwargs: None))
         try:
             from chunked_ce.backends import triton as backend_triton
         except ImportError:  # no Triton: then nothing asks for its kernels

@@ -87,9 +87,10 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Tiles and blocks so small that a row of 100 logits spans several."""
     if "real_sizes" in request.keywords:
         return
-    from chunked_ce.backends import torch as backend_torch
+    from chunked_ce.backends import torch_blocks
 
-    monkeypatch.setattr(backend_torch, "CACHED_ELEMENTS", 150)
+    monkeypatch.setattr(torch_blocks, "WIDTH", 60)
+    monkeypatch.setattr(torch_blocks, "ELEMENTS", 150)
     try:
         from chunked_ce.backends import gpu
         from chunked_ce.kernels import launch

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import chunked_ce
-from chunked_ce.backends import torch as backend_torch
+from chunked_ce.backends import torch_blocks
 from chunked_ce.distributed.losses import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
@@ -164,12 +164,12 @@ def equal_shards_need_no_start_and_may_be_padded():
 
 @case
 def blocks_smaller_than_a_shard():
-    usual, backend_torch.CACHED_ELEMENTS = backend_torch.CACHED_ELEMENTS, 6
+    usual, torch_blocks.WIDTH = torch_blocks.WIDTH, 6
     try:
         shards_of_all_sizes()
         statistics_with_any_upstream_gradient()
     finally:
-        backend_torch.CACHED_ELEMENTS = usual
+        torch_blocks.WIDTH = usual
 
 
 @case

@@ -107,7 +107,7 @@ def test_a_gradient_half_scaled_is_refused(interrupt):
     x, target = batch(20, 100)
     logits = x.clone().requires_grad_() * 1
     loss = cross_entropy(logits, target, grad_in_forward=True)
-    interrupt("flat", 1)
+    interrupt("blocks", 1)
     with pytest.raises(KeyboardInterrupt):
         loss.backward(torch.tensor(3.0))
     with pytest.raises(RuntimeError, match="first backward has handed over"):

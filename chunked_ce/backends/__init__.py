@@ -8,6 +8,7 @@ from ..core.gradient import Coefficients
 from ..core.head import Head
 from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics
 from . import cpu as backend_cpu
+from . import cpu_binary
 from . import torch as backend_torch
 
 
@@ -136,4 +137,4 @@ def scale_(backend: str, grad: Tensor, upstream: Tensor) -> None:
 
         backend_triton.scale_(grad, upstream)
     elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
-        backend_torch.scale_(grad, upstream)
+        (cpu_binary if backend == "cpu" else backend_torch).scale_(grad, upstream)

@@ -13,10 +13,9 @@ from ..core.gradient import Coefficients
 from ..core.head import Head, compute_dtype
 from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics, TokenStats
 from . import cpu_library
-from .cpu_library import Job, Rows
+from .cpu_library import DTYPES, Job, Rows
 from .strided_rows import strided_rows
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATISTICS, _PARTS, _GRADIENT, _LOSS_AND_GRADIENT = range(4)
 
 
@@ -192,7 +191,7 @@ def _addresses(
     """(first row, (outer, inner), where each tensor is), once wherever strides allow."""
     if all(t.is_contiguous() for t in tensors.values()):
         rows = {
-            name: Rows(t.data_ptr(), (0, t.shape[-1], 1), _DTYPES[t.dtype])
+            name: Rows(t.data_ptr(), (0, t.shape[-1], 1), DTYPES[t.dtype])
             for name, t in tensors.items()
         }
         x = tensors["x"]
@@ -202,5 +201,5 @@ def _addresses(
         rows = {}
         for name, view in zip(tensors, views, strict=True):
             start = view.data.data_ptr() + view.offset * view.data.element_size()
-            rows[name] = Rows(start, view.stride, _DTYPES[view.data.dtype])
+            rows[name] = Rows(start, view.stride, DTYPES[view.data.dtype])
         yield flat.start, (views[0].shape[0], views[0].shape[1]), rows

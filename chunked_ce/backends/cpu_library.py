@@ -14,6 +14,7 @@ import torch
 
 _INT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _LAYOUT = 1  # as in kernels/cpu/run.c
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BY_CAPABILITY = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 _X86 = ("x86_64", "AMD64")
 
@@ -52,6 +53,21 @@ class Job(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Elementwise(ctypes.Structure):
+    """See kernels/cpu/elementwise.h."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("x", "out", "label", "weight", "pos_weight", "upstream")),
+        ("left_out", _POINTER),
+        ("sums", _POINTER),
+        ("total", _DOUBLE),
+        *(
+            (name, _INT)
+            for name in ("outer", "inner", "columns", "left_out_per_row", "kind", "threads")
+        ),
+    ]
+
+
 def built() -> list[Path]:
     """All libraries there are."""
     return sorted(Path(__file__).parent.glob("cpu_*.bin"))
@@ -74,12 +90,14 @@ def load(file: Path | None) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(file))
         library.chunked_ce_run.argtypes = [ctypes.POINTER(Job)]
+        library.chunked_ce_elementwise.argtypes = [ctypes.POINTER(Elementwise)]
+        library.chunked_ce_elementwise.restype = _INT
         library.chunked_ce_run.restype = library.chunked_ce_layout.restype = _INT
         layout = int(library.chunked_ce_layout())
     except (OSError, AttributeError) as error:
         reason = str(error)
     else:
-        if layout == _LAYOUT * 10000 + ctypes.sizeof(Job):
+        if layout == _LAYOUT * 10000 + ctypes.sizeof(Job) + ctypes.sizeof(Elementwise):
             return library
         reason = "it was built from another version"
     warnings.warn(

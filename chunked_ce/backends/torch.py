@@ -1,13 +1,12 @@
-"""The plain-PyTorch streaming backend: for any device, with nothing built.
+"""The plain-PyTorch streaming backend: the simplest that is right, for any device.
 
-Logits are walked in blocks; rows longer than a block are split and merged. Nothing of N x V
+Logits are walked in blocks, each copied in fp32; the parts of a row merge. Nothing of N x V
 elements is allocated but the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,17 +27,21 @@ from ..core.row_stats import (
     merge,
     token_loss,
 )
-from .row_blocks import Block, blocks, flat, mergeable, two_dimensional
-from .torch_blocks import LONG_ROW, block_gradient, block_statistics
-
-CACHED_ELEMENTS = LONG_ROW  # 2 MiB of fp32
-DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches; 256 MiB
+from .torch_blocks import blocks
 
 
 class Options(NamedTuple):
     vocab_size: int
     head: Head
     shard: bool = False  # a target outside of these classes lies in another shard
+
+
+class _Targets(NamedTuple):
+    """[rows] each."""
+
+    column: Tensor  # -1 where there is none among these classes
+    logit: Tensor  # there -inf; NaN where it is inf, which makes a row NaN as torch has it
+    ignored: Tensor
 
 
 def row_statistics(
@@ -50,17 +53,13 @@ def row_statistics(
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> RowStatistics:
     """The statistics of every row, flat."""
-    x = _flat(input, weights.prob)
-    target, skipped, broken = _targets(target, ignore_index, options)
-    index = target[:, None] if x.dim() == 2 else target.view(*x.shape[:-1], 1)
-    target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
-    if broken is not None:
-        target_logit.masked_fill_(broken, float("nan"))
-    rows = _by_maximum(x, target, target_logit, options, wanted, weights)
-    if skipped is None:
-        return rows
-    low = rows.lse_low.masked_fill(skipped, 0.0)
-    return rows._replace(stats=blank(rows.stats, skipped), lse_low=low)
+    targets = _targets(input, target, ignore_index, options)
+    part = _sum_rows(input, targets, options, wanted, weights)
+    column = targets.column.clamp(min=0)
+    at_target = weights.at(column, part.s.dtype) if wanted["mean_logprob"] else None
+    rows = finish(part, targets.logit, column, options.vocab_size, at_target)
+    low = rows.lse_low.masked_fill(targets.ignored, 0.0)
+    return rows._replace(stats=blank(rows.stats, targets.ignored), lse_low=low)
 
 
 def row_part(
@@ -71,14 +70,8 @@ def row_part(
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> tuple[Part, Tensor]:
     """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
-    x = flat(input)
-    target, _, _ = _targets(target, ignore_index, options)
-    index = target.clamp(min=0).view(*x.shape[:-1], 1)
-    target_logit = options.head.apply_(x.gather(-1, index).to(compute_dtype(x.dtype))).view(-1)
-    target_logit.masked_fill_(target < 0, -math.inf)
-    target_logit.masked_fill_(target_logit == math.inf, math.nan)  # as in _by_maximum
-    part = _sum_rows(x, target, target_logit, options, wanted)
-    return part, target_logit
+    targets = _targets(input, target, ignore_index, options)
+    return _sum_rows(input, targets, options, wanted), targets.logit
 
 
 def logits_gradient(
@@ -96,26 +89,15 @@ def logits_gradient(
 ) -> Tensor:
     """dL/dinput, in a new tensor or over `input`."""
     out = input if inplace else torch.empty_like(input)
-    x = _flat(input, out, weights.prob)
-    grad = x if inplace else _flat(out, input, weights.prob)
-    target, skipped, _ = _targets(target, ignore_index, options)
-    rows = row_gradient(logprob, lse_low, coefficients).of((-lse_low).exp()).as_columns()
-    target, reference = target[:, None], lse[:, None]
-    weights_of = _weights_by_block(x, weights, options)
-    if options.vocab_size < grad.shape[-1]:
-        grad[..., options.vocab_size :].zero_()
-    elements = _elements_per_block(x)
-    for block in blocks(x.shape[:-1], options.vocab_size, elements, mergeable(x, grad)):
-        column, inside = _column(target, block, options)
-        of_rows = RowGradient(*(None if r is None else block.of_rows(r) for r in rows))  # type: ignore[arg-type]
-        of_block = block_gradient(
-            two_dimensional(block.of(x)), column, inside, block.of_rows(reference), of_rows,
-            options.head, _on_host(x), weights_of(block) if rows.u is not None else None,
-        )  # fmt: skip
-        if skipped is not None:
-            of_block.masked_fill_(block.of_rows(skipped)[:, None], 0.0)
-        out_block = block.of(grad)
-        out_block.copy_(of_block.view(out_block.shape))
+    column, _, ignored = _targets(input, target, ignore_index, options)
+    numbers = row_gradient(logprob, lse_low, coefficients).of((-lse_low).exp())
+    for rows, columns, (x, grad, prob) in blocks(options.vocab_size, input, out, weights.prob):
+        of_rows = RowGradient(*(None if n is None else n[rows] for n in numbers))  # type: ignore[arg-type]
+        w = 1.0 if numbers.u is None else _class_weights(x, columns, weights, prob)
+        is_target = _is_target(column[rows], columns)
+        block = block_gradient(x, is_target, lse[rows], of_rows.as_columns(), options.head, w)
+        grad.copy_(block.masked_fill_(ignored[rows, None], 0.0))
+    out[..., options.vocab_size :].zero_()
     return out
 
 
@@ -155,129 +137,122 @@ def loss_and_gradient(
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad [..., V] *= upstream [...] or []."""
-    grad = flat(grad)
-    rows = grad.shape[:-1]
-    factor = upstream.to(compute_dtype(grad.dtype))
-    factor = factor.expand(rows) if factor.dim() == 0 else factor.reshape(rows)
-    for block in blocks(grad.shape[:-1], grad.shape[-1], CACHED_ELEMENTS):
-        part = block.of(grad)
-        by = factor if block.where is None else factor[block.where]
-        part.copy_((part * by[..., None]).masked_fill_(part == 0, 0.0))  # ignored rows stay 0
+    """grad [..., V] *= upstream [...] or []; what is 0 stays 0, as ignored rows do."""
+    factor = upstream.to(compute_dtype(grad.dtype)).expand(grad.shape[:-1]).reshape(-1, 1)
+    for rows, _, (block,) in blocks(grad.shape[-1], grad):
+        block.copy_((block * factor[rows]).masked_fill_(block == 0, 0.0))
 
 
-def _by_maximum(
-    x: Tensor,
-    target: Tensor,
-    target_logit: Tensor,
-    options: Options,
-    wanted: dict[str, bool],
-    weights: ClassWeights,
-) -> RowStatistics:
-    # A target of +inf makes its row NaN, as torch has it; log(1 + exp(-inf)) would make the loss 0.
-    target_logit.masked_fill_(target_logit == float("inf"), float("nan"))
-    part = _sum_rows(x, target, target_logit, options, wanted, weights)
-    at_target = weights.at(target, part.s.dtype) if wanted["mean_logprob"] else None
-    return finish(part, target_logit, target, options.vocab_size, at_target)
+def _targets(input: Tensor, target: Tensor, ignore_index: int, options: Options) -> _Targets:
+    target = target.reshape(-1).long()
+    ignored = ~is_scored(target, ignore_index)
+    outside = (target < 0) | (target >= options.vocab_size)
+    if _on_host(target) and not options.shard:
+        checks.targets_in_range(target, options.vocab_size, ignore_index)
+    index = target.masked_fill(outside, 0).view(*input.shape[:-1], 1)
+    logit = options.head.apply_(input.gather(-1, index).to(compute_dtype(input.dtype))).view(-1)
+    logit.masked_fill_(outside, -math.inf if options.shard else math.nan)
+    logit.masked_fill_(logit == math.inf, math.nan)
+    return _Targets(target.masked_fill(outside, -1), logit, ignored)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether reading a value of `x` makes nothing wait."""
+    return x.is_cpu
 
 
 def _sum_rows(
-    x: Tensor,
-    target: Tensor,
-    target_logit: Tensor,
+    input: Tensor,
+    targets: _Targets,
     options: Options,
     wanted: dict[str, bool],
     weights: ClassWeights = UNIFORM,
 ) -> Part:
     """The sums of every row over all classes but the target."""
-    weights_of = _weights_by_block(x, weights, options)
-    target, target_logit = target[:, None], target_logit[:, None]
     parts: list[Part] = []
-    row_part: Part | None = None
-    for block in blocks(x.shape[:-1], options.vocab_size, _elements_per_block(x), mergeable(x)):
-        column, inside = _column(target, block, options)
-        part = block_statistics(
-            two_dimensional(block.of(x)), column, inside, block.of_rows(target_logit), options.head,
-            _on_host(x), weights_of(block), **wanted,
-        )  # fmt: skip
-        if part.argmax is not None:
-            part = part._replace(argmax=part.argmax + block.start)
-        row_part = part if row_part is None else merge(row_part, part)
-        if block.stop == options.vocab_size:
-            parts.append(row_part)
-            row_part = None
+    for rows, columns, (x, prob) in blocks(options.vocab_size, input, weights.prob):
+        w = _class_weights(x, columns, weights, prob) if wanted["mean_logprob"] else 1.0
+        column, logit = targets.column[rows], targets.logit[rows]
+        part = _block_part(x, columns, column, logit, options.head, w, **wanted)
+        if columns.start == 0:
+            parts.append(part)
+        else:
+            parts[-1] = merge(parts[-1], part)
     return concatenate(parts)
 
 
-def _flat(x: Tensor, *others: Tensor | None) -> Tensor:
-    """[rows, V] where its strides and those of the others allow it, else as it came."""
-    flattened = flat(x)
-    return flattened if all(t is None or flat(t).dim() == 2 for t in others) else x
+def _block_part(
+    x: Tensor,  # [R, C] logits
+    columns: slice,
+    column: Tensor,  # [R]
+    target_logit: Tensor,  # [R]
+    head: Head,
+    weights: Tensor | float,  # [R, C] of `mean_logprob`
+    *,
+    entropy: bool,
+    mean_logprob: bool,
+    rank: bool,
+    argmax: bool,
+) -> Part:
+    """The block's sums over all classes but the target, relative to their maximum."""
+    num_better = best = weighted = total = mass = None
+    is_target = _is_target(column, columns)
+    z = _transformed(x, head).masked_fill_(is_target, -math.inf)
+    if rank:  # what is greater, NaN, or equal with a lower index; the target itself is not
+        lower = torch.arange(columns.start, columns.stop, device=x.device) < column[:, None]
+        better = ~(z <= target_logit[:, None]) | ((z == target_logit[:, None]) & lower)
+        num_better = (better & ~is_target).sum(1)
+    m = z.amax(1)
+    if argmax:
+        best = z.max(1).indices + columns.start
+    # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
+    z.sub_(m.clamp(min=torch.finfo(z.dtype).min)[:, None])
+    if mean_logprob:
+        w = torch.ones_like(z).mul_(weights).masked_fill_(is_target, 0.0)
+        mass, total = w.sum(1), (w * z).masked_fill_(w == 0, 0.0).sum(1)
+    e = z.exp()
+    if entropy:
+        weighted = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
+    return Part(m, e.sum(1), weighted, total, mass, num_better, best)
 
 
-def _weights_by_block(
-    x: Tensor, weights: ClassWeights, options: Options
-) -> Callable[[Block], Tensor | None]:
-    """[R, columns] class weights of a block, in memory of their own; None: 1."""
-    if weights.are_one:
-        return lambda block: None
+def block_gradient(
+    x: Tensor,  # [R, C] logits
+    is_target: Tensor,  # [R, C]
+    lse: Tensor,  # [R]
+    rows: RowGradient,  # [R, 1] each
+    head: Head,
+    weights: Tensor | float,  # [R, C] of `rows.u`
+) -> Tensor:
+    z = _transformed(x, head).sub_(lse[:, None])
+    p = z.exp()
+    if rows.slope is None:
+        grad = p.mul_(rows.scale)
+    else:
+        grad = z.mul_(rows.slope).add_(rows.scale).mul_(p).masked_fill_(p == 0, 0.0)
+    if rows.u is not None:
+        grad.add_(rows.u * weights)
+    return torch.where(is_target, rows.at_target, grad).mul_(head.derivative(x))
+
+
+def _transformed(x: Tensor, head: Head) -> Tensor:
+    """A block's logits in a copy, in which rows are contiguous whatever they are in `x`."""
+    return head.apply_(
+        x.to(compute_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
+    )
+
+
+def _is_target(column: Tensor, columns: slice) -> Tensor:
+    """[R, C] of `column` [R]."""
+    return torch.arange(columns.start, columns.stop, device=column.device) == column[:, None]
+
+
+def _class_weights(
+    x: Tensor, columns: slice, weights: ClassWeights, prob: Tensor | None
+) -> Tensor | float:
+    """w_j of a block: [R, C], [C] or 1."""
     dtype = compute_dtype(x.dtype)
-    weight = None if weights.weight is None else weights.weight.to(dtype)
-    prob = None if weights.prob is None else weights.prob.view(*x.shape[:-1], -1)
-
-    def of_block(block: Block) -> Tensor:
-        of_classes = None if weight is None else weight[block.start : block.stop]
-        if prob is None:
-            assert of_classes is not None
-            return of_classes.expand(two_dimensional(block.of(x)).shape).clone()
-        w = two_dimensional(block.of(prob)).to(dtype, copy=True).mul_(weights.scale)
-        w = w.add_(weights.shift) if weights.shift else w
-        return w if of_classes is None else w.mul_(of_classes)
-
-    return of_block
-
-
-def _elements_per_block(x: Tensor) -> int:
-    return CACHED_ELEMENTS if _on_host(x) else DEVICE_ELEMENTS
-
-
-def _targets(
-    target: Tensor, ignore_index: int, options: Options
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(targets, the rows ignored, the rows out of range).
-
-    The targets have some class in every row, so that gather needs no branch; of a shard, -1 where
-    that lies elsewhere. All [rows]; None where there are none.
-    """
-    target, vocab_size = target.reshape(-1).long(), options.vocab_size
-    if options.shard:
-        ignored = ~is_scored(target, ignore_index)
-        return target.masked_fill((target < 0) | (target >= vocab_size), -1), ignored, None
-    if _on_host(target) and target.numel():  # looking costs nothing here
-        low, high = map(int, target.aminmax())
-        if low >= 0 and high < vocab_size and not low <= ignore_index <= high:
-            return target, None, None
-        checks.targets_in_range(target, vocab_size, ignore_index)
-    ignored = ~is_scored(target, ignore_index)
-    if _on_host(target):
-        return target.masked_fill(ignored, 0), ignored, None
-    broken = ((target < 0) | (target >= vocab_size)) & ~ignored
-    return target.masked_fill(ignored | broken, 0), ignored, broken
-
-
-def _on_host(x: Tensor) -> bool:
-    """Whether reading a value of `x` makes nothing wait, and exp is slow on subnormal results."""
-    return x.is_cpu
-
-
-def _column(
-    target: Tensor,  # [rows, 1]
-    block: Block,
-    options: Options,
-) -> tuple[Tensor, Tensor | None]:
-    """The targets' columns in a block, and which are inside it when it is a piece of a row."""
-    column = block.of_rows(target)
-    if block.stop - block.start == options.vocab_size and not options.shard:
-        return column, None
-    inside = (column >= block.start) & (column < block.stop)
-    return (column - block.start).clamp(0, block.stop - block.start - 1), inside
+    w: Tensor | float = 1.0
+    if prob is not None:
+        w = prob.to(dtype) * weights.scale + weights.shift
+    return w if weights.weight is None else weights.weight[columns].to(dtype) * w

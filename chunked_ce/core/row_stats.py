@@ -92,7 +92,7 @@ UNIFORM = ClassWeights()
 class Part(NamedTuple):
     """Sums over some of the classes of each row, the target left out. All [rows]."""
 
-    m: Tensor | None  # None: the sums refer to 0
+    m: Tensor
     s: Tensor
     weighted: Tensor | None
     total: Tensor | None
@@ -106,8 +106,6 @@ def merge(left: Part, right: Part) -> Part:
     beaten_by = None
     if left.beaten_by is not None and right.beaten_by is not None:
         beaten_by = left.beaten_by + right.beaten_by
-    if left.m is None or right.m is None:
-        return Part(None, left.s + right.s, None, None, None, beaten_by, None)
     m = torch.maximum(left.m, right.m)
     shift_left, scale_left = _move(left.m, m)
     shift_right, scale_right = _move(right.m, m)
@@ -168,7 +166,6 @@ def finish(
 
     `part` covers every class but the target, whose logit is finite, -inf or NaN.
     """
-    assert part.m is not None
     gap = part.m - target_logit
     log_s = part.s.log()
     d = gap + log_s

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..backends import cpu_binary
 from ..backends import torch_binary as binary_torch
 from ..core.class_logits import is_first
 from ..core.head import compute_dtype
@@ -92,6 +93,8 @@ def _backend(name: str) -> Any:
         from ..backends import triton_binary as binary_triton
 
         return binary_triton
+    if name == "cpu":
+        return cpu_binary
     return binary_torch
 
 

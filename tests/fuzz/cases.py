@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from chunked_ce.backends import torch as backend_torch
+from chunked_ce.backends import torch_blocks
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.int64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
@@ -66,8 +66,11 @@ def on(device: str, case: Any) -> Any:
 
 @contextlib.contextmanager
 def block_size(elements: int) -> Iterator[None]:
-    """The torch backend's blocks; one of its cached buffers is large enough for any."""
-    with mock.patch.object(backend_torch, "CACHED_ELEMENTS", elements):
+    """The torch backend's blocks: pieces of rows, up to three of them together."""
+    with (
+        mock.patch.object(torch_blocks, "WIDTH", elements),
+        mock.patch.object(torch_blocks, "ELEMENTS", 3 * elements),
+    ):
         yield
 
 

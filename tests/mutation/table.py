@@ -26,7 +26,7 @@ _TORCH = [
     _of("test_cross_entropy", _torch(f"{LOSS} or softcap_is_felt or few_classes")),
     _of("test_drop_in", _torch(f"{TARGETS} or confident or padding or linear")),
     _of("test_grad_in_forward", _torch("not operators and not compile")),
-    _of("test_token_stats", _torch(f"{VIEWS} or alone_bit or masked_vocab") + " or masked_vocab"),
+    _of("test_token_stats", _torch(f"{VIEWS} or alone_bit or far_below") + " or far_below"),
 ]
 _ELSEWHERE = [
     _of("test_token_stats", "accelerators"),
@@ -63,17 +63,16 @@ _LINEAR = _of(
 
 TESTS: dict[str, list[list[str]]] = {
     "chunked_ce/core/row_stats.py": _TORCH,
-    "chunked_ce/backends/torch_blocks.py": [*_TORCH, *_ELSEWHERE],
-    "chunked_ce/backends/torch.py": [*_TORCH, *_ELSEWHERE],
-    "chunked_ce/backends/row_blocks.py": [
-        _of("test_row_blocks"),
+    "chunked_ce/backends/torch_blocks.py": [
         *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
         _of("test_state", "inference"),
         _of("test_binary", _torch("labels or views")),
         _of("test_drop_in", _torch("not_copied")),
     ],
+    "chunked_ce/backends/torch.py": [*_TORCH, *_ELSEWHERE],
     "chunked_ce/backends/cpu.py": [_of("test_backend_cpu"), _of("test_token_stats", "cpu"), _of("test_drop_in", "cpu")],
     "chunked_ce/backends/cpu_library.py": [_of("test_backend_cpu")],
+    "chunked_ce/backends/cpu_binary.py": [_of("test_backend_cpu_binary"), _of("test_binary", "cpu and not compile and not operators and not memory")],
     "chunked_ce/backends/strided_rows.py": [_of("test_strided_rows"), *_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/ops/chunks.py": [_LINEAR],
     "chunked_ce/core/reduction.py": [
