@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -13,10 +12,11 @@ from ..core.gradient import Coefficients
 from ..core.head import Head, compute_dtype
 from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics, TokenStats
 from . import cpu_library
-from .cpu_library import DTYPES, Job, Rows
+from .cpu_library import DTYPES, JOB, POINTERS
 from .strided_rows import strided_rows
 
 _STATISTICS, _PARTS, _GRADIENT, _LOSS_AND_GRADIENT = range(4)
+_NO_ROWS = (0, 0, 0, 0, 0)
 
 
 def row_statistics(
@@ -151,55 +151,57 @@ def _run(
     library = cpu_library.LIBRARY
     assert library is not None
     dtype = compute_dtype(input.dtype)
-    flat_target = target.reshape(-1).to(torch.int64).contiguous()
+    if target.dtype != torch.int64 or not target.is_contiguous():
+        target = target.long().contiguous()
     # Held until the call has ended: what is converted here has no other owner.
-    held = {
-        name: t if t.dtype == torch.int64 else t.detach().reshape(-1).to(dtype).contiguous()
-        for name, t in numbers.items()
-        if t is not None
-    }
-    class_weight = weights.weight
-    if class_weight is not None:
-        class_weight = class_weight.detach().to(dtype).contiguous()
-    job = Job(
-        kind=kind, shard=shard, threads=torch.get_num_threads(),
-        vocab_size=vocab_size, columns=input.shape[-1], ignore_index=ignore_index,
-        softcap=head.softcap or 0.0, logit_scale=head.logit_scale,
-        prob_scale=weights.scale, prob_shift=weights.shift, divisor=divisor,
-        label_smoothing=label_smoothing, z_loss_weight=z_loss_weight,
-        class_weight=None if class_weight is None else class_weight.data_ptr(),
+    held = {name: _as_stored(t, dtype) for name, t in numbers.items() if t is not None}
+    held["target"] = target
+    class_weight = None if weights.weight is None else _as_stored(weights.weight, dtype)
+    of_classes = 0 if class_weight is None else class_weight.data_ptr()
+    doubles = (
+        divisor, label_smoothing, z_loss_weight,
+        head.softcap or 0.0, head.logit_scale, weights.scale, weights.shift,
     )  # fmt: skip
-    given = {"x": input, "grad": grad, "prob": weights.prob}
-    tensors = {name: t for name, t in given.items() if t is not None}
-    if not all(t.data_ptr() or t.numel() == 0 for t in tensors.values()):
-        raise ValueError("logits without memory, as fake tensors are: pass backend='torch'")
-    for first, (outer, inner), rows in _addresses(tensors):
-        job.outer, job.inner = outer, inner
-        for name, address in rows.items():
-            setattr(job, name, address)
-        job.target = flat_target.data_ptr() + 8 * first
-        for name, t in held.items():
-            setattr(job, name, t.data_ptr() + first * t.element_size())
-        if library.chunked_ce_run(ctypes.byref(job)):
-            checks.targets_in_range(flat_target, vocab_size, ignore_index)
+    integers = (
+        vocab_size, input.shape[-1], ignore_index, kind, shard, torch.get_num_threads(),
+    )  # fmt: skip
+    for first, shape, rows in _addresses(input, grad, weights.prob):
+        of_rows = [
+            held[name].data_ptr() + first * held[name].element_size() if name in held else 0
+            for name in POINTERS
+        ]
+        job = JOB.pack(*rows, of_classes, *of_rows, *doubles, *shape, *integers)
+        if library.chunked_ce_run(job):
+            checks.targets_in_range(target.view(-1), vocab_size, ignore_index)
             raise AssertionError("a target was changed during the call")
 
 
-def _addresses(
-    tensors: dict[str, Tensor],
-) -> Iterator[tuple[int, tuple[int, int], dict[str, Rows]]]:
-    """(first row, (outer, inner), where each tensor is), once wherever strides allow."""
-    if all(t.is_contiguous() for t in tensors.values()):
-        rows = {
-            name: Rows(t.data_ptr(), (0, t.shape[-1], 1), DTYPES[t.dtype])
-            for name, t in tensors.items()
-        }
-        x = tensors["x"]
-        yield 0, (1, x.numel() // x.shape[-1]), rows
+def _as_stored(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense, integers as they are, other numbers in `dtype`."""
+    if t.dtype in (dtype, torch.int64) and t.is_contiguous():
+        return t
+    return t.detach().to(dtype).contiguous()
+
+
+def _addresses(*tensors: Tensor | None) -> Iterator[tuple[int, tuple[int, int], list[int]]]:
+    """(first row, (outer, inner), the numbers of a `Rows` each), once wherever strides allow."""
+    given = [t for t in tensors if t is not None]
+    if not all(t.data_ptr() or t.numel() == 0 for t in given):
+        raise ValueError("logits without memory, as fake tensors are: pass backend='torch'")
+    if all(t.is_contiguous() for t in given):
+        columns = given[0].shape[-1]
+        rows: list[int] = []
+        for t in tensors:
+            rows += _NO_ROWS if t is None else (t.data_ptr(), 0, t.shape[-1], 1, DTYPES[t.dtype])
+        yield 0, (1, given[0].numel() // columns), rows
         return
-    for flat, views in strided_rows(*tensors.values()):
-        rows = {}
-        for name, view in zip(tensors, views, strict=True):
+    for flat, views in strided_rows(*given):
+        remaining, rows = iter(views), []
+        for t in tensors:
+            if t is None:
+                rows += _NO_ROWS
+                continue
+            view = next(remaining)
             start = view.data.data_ptr() + view.offset * view.data.element_size()
-            rows[name] = Rows(start, view.stride, DTYPES[view.data.dtype])
-        yield flat.start, (views[0].shape[0], views[0].shape[1]), rows
+            rows += (start, *view.stride, DTYPES[t.dtype])
+        yield flat.start, views[0].shape[:2], rows

@@ -32,13 +32,17 @@ def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _some_rows(which: str, values: Tensor) -> Tensor | None:
-    """A few rows of `values` [..., V], where looking at them makes nothing wait; else None."""
+def _may_look(which: str, values: Tensor) -> bool:
+    """Whether looking at `values` makes nothing wait, and there is something left to say."""
     if which in _said or torch.compiler.is_compiling() or not _is_free(values):
-        return None
+        return False
     # A tensor of another type may have no values to look at.
-    if type(values) not in (Tensor, torch.nn.Parameter) or values.is_meta or not values.numel():
-        return None
+    is_plain = type(values) in (Tensor, torch.nn.Parameter)
+    return is_plain and not values.is_meta and values.numel() > 0
+
+
+def _some_rows(values: Tensor) -> Tensor:
+    """A few rows of `values` [..., V]."""
     while values.dim() > 2:
         values = values[0]
     return values.detach()[:_ROWS] if values.dim() == 2 else values.detach()[None]
@@ -50,12 +54,14 @@ def _is_free(values: Tensor) -> bool:
 
 def looks_like_logits(input: Tensor) -> None:
     """Warns where rows of `input` [..., V] are probabilities: not negative, their sum 1."""
-    rows = _some_rows("probabilities", input)
-    if rows is None or rows.shape[1] < 2:
+    if not _may_look("probabilities", input) or input.shape[-1] < 2:
         return
-    if min(rows[0, :: max(1, rows.shape[1] // 32)].tolist()) < 0:  # of logits some are, at once
+    row = input.detach()
+    while row.dim() > 1:
+        row = row[0]
+    if min(row[:: max(1, len(row) // 32)].tolist()) < 0:  # of logits some are, at once
         return
-    rows = rows.float()
+    rows = _some_rows(input).float()
     near = 1e-2 if input.dtype.itemsize < 4 else 1e-3
     if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < near).all()):
         _say_once(
@@ -68,10 +74,9 @@ def looks_like_logits(input: Tensor) -> None:
 
 def sums_to_one(prob: Tensor) -> None:
     """Warns where rows of class probabilities [..., V] have sums far from 1."""
-    rows = _some_rows("sums", prob)
-    if rows is None:
+    if not _may_look("sums", prob):
         return
-    sums = rows.float().sum(1)
+    sums = _some_rows(prob).float().sum(1)
     farthest = float(sums[(sums - 1).abs().argmax()])
     if abs(farthest - 1) > 0.5:
         _say_once(

@@ -68,7 +68,10 @@ def reduction_of(
     elif num_items is not None:
         divisor = torch.full((), num_items, dtype=dtype, device=target.device)
     elif name == "mean":
-        counted = is_scored(target, ignore_index) if weight is None else weight
-        divisor = (counted if counts is None else counted * counts.to(dtype)).sum()
-        z_divisor = None if counts is None else counted.sum()
+        if weight is None and counts is None:
+            divisor = is_scored(target, ignore_index).count_nonzero()
+        else:
+            counted = is_scored(target, ignore_index) if weight is None else weight
+            divisor = (counted if counts is None else counted * counts.to(dtype)).sum()
+            z_divisor = None if counts is None else counted.sum()
     return Reduction(name, weight, divisor, z_divisor)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 def is_scored(target: Tensor, ignore_index: int) -> Tensor:
     """Which targets count. In int64: in uint8, -100 would be taken for 156."""
-    return target.long() != ignore_index
+    return (target if target.dtype == torch.int64 else target.long()) != ignore_index
 
 
 class TokenStats(NamedTuple):

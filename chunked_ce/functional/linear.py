@@ -14,9 +14,8 @@ from ..core.head import compute_dtype
 from ..core.reduction import Reduction, reduction_of
 from ..core.row_stats import TokenStats
 from ..ops import transforms
-from ..ops.library import Classes
-from ..ops.logits import as_stats
-from .targets import AnyTarget, ClassIndices, Target, answer_of, target_of, with_token_weight
+from ..ops.library import Classes, Outputs
+from .targets import AnyTarget, ClassIndices, Target, target_of, with_token_weight
 
 CHUNK_BYTES = 256 << 20
 """Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
@@ -90,7 +89,7 @@ def linear_token_stats(
     wanted = (entropy, mean_logprob, rank, argmax)
     classes = Classes(weight if mean_logprob else None)
     outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return as_stats(outputs, wanted)
+    return outputs.of_user(wanted)
 
 
 def linear_cross_entropy(
@@ -185,8 +184,7 @@ def linear_cross_entropy(
         if not fused:
             wanted = (False, goal.wants_mean_logprob, False, False)
             outputs = _outputs(input, head, bias, index, goal.classes, shared, wanted)
-            answer = answer_of(outputs)
-            return how.with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight)
+            return how.with_z_loss(goal.cross_entropy(outputs), outputs.lse, z_loss_weight)
         of_tokens = None if how.weight is None else how.weight.reshape(-1)
         reuse = not torch.compiler.is_compiling()
         loss: Tensor  # autograd fills in which gradients are wanted
@@ -268,7 +266,7 @@ def _outputs(
     classes: Classes,
     shared: Shared,
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
-) -> list[Tensor]:
+) -> Outputs:
     """An operator's outputs in target's shape."""
     of_class, prob, scale, shift, at = classes
     rows = Classes(  # torch.compile of torch 2.6 cannot trace _replace
@@ -283,7 +281,7 @@ def _outputs(
         *wanted,
     )  # fmt: skip
     n = target.numel()
-    return [o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs]
+    return Outputs(*(o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs))
 
 
 def autocast(

@@ -15,9 +15,9 @@ from ..core.reduction import reduction_of
 from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.library import Classes
-from ..ops.logits import as_stats
+from ..ops.logits import token_stats as token_stats_operator
 from ..ops.one_pass import one_pass_loss
-from .targets import AnyTarget, answer_of, target_of, with_token_weight
+from .targets import AnyTarget, target_of, with_token_weight
 
 
 def token_stats(
@@ -91,11 +91,11 @@ def token_stats(
     )
     weight = checks.class_weight(weight, input, vocab_size)
     wanted = (entropy, mean_logprob, rank, argmax)
-    outputs = torch.ops.chunked_ce.token_stats(
+    outputs = token_stats_operator(
         input, target, *Classes(weight if mean_logprob else None), ignore_index, vocab_size,
         softcap, logit_scale, backend, *wanted, inplace_backward,
     )  # fmt: skip
-    return as_stats(outputs, wanted)
+    return outputs.of_user(wanted)
 
 
 def cross_entropy(
@@ -212,12 +212,11 @@ def cross_entropy(
             input, index, how, label_smoothing, z_loss_weight,
             goal.ignore_index, vocab_size, softcap, logit_scale, backend, inplace_backward,
         )  # fmt: skip
-    outputs = torch.ops.chunked_ce.token_stats(
+    outputs = token_stats_operator(
         input, index, *goal.classes, goal.ignore_index, vocab_size, softcap, logit_scale, backend,
         False, goal.wants_mean_logprob, False, False, inplace_backward,
     )  # fmt: skip
-    answer = answer_of(outputs)
-    return how.with_z_loss(goal.cross_entropy(answer), answer.lse, z_loss_weight)
+    return how.with_z_loss(goal.cross_entropy(outputs), outputs.lse, z_loss_weight)
 
 
 def _wants_gradient(input: Tensor) -> bool:

@@ -6,9 +6,8 @@ Each says what to ask an operator for, and makes of the answer the cross-entropy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,27 +16,12 @@ from .. import checks
 from ..core.class_logits import is_first
 from ..core.reduction import weighted
 from ..core.row_stats import is_scored, smoothed
-from ..ops.library import NO_CLASS, Classes
+from ..ops.library import NO_CLASS, Classes, Outputs
 
 AnyTarget = Tensor | tuple[Tensor, Tensor]
 
 NEVER = NO_CLASS
 """An ignore_index that is no class."""
-
-
-class Answer(NamedTuple):
-    """Of an operator, [...] each."""
-
-    lse: Tensor
-    logprob: Tensor
-    mean_logprob: Tensor
-    at_classes: Tensor  # [..., K] logits
-
-
-def answer_of(outputs: Sequence[Tensor]) -> Answer:
-    """An empty output was not asked for, but then no target reads it."""
-    lse, logprob, _, _, mean_logprob, _, at_classes, *_ = outputs
-    return Answer(lse, logprob, mean_logprob, at_classes)
 
 
 class Target(Protocol):
@@ -63,7 +47,7 @@ class Target(Protocol):
     def counts(self) -> Tensor | None:
         """[...] what each token counts for in a mean; None: 1."""
 
-    def cross_entropy(self, answer: Answer) -> Tensor:
+    def cross_entropy(self, outputs: Outputs) -> Tensor:
         """[...] of each token, 0 where ignored."""
 
 
@@ -95,11 +79,11 @@ class ClassIndices:
         of_class = self.weight[existing]
         return torch.where(is_scored(self.index, self.ignore_index), of_class, 0.0)
 
-    def cross_entropy(self, answer: Answer) -> Tensor:
-        loss, counts = -answer.logprob, self.counts
+    def cross_entropy(self, outputs: Outputs) -> Tensor:
+        loss, counts = -outputs.logprob, self.counts
         if counts is not None:
             loss = weighted(loss, counts.to(loss.dtype))
-        return smoothed(loss, answer.mean_logprob, self.label_smoothing)
+        return smoothed(loss, outputs.mean_logprob, self.label_smoothing)
 
 
 class _Distribution:
@@ -129,8 +113,9 @@ class ClassProbabilities(_Distribution):
         s = self.label_smoothing
         return Classes(self.weight, self.prob, 1.0 - s, s)
 
-    def cross_entropy(self, answer: Answer) -> Tensor:
-        return -answer.mean_logprob
+    def cross_entropy(self, outputs: Outputs) -> Tensor:
+        assert outputs.mean_logprob is not None
+        return -outputs.mean_logprob
 
 
 @dataclass(frozen=True)
@@ -166,18 +151,20 @@ class TopK(_Distribution):
     def wants_mean_logprob(self) -> bool:
         return self.spread_rest or self.label_smoothing > 0
 
-    def cross_entropy(self, answer: Answer) -> Tensor:
-        z = answer.at_classes
+    def cross_entropy(self, outputs: Outputs) -> Tensor:
+        z, mean_logprob = outputs.at_classes, outputs.mean_logprob
+        assert z is not None
         dtype, s = z.dtype, self.label_smoothing
         prob = self.prob.masked_fill(~self.given, 0.0)
         q = prob.to(dtype)
-        floor = torch.full_like(answer.lse, s / self.vocab_size)  # of every class
+        floor = torch.full_like(outputs.lse, s / self.vocab_size)  # of every class
         if self.spread_rest:
+            assert mean_logprob is not None
             first = self.given & is_first(self.indices)
             others = self.vocab_size - first.sum(-1)
             # In the teacher's digits, of which 1 - 0.999 needs more than float32 has.
             exact = prob.to(torch.promote_types(prob.dtype, dtype))
-            share = self._rest(exact, answer.mean_logprob).masked_fill(others == 0, 0.0)
+            share = self._rest(exact, mean_logprob).masked_fill(others == 0, 0.0)
             share = (share / others.clamp(min=1)).to(dtype)
             q = q - share[..., None] * first
             floor = (1.0 - s) * share + floor
@@ -185,15 +172,16 @@ class TopK(_Distribution):
             q = q * self.weight.to(dtype)[self.indices.clamp(0, self.vocab_size - 1)]
         # From the likeliest class, for that has all digits; unless its logit is -inf.
         at_index = z.gather(-1, self.likeliest)
-        near = (z - at_index) + answer.logprob[..., None]
-        logprob = torch.where(at_index.isfinite(), near, z - answer.lse[..., None])
+        near = (z - at_index) + outputs.logprob[..., None]
+        logprob = torch.where(at_index.isfinite(), near, z - outputs.lse[..., None])
         q = (1.0 - s) * q
         # At a logit of -inf the mean below is infinite: less than the even share of that is none.
         # A row that is broken is NaN, whatever weighs 0 in it.
         nothing = ((q == 0) & ~(self.given & logprob.isnan())) | ((q < 0) & (logprob == -torch.inf))
         loss = -(q * logprob).masked_fill(nothing, 0.0).sum(-1)
         if self.wants_mean_logprob:
-            even = floor * self.vocab_size * answer.mean_logprob
+            assert mean_logprob is not None
+            even = floor * self.vocab_size * mean_logprob
             loss = loss - (even if s > 0 else even.masked_fill(floor == 0, 0.0))
         return loss
 

@@ -126,7 +126,7 @@ def _linear_stats(
         )  # fmt: skip
         at = at_classes(logits, labels, of_chunk, ignore_index, vocab_size, head)
         for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
-            if value.numel():
+            if value is not None:
                 out[index] = value
     return outputs
 

@@ -19,7 +19,7 @@ from .. import backends, checks
 from ..core.class_logits import gradient_at, logits_at
 from ..core.gradient import Coefficients, coefficients
 from ..core.head import Head, compute_dtype
-from ..core.row_stats import RowStatistics, TokenStats, is_scored
+from ..core.row_stats import RowStatistics, is_scored
 from . import transforms
 from .library import (
     CLASSES_SCHEMA,
@@ -31,7 +31,9 @@ from .library import (
     SHARED_SCHEMA,
     UPSTREAM_SCHEMA,
     Classes,
+    Outputs,
     check_targets,
+    is_dispatched,
     library,
     no_double_backward,
 )
@@ -46,12 +48,41 @@ library.define(f"token_grad(Tensor input, {_GRADIENT}) -> Tensor")
 library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
 
 
-def _token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
+    """Call chunked_ce::token_stats."""
+    if is_dispatched(input):
+        return Outputs(*torch.ops.chunked_ce.token_stats(input, target, *arguments))
+    if _wants_gradient(input, arguments[1]):
+        return Outputs(*_TokenStats.apply(input, target, *arguments))  # type: ignore[no-untyped-call]
+    return _statistics(input, target, *arguments)
+
+
+def _wants_gradient(input: Tensor, prob: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad or (prob is not None and prob.requires_grad)
+    )
+
+
+def _token_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    return _as_tensors(_statistics(*arguments))
+
+
+def _as_tensors(outputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What an operator returns is a Tensor always; an empty one was not asked for."""
+    lse = outputs[0]
+    assert lse is not None
+    return tuple(
+        lse.new_empty(0, dtype=None if i < INTEGERS else torch.int64) if t is None else t
+        for i, t in enumerate(outputs)
+    )
+
+
+def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
     classes, shared, flags = Classes(*arguments[:5]), arguments[5:10], arguments[10:14]
     ignore_index, vocab_size, softcap, logit_scale, backend = shared
     check_targets(target, vocab_size, ignore_index)
     if target.numel() == 0:
-        return new_outputs(input, target, classes, *flags)
+        return Outputs(*new_outputs(input, target, classes, *flags))
     check_classes(classes, vocab_size)
     head, wanted = Head(softcap, logit_scale), dict(zip(FLAGS, flags, strict=True))
     input = input.detach()
@@ -92,17 +123,13 @@ def check_classes(classes: Classes, vocab_size: int) -> None:
         check_targets(classes.at, vocab_size, NO_CLASS, free=free, per_row=k)
 
 
-def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> tuple[Tensor, ...]:
-    """An operator's outputs are tensors always: empty ones stand for what was not asked for."""
+def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> Outputs:
     lse, logprob, entropy, mean_logprob, rank, argmax = rows.stats
-    given = (lse, logprob, rows.lse_low, entropy, mean_logprob, rows.mass, at, rank, argmax)
-    outputs: list[Tensor] = []
-    for i, out in enumerate(given):
-        if out is None:
-            outputs.append(lse.new_empty(0, dtype=None if i < INTEGERS else torch.int64))
-        else:
-            outputs.append(out if len(shape) == 1 or out is at else out.view(shape))
-    return tuple(outputs)
+    flat = (lse, logprob, rows.lse_low, entropy, mean_logprob, rows.mass, at, rank, argmax)
+    if len(shape) == 1:
+        return Outputs(*flat)
+    shaped = (out if out is None or out is at else out.view(shape) for out in flat)
+    return Outputs(*shaped)  # type: ignore[arg-type]
 
 
 def new_outputs(
@@ -125,14 +152,6 @@ def new_outputs(
         input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
         *(new(integers, rank), new(integers, argmax)),
     )
-
-
-def as_stats(outputs: Sequence[Tensor], wanted: tuple[bool, ...]) -> TokenStats:
-    """An operator's outputs as users get them; `wanted`: entropy, mean_logprob, rank, argmax."""
-    lse, logprob, _, entropy, mean_logprob, _, _, *integers = outputs
-    others = (entropy, mean_logprob, *integers)
-    asked = (out if want else None for out, want in zip(others, wanted, strict=True))
-    return TokenStats(lse, logprob, *asked)
 
 
 def upstream_of(
@@ -202,9 +221,9 @@ def rows_gradient(
     """dL/dinput, in a new tensor or over `input`."""
     head = Head(softcap, logit_scale)
     numbers = Coefficients(
-        *(None if n is None else n.reshape(-1).contiguous() for n in (a, b, c, u))
+        *(None if n is None else _flat(n).contiguous() for n in (a, b, c, u))
     )
-    stats = (lse.reshape(-1), logprob.reshape(-1), lse_low.reshape(-1))
+    stats = (_flat(lse), _flat(logprob), _flat(lse_low))
     values = None
     if classes.at is not None and at_classes is not None and classes.at.numel():
         assert classes.prob is None
@@ -227,6 +246,10 @@ def rows_gradient(
         values = values.view(existing.shape).masked_fill(broken, float("nan"))
         grad.scatter_(-1, existing, values.to(grad.dtype))
     return grad
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t if t.dim() == 1 else t.reshape(-1)
 
 
 def prob_gradient(
@@ -262,18 +285,22 @@ class _TokenStats(torch.autograd.Function):
     """torch.library.register_autograd would do the same at 60 microseconds more a call."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> Sequence[Tensor | None]:
         input, target, *given = arguments
         ctx.classes, ctx.shared = Classes(*given[:5]), given[5:10]
         ctx.wanted, ctx.inplace_backward = given[10:12], given[14]
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.token_stats(*arguments)
+        outputs: Sequence[Tensor | None]
+        if is_dispatched(input):
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = torch.ops.chunked_ce.token_stats(*arguments)
+        else:
+            outputs = _statistics(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[INTEGERS:])
+        ctx.mark_non_differentiable(*(out for out in outputs[INTEGERS:] if out is not None))
         weight, prob, *_, at = ctx.classes
         ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
         ctx.save_for_backward(input, target, weight, prob, at, *outputs[:4], outputs[5])
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -298,17 +325,16 @@ class _TokenStats(torch.autograd.Function):
             return input.detach(), *no_gradient
         if torch.is_grad_enabled():
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
+        if not is_dispatched(input):
+            return _token_grad(*arguments), *no_gradient
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
 
 
 def _differentiable_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Any:
-    prob = arguments[1]
-    if torch.is_grad_enabled() and (
-        input.requires_grad or (prob is not None and prob.requires_grad)
-    ):
+    if _wants_gradient(input, arguments[1]):
         transforms.not_within_compiled()
-        return _TokenStats.apply(input, target, *arguments)  # type: ignore[no-untyped-call]
+        return _as_tensors(_TokenStats.apply(input, target, *arguments))  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.token_stats(input, target, *arguments)
 
