@@ -1,9 +1,11 @@
 /* The library's entries: what is divided among threads, and in which pieces. */
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "elementwise.h"
 
 enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 17, LAYOUT = 1 };
+enum { MAPPED_BYTES = 32 << 20 }; /* malloc maps what is larger anew each time */
 
 static int64_t rows_per_task(const Job *job)
 {
@@ -46,6 +48,23 @@ static int segments(const Job *job, int64_t threads)
     return 1;
 }
 
+/* A large new gradient is memory that no one has touched: its first pages cost more than its numbers. */
+static void ask_for_huge_pages(const Job *job)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21;
+    int64_t bytes = job->outer * job->inner * job->columns * size_of(job->grad.dtype);
+    int is_dense = job->outer == 1 && job->grad.stride[1] == job->columns && job->grad.stride[2] == 1;
+    if (!is_dense || job->grad.data == job->x.data || bytes < MAPPED_BYTES)
+        return;
+    uintptr_t first = (uintptr_t)job->grad.data, stop = (first + (uintptr_t)bytes) & ~(page - 1);
+    first = (first + page - 1) & ~(page - 1);
+    madvise((void *)first, stop - first, MADV_HUGEPAGE); /* without them all is as well */
+#else
+    (void)job;
+#endif
+}
+
 /* 0: done. Otherwise 1 + the first row whose target does not exist; then nothing is done. */
 int64_t chunked_ce_run(const Job *job)
 {
@@ -57,6 +76,8 @@ int64_t chunked_ce_run(const Job *job)
         if (!ignored && !job->shard && (target < 0 || target >= job->vocab_size))
             return row + 1;
     }
+    if (job->kind == GRADIENT || job->kind == LOSS_AND_GRADIENT)
+        ask_for_huge_pages(job);
     int64_t threads = scored * job->vocab_size / ELEMENTS_PER_THREAD;
     threads = threads < job->threads ? threads : job->threads;
     int few = threads > 1 && rows < 4 * threads && segments_of(job->vocab_size) > 1;
