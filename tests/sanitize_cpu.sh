@@ -9,6 +9,14 @@ flags="-std=gnu11 -O3 -g -fno-omit-frame-pointer -fopenmp-simd -fno-math-errno -
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
+for each in gcc clang; do
+    for set in x86-64 x86-64-v3 x86-64-v4; do
+        command -v "$each" > /dev/null && [ "$(uname -m)" = x86_64 ] || continue
+        echo "CPU kernels for $set: warnings of $each"
+        "$each" $flags -march=$set -shared -fPIC -o "$folder/warned" kernels/cpu/*.c -lm
+    done
+done
+
 echo "CPU kernels with -fsanitize=thread"
 "$compiler" $flags -fsanitize=thread -Ikernels/cpu -o "$folder/threads" tests/cpu_threads.c kernels/cpu/*.c -lm
 TSAN_OPTIONS=halt_on_error=1 "$folder/threads"
