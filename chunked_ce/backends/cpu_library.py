@@ -78,6 +78,8 @@ def load(file: Path | None) -> ctypes.CDLL | None:
     if file is None:
         return None
     try:
+        if _is_cut_off(file):
+            raise OSError("the file is cut off")
         library = ctypes.CDLL(str(file))
         library.chunked_ce_run.argtypes = [ctypes.c_char_p]
         library.chunked_ce_elementwise.argtypes = [ctypes.POINTER(Elementwise)]
@@ -96,6 +98,17 @@ def load(file: Path | None) -> ctypes.CDLL | None:
         stacklevel=2,
     )
     return None
+
+
+def _is_cut_off(file: Path) -> bool:
+    """Whether an ELF file ends before its section headers, which end it. To load it would crash."""
+    with open(file, "rb") as opened:
+        header, length = opened.read(64), opened.seek(0, 2)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # not of 64 bits, lowest byte first
+        return False
+    (start,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return bool(length < start + size * count)
 
 
 LIBRARY = load(path())  # at import: a compiler that traces callers must not meet it

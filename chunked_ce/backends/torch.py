@@ -210,7 +210,7 @@ def _block_part(
     if mean_logprob:
         w = torch.ones_like(z).mul_(weights).masked_fill_(is_target, 0.0)
         mass, total = w.sum(1), (w * z).masked_fill_(w == 0, 0.0).sum(1)
-    e = z.exp()
+    e = z.exp() if entropy else z.exp_()
     if entropy:
         weighted = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
     return Part(m, e.sum(1), weighted, total, mass, num_better, best)
@@ -225,14 +225,15 @@ def block_gradient(
     weights: Tensor | float,  # [R, C] of `rows.u`
 ) -> Tensor:
     z = _transformed(x, head).sub_(lse[:, None])
-    p = z.exp()
     if rows.slope is None:
-        grad = p.mul_(rows.scale)
+        grad = z.exp_().mul_(rows.scale)
     else:
+        p = z.exp()
         grad = z.mul_(rows.slope).add_(rows.scale).mul_(p).masked_fill_(p == 0, 0.0)
     if rows.u is not None:
         grad.add_(rows.u * weights)
-    return torch.where(is_target, rows.at_target, grad).mul_(head.derivative(x))
+    torch.where(is_target, rows.at_target, grad, out=grad)
+    return grad if head.is_identity else grad.mul_(head.derivative(x))
 
 
 def _transformed(x: Tensor, head: Head) -> Tensor:
@@ -244,7 +245,8 @@ def _transformed(x: Tensor, head: Head) -> Tensor:
 
 def _is_target(column: Tensor, columns: slice) -> Tensor:
     """[R, C] of `column` [R]."""
-    return torch.arange(columns.start, columns.stop, device=column.device) == column[:, None]
+    classes = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=column.device)
+    return classes == column[:, None].int()
 
 
 def _class_weights(

@@ -147,9 +147,11 @@ void KIND(row)(const Job *job, int64_t row)
 {
     const int64_t pieces = segments_of(job->vocab_size);
     const int ignored = job->target[row] == job->ignore_index;
-    if (ignored && job->kind != PARTS) {
+    if (job->kind == GRADIENT) {
+        /* lse and the like are given: written by nobody, as other calls may read them */
+    } else if (ignored && job->kind != PARTS) {
         KIND(put_blank)(job, row);
-    } else if (job->kind != GRADIENT) {
+    } else {
         REAL z = KIND(target_logit)(job, row);
         Part whole = empty_part();
         for (int64_t i = 0; i < pieces; i++) {

@@ -71,7 +71,7 @@ TESTS: dict[str, list[list[str]]] = {
     ],
     "chunked_ce/backends/torch.py": [*_TORCH, *_ELSEWHERE],
     "chunked_ce/backends/cpu.py": [_of("test_backend_cpu"), _of("test_token_stats", "cpu"), _of("test_drop_in", "cpu")],
-    "chunked_ce/backends/cpu_library.py": [_of("test_backend_cpu")],
+    "chunked_ce/backends/cpu_library.py": [_of("test_backend_cpu"), _of("test_backend_cpu_threads", "library")],
     "chunked_ce/backends/cpu_binary.py": [_of("test_backend_cpu_binary"), _of("test_binary", "cpu and not compile and not operators and not memory")],
     "chunked_ce/backends/strided_rows.py": [_of("test_strided_rows"), *_OF_VIEWS, _of("test_binary", _triton("views"))],
     "chunked_ce/ops/chunks.py": [_LINEAR],
