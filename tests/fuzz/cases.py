@@ -21,7 +21,7 @@ INF, NAN = float("inf"), float("nan")
 # Infinite, signed zeros, subnormal, large, near fp16's range
 SPECIAL = [INF, -INF, -INF, NAN, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 1e4, -1e4, 65504.0, -65504.0]
 # The kernels' documented range is 1e9 after logit_scale
-LARGEST = dict(torch=1e15, triton=4e8)
+LARGEST = dict(torch=1e15, cpu=1e15, triton=4e8)
 
 SHAPES = st.one_of(
     st.lists(st.integers(0, 4), min_size=0, max_size=3).map(tuple),
@@ -39,7 +39,8 @@ VIEWS = ["whole", "whole", "offset", "every other class", "classes outermost", "
 
 def backends(torch: int, triton: int, long: int):
     """A test for each backend, and how many cases each tries; the kernels at length `long`."""
-    marks = dict(torch=pytest.mark.cases(torch), triton=pytest.mark.cases(triton, long=long))
+    plain = pytest.mark.cases(torch)
+    marks = dict(torch=plain, cpu=plain, triton=pytest.mark.cases(triton, long=long))
     each = [pytest.param(name, marks=mark) for name, mark in marks.items()]
     return pytest.mark.parametrize("backend", each)
 

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.strategies import SearchStrategy
 
+from chunked_ce.backends import cpu_library
+
 N, SEED = (int(os.environ.get(name) or 0) for name in ("FUZZ_CASES", "FUZZ_SEED"))
 AT_LENGTH = 10  # times what the fast slice tries, where `cases` does not say how many
 TRIED: Counter[str] = Counter()
@@ -58,6 +60,8 @@ def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
     backend = request.node.callspec.params.get("backend")
     if backend == "triton":
         pytest.importorskip("triton")
+    if backend == "cpu" and not cpu_library.is_there():
+        pytest.skip("the CPU kernels are not built")
 
     def run(strategy: SearchStrategy[Any], check: Callable[..., None]) -> None:
         def test(case: Any) -> None:
@@ -65,6 +69,8 @@ def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
             if backend == "triton":
                 with torch.device(device):
                     check(cases.on(device, case), backend)
+            elif backend == "cpu":
+                check(case, backend)
             else:
                 check(case)
 
