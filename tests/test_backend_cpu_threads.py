@@ -207,7 +207,7 @@ def call():
 token_stats(x[:1, :100], target[:1] % 100, entropy=True, backend="cpu")
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 threading.stack_size(1 << 18)  # of the watcher
-resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 22), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
 limited = most_threads(call)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(limited, most_threads(call))

@@ -18,6 +18,16 @@ typedef struct {
     pthread_cond_t all_done;
 } Queue;
 
+/* Threads started that have not run yet: while the machine is so busy, no more are added to them. */
+static _Atomic int64_t waiting;
+
+static void forget_waiting(void) { atomic_store(&waiting, 0); }
+
+__attribute__((constructor)) static void at_load(void)
+{
+    pthread_atfork(NULL, NULL, forget_waiting); /* a forked child has none of them */
+}
+
 static void take_tasks(Queue *queue)
 {
     int64_t index;
@@ -42,6 +52,7 @@ static void let_go(Queue *queue)
 
 static void *work(void *queue)
 {
+    atomic_fetch_sub(&waiting, 1);
     take_tasks(queue);
     let_go(queue);
     return NULL;
@@ -59,10 +70,12 @@ static void start_threads(Queue *queue, int64_t count)
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = atomic_load(&waiting); i < count; i++) {
         atomic_fetch_add(&queue->owners, 1);
+        atomic_fetch_add(&waiting, 1);
         if (pthread_create(&thread, &attributes, work, queue) != 0) {
             atomic_fetch_sub(&queue->owners, 1); /* the others do its share */
+            atomic_fetch_sub(&waiting, 1);
             break;
         }
     }
