@@ -68,7 +68,8 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 HELD_OUT_EVERY = 20
 VALIDATION_TOKENS = 32768  # a few seconds on two CPU cores
 AVERAGED_STEPS = 10
-REPEATS = 5
+REPEATS = 9
+BUSY_CORES = 0.2  # used by other programs: enough to be said
 
 Call = Callable[[], object]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, head, targets
@@ -367,11 +368,16 @@ def compare(model: GPT2LMHeadModel, batch: Sequence[Tensor], dtype: str) -> dict
         n: partial(head_gradients, model, hidden, targets, f, dtype) for n, f in losses.items()
     }
     (torch_nats, torch_grads), *others = (call() for call in step.values())
+    others_start, clock_start = cpu_seconds_of_others(), time.perf_counter()
+    loss_seconds = seconds_in_turns(alone, inputs.device)
+    step_seconds = seconds_in_turns(step, inputs.device)
+    others_took = cpu_seconds_of_others() - others_start
     return {
         "logits_bytes": targets.numel() * model.lm_head.weight.shape[0] * hidden.element_size(),
         "loss_extra_bytes": {n: extra_bytes(call, inputs.device) for n, call in alone.items()},
-        "loss_seconds": median_seconds(alone, inputs.device),
-        "step_seconds": median_seconds(step, inputs.device),
+        "loss_seconds": loss_seconds,
+        "step_seconds": step_seconds,
+        "cores_used_by_others": others_took / (time.perf_counter() - clock_start),
         "loss_difference": max(abs(torch_nats - nats) for nats, _ in others),
         "gradient_difference": max(
             (a - b).abs().max().item()
@@ -402,7 +408,13 @@ def head_gradients(
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-def median_seconds(calls: Mapping[str, Call], device: torch.device) -> dict[str, float]:
+class Seconds(NamedTuple):
+    median: float
+    fastest: float
+    slowest: float
+
+
+def seconds_in_turns(calls: Mapping[str, Call], device: torch.device) -> dict[str, Seconds]:
     """In turns, so that what else the machine does falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name in list(calls) * REPEATS:
@@ -411,7 +423,16 @@ def median_seconds(calls: Mapping[str, Call], device: torch.device) -> dict[str,
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         times[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in times.items()}
+    return {name: Seconds(median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def cpu_seconds_of_others() -> float:
+    """What all processes but this one have used since the machine started; NaN: not known."""
+    try:
+        user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
+    except OSError:
+        return math.nan
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def extra_bytes(call: Call, device: torch.device) -> int | None:
@@ -440,16 +461,28 @@ def resident_bytes(name: str) -> int:
 
 
 def table(comparison: dict[str, Any]) -> str:
-    lines = [f"{'':24}{'step':>10}{'head, loss':>13}{'its extra memory':>19}"]
+    """Medians, with the fastest and the slowest."""
+    lines = [f"{'':24}{'step':>22}{'head and loss':>25}{'its extra memory':>19}"]
     for name, step in comparison["step_seconds"].items():
         loss, extra = comparison["loss_seconds"][name], comparison["loss_extra_bytes"][name]
         memory = "not measured" if extra is None else f"{extra / 2**20:.0f} MiB"
-        lines.append(f"{name:24}{step * 1e3:7.0f} ms{loss * 1e3:10.1f} ms{memory:>19}")
+        lines.append(f"{name:24}{milliseconds(step):>22}{milliseconds(loss):>25}{memory:>19}")
+    busy = comparison["cores_used_by_others"]
+    if busy > BUSY_CORES:
+        lines.append(
+            f"other programs used {busy:.1f} of {os.cpu_count()} cores meanwhile: "
+            "compare the fastest times, or repeat on an idle machine"
+        )
     lines.append(
         "largest difference of a parameter's gradient {gradient_difference:.1e} (largest gradient "
         "{largest_gradient:.1e}), difference of the losses {loss_difference:.1e}"
     )
     return "\n".join(lines).format(**comparison)
+
+
+def milliseconds(seconds: Seconds) -> str:
+    median, fastest, slowest = (1e3 * value for value in seconds)
+    return f"{median:.0f} ms ({fastest:.0f} - {slowest:.0f})"
 
 
 # What is kept

@@ -260,3 +260,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_missing_gpu_is_named(train_gpt: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     assert train_gpt.main(["--device", "cuda"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_the_closing_table_says_when_cores_were_busy():
+    seconds = train_gpt.Seconds(0.2, 0.1, 0.4)
+    comparison = {
+        "step_seconds": {"F.cross_entropy": seconds},
+        "loss_seconds": {"F.cross_entropy": seconds},
+        "loss_extra_bytes": {"F.cross_entropy": 5 << 20},
+        "gradient_difference": 1e-9,
+        "largest_gradient": 1.0,
+        "loss_difference": 0.0,
+    }
+    busy = train_gpt.table(comparison | {"cores_used_by_others": 1.25})
+    assert "200 ms (100 - 400)" in busy and "other programs used 1.2 of" in busy
+    assert "other programs" not in train_gpt.table(comparison | {"cores_used_by_others": 0.02})
