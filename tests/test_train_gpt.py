@@ -262,7 +262,7 @@ def test_a_missing_gpu_is_named(train_gpt: ModuleType, capfd: pytest.CaptureFixt
     assert capfd.readouterr().err.count("\n") == 1
 
 
-def test_the_closing_table_says_when_cores_were_busy():
+def test_the_closing_table_says_when_cores_were_busy(train_gpt):
     seconds = train_gpt.Seconds(0.2, 0.1, 0.4)
     comparison = {
         "step_seconds": {"F.cross_entropy": seconds},
