@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chunked_ce.backends import choice, clusters, cpu_binary, gpu
+from chunked_ce import backends
+from chunked_ce.backends import clusters, cpu_binary, gpu
 from chunked_ce.backends import cpu as backend_cpu
 from chunked_ce.functional import linear, logits
 from chunked_ce.ops import chunks, one_pass
@@ -28,7 +29,7 @@ from chunked_ce.ops import linear as linear_ops
 from chunked_ce.ops import logits as ops
 
 _OPERATORS = (ops, one_pass, linear_ops)
-_chosen = choice.choose_backend
+_chosen = backends.choose_backend
 _KERNELS = ("token_stats", "finish", "token_grad", "loss_and_grad", "scale")
 
 

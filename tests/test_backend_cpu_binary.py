@@ -100,7 +100,7 @@ def test_scale(dtype, layout):
         expected = (grad.to(factor.dtype) * wide).to(dtype)
         expected[1, 2] = 0
         ours = grad.clone(memory_format=torch.preserve_format)
-        backends.scale_("cpu", ours, factor)
+        backends.scale_(ours, factor, "cpu")
         assert torch.equal(ours, expected)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from chunked_ce import cross_entropy, token_stats
-from chunked_ce.checks import mistakes
+from chunked_ce.checks import loss as loss_checks
 from chunked_ce.ops import logits as ops
 
 UPSTREAM = {
@@ -456,7 +456,7 @@ def test_no_host_synchronisation(backend, device, monkeypatch):
     from chunked_ce.backends import torch as backend_torch
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
-    monkeypatch.setattr(mistakes, "_is_free", lambda x: False)
+    monkeypatch.setattr(loss_checks, "may_be_read", lambda x: False)
     x, target = batch(5, 60, device=device)
     leaf = x.clone().requires_grad_()
     reads.clear()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from chunked_ce.backends import choice, cpu_library
+from chunked_ce import backends
+from chunked_ce.backends import cpu_library
 from chunked_ce.backends import torch as backend_torch
 from chunked_ce.cli import main
 from chunked_ce.cli.doctor import losses, others, self_check, statistics
@@ -18,11 +19,11 @@ CPU = torch.device("cpu")
 
 
 def test_nothing_is_wrong_here(monkeypatch, capsys):
-    monkeypatch.setattr(choice, "_INTERPRETED", False)  # the kernels have tests of their own
+    monkeypatch.setattr(backends, "INTERPRETED", False)  # the kernels have tests of their own
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in printed
-    backend = choice.choose_backend("auto", CPU)
+    backend = backends.choose_backend("auto", CPU)
     assert f"device cpu\n  backend: {backend}: " in printed
     if backend == "cpu":
         used = cpu_library.path().stem.removeprefix("cpu_")
@@ -44,7 +45,7 @@ def test_the_kernels_are_checked_where_they_can_run(device):
 
 def test_a_backend_is_asked_for_what_it_has():
     names = {b: set(self_check.checks_of(CPU, b)) for b in ("cpu", "torch", "triton")}
-    auto = choice.choose_backend("auto", CPU)
+    auto = backends.choose_backend("auto", CPU)
     assert names.pop(auto) == set(self_check.CHECKS)
     for some in names.values():
         assert set(self_check.CHECKS) - some == {"perplexity, Perplexity"}
@@ -177,7 +178,7 @@ def test_a_package_without_metadata_is_no_traceback(monkeypatch):
 def test_a_gpu_that_fails_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "_properties", broken)
     monkeypatch.setattr(doctor.gpu, "processors", broken)
-    monkeypatch.setattr(choice, "_TRITON_INSTALLED", False)
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
     findings = {f.what: f for f in doctor._device(torch.device("cuda", 0))}
     for what in ("name", "memory", "processors"):
         assert not findings[what].ok and "no kernel image" in findings[what].result
@@ -208,7 +209,7 @@ row_statistics, logits_gradient = backend_torch.row_statistics, backend_torch.lo
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_exit_code_1(function, instead, said, monkeypatch, capsys):
-    monkeypatch.setattr(choice, "_INTERPRETED", False)
+    monkeypatch.setattr(backends, "INTERPRETED", False)
     monkeypatch.setattr(cpu_library, "IS_THERE", False)
     monkeypatch.setattr(backend_torch, function, instead)
     assert main(["doctor"]) == 1
@@ -220,8 +221,8 @@ def test_what_is_wrong_is_said_with_exit_code_1(function, instead, said, monkeyp
 def test_why_a_backend_runs(monkeypatch):
     on_gpu, on_cpu = torch.device("cuda", 0), torch.device("cpu")
     for installed, backend in ((True, "triton"), (False, "torch")):
-        monkeypatch.setattr(choice, "_TRITON_INSTALLED", installed)
-        assert choice.choose_backend("auto", on_gpu) == backend
+        monkeypatch.setattr(backends, "TRITON_INSTALLED", installed)
+        assert backends.choose_backend("auto", on_gpu) == backend
         assert ("is not installed" in doctor._reason(on_gpu, backend)) != installed
         assert doctor._backends(on_gpu) == ["triton", "torch"][not installed :]
     assert doctor._backends(on_cpu)[-1] == "torch"

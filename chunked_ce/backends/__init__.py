@@ -1,15 +1,39 @@
-"""One face of the backends: by name, with the same arguments."""
+"""One face of the backends: which one runs, and each with the same arguments."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import importlib.util
+import os
 
+from torch import Tensor
+from torch import device as Device
+
+from .. import checks
 from ..core.gradient import Coefficients
 from ..core.head import Head
 from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics
 from . import cpu as backend_cpu
-from . import cpu_binary
+from . import cpu_binary, cpu_library
 from . import torch as backend_torch
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# As Triton reads it, and when it does: a change after the import comes too late for both.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def choose_backend(backend: str, device: Device) -> str:
+    """Return the backend asked for, if it can run, or for "auto" the best one for `device`."""
+    if backend == "auto":
+        if device.type in ("cuda", "xpu") and TRITON_INSTALLED:
+            return "triton"
+        return "cpu" if device.type == "cpu" and cpu_library.IS_THERE else "torch"
+    if backend == "triton":
+        checks.triton_can_run(device, installed=TRITON_INSTALLED, interpreted=INTERPRETED)
+    elif backend == "cpu":
+        checks.cpu_can_run(device, built=cpu_library.IS_THERE)
+    else:
+        checks.backend_name(backend)
+    return backend
 
 
 def row_statistics(
@@ -128,7 +152,7 @@ def loss_and_gradient(
     )
 
 
-def scale_(backend: str, grad: Tensor, upstream: Tensor) -> None:
+def scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
     """grad [..., V] *= upstream [...] or []; nothing is done where that is 1."""
     if grad.numel() == 0:
         return
@@ -138,3 +162,11 @@ def scale_(backend: str, grad: Tensor, upstream: Tensor) -> None:
         backend_triton.scale_(grad, upstream)
     elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
         (cpu_binary if backend == "cpu" else backend_torch).scale_(grad, upstream)
+
+
+def check_targets(
+    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False, per_row: int = 1
+) -> None:
+    """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
+    if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
+        checks.targets_in_range(target, vocab_size, ignore_index, per_row)

@@ -113,8 +113,3 @@ def _is_cut_off(file: Path) -> bool:
 
 LIBRARY = load(path())  # at import: a compiler that traces callers must not meet it
 IS_THERE = LIBRARY is not None
-
-
-def is_there() -> bool:
-    """Whether the backend "cpu" can run."""
-    return IS_THERE

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checks
 from ..core.gradient import Coefficients, RowGradient, row_gradient, token_loss_coefficients
 from ..core.head import Head, compute_dtype
+from ..core.reduction import is_scored, token_loss
 from ..core.row_stats import (
     UNIFORM,
     ClassWeights,
@@ -23,9 +24,7 @@ from ..core.row_stats import (
     blank,
     concatenate,
     finish,
-    is_scored,
     merge,
-    token_loss,
 )
 from .torch_blocks import blocks
 

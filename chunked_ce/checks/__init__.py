@@ -11,3 +11,4 @@ from .loss import *
 from .mistakes import *
 from .planner import *
 from .targets import *
+from .values import target_indices as target_indices

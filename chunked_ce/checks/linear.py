@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .targets import are_probabilities, target_indices
-from .targets import target as any_target
-from .values import brief, dense, flag, floating, integer, is_dtensor, same_device, shape
+from .loss import target as any_target
+from .values import (
+    are_probabilities,
+    brief,
+    dense,
+    flag,
+    floating,
+    integer,
+    is_dtensor,
+    same_device,
+    shape,
+    target_indices,
+)
 
 
 def hidden_states(input: Tensor) -> None:

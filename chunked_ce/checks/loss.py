@@ -7,17 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mistakes import no_probabilities
+from .targets import class_probabilities, classes_last, nothing_to_ignore, top_k
 from .values import (
     LARGEST,
+    are_probabilities,
     brief,
     dense,
     flag,
     floating,
     integer,
+    is_int,
+    may_be_read,
     names,
     number,
     same_device,
     shape,
+    target_indices,
+    without_classes,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -137,3 +144,154 @@ def num_items(value: Any, reduction: str, input: Tensor) -> int | Tensor | None:
             f"num_items is {count}, expected at least 1: skip a batch that has no tokens"
         )
     return count
+
+
+def class_dimension(input: Tensor, dim: object) -> int:
+    """Where the classes of `input` are, from 0 on; a single row [V] has them in dimension 0."""
+    if not is_int(dim):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    n = input.dim()
+    if n == 1:
+        if dim not in (0, 1, -1):
+            raise ValueError(
+                f"dim is {dim}, but an input of shape {shape(input)} has its classes in dimension 0"
+            )
+        dim = 0
+    if not -n <= dim < n:
+        raise ValueError(
+            f"dim is {dim}, but input of shape {shape(input)} has dimensions {-n} to {n - 1}"
+        )
+    if input.shape[dim] == 0:
+        raise ValueError(
+            f"input of shape {shape(input)} has no classes: dimension {dim % n} must be at least 1"
+        )
+    return dim % n
+
+
+def target(input: Tensor, target: Any, dim: int) -> None:
+    """`target` is one that `input` with its classes in `dim` can have; its values are not read."""
+    if isinstance(target, (tuple, list)):
+        top_k(input, target, dim)
+    elif are_probabilities(target):
+        class_probabilities(input, target, dim)
+    else:
+        target_indices(target)
+        _indices(input, target, dim)
+
+
+def _indices(input: Tensor, target: Tensor, dim: int) -> None:
+    expected = without_classes(input, dim)
+    if target.shape == expected:
+        same_device("target", target, input)
+        return
+    classes_last(input, target.shape, input.shape[:-1], target, dim)
+    if target.shape == input.shape:
+        raise ValueError(
+            f"target of dtype {target.dtype} has input's shape {shape(input)}, expected class "
+            f"indices of shape {list(expected)}: of one-hot rows pass target.argmax({dim}), "
+            "of class probabilities target.float(); "
+            "for several labels a row see binary_cross_entropy_with_logits"
+        )
+    raise ValueError(
+        f"target has shape {shape(target)}, but input of shape {shape(input)} with its classes in "
+        f"dimension {dim} has one class index for each of {list(expected)}"
+    )
+
+
+def one_target_per_row(input: Tensor, target: Tensor) -> None:
+    """`input` [..., V] and `target` [...], class dimension last."""
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {shape(target)}, but input of shape {shape(input)} has one row "
+            f"per target of shape {shape(input[..., 0])}: give one class index per row of logits"
+        )
+    same_device("target", target, input)
+
+
+def no_class_ignored(ignore_index: Any, target: object) -> None:
+    """As `torch.nn.functional.cross_entropy`: beside probabilities only what is no class."""
+    if are_probabilities(target) and is_int(ignore_index) and ignore_index >= 0:
+        nothing_to_ignore(ignore_index, "leave it -100")
+
+
+def spread_rest(value: object, target: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"spread_rest must be True or False, got {type(value).__name__}")
+    if value and not isinstance(target, (tuple, list)):
+        raise ValueError(
+            "spread_rest=True says what happens to the classes that a pair (indices, "
+            "probabilities) does not name, but target is no such pair: leave it False"
+        )
+
+
+def no_ignore_index(ignore_index: object, target: object) -> None:
+    """As `torch.nn.functional.linear_cross_entropy`: beside probabilities none is given."""
+    if are_probabilities(target) and ignore_index is not None:
+        nothing_to_ignore(ignore_index, "leave it None")
+
+
+def deprecated(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None:
+            raise TypeError(
+                f"{name} is {value!r}, but torch has deprecated it and it is not taken here: "
+                "use reduction='mean', 'sum' or 'none', by name"
+            )
+
+
+def grad_in_forward(value: object, token_weight: object, num_items: object) -> None:
+    flag("grad_in_forward", value)
+    for name, t in (("token_weight", token_weight), ("num_items", num_items)):
+        if value and isinstance(t, Tensor) and t.requires_grad:
+            raise ValueError(
+                f"grad_in_forward=True computes the gradient of input alone, but {name} requires "
+                f"one too: pass {name}.detach(), or grad_in_forward=False"
+            )
+
+
+def inplace_backward(value: object, input: Tensor) -> None:
+    """Whether backward may write the gradient over these logits."""
+    flag("inplace_backward", value)
+    if not (value and input.requires_grad and torch.is_grad_enabled()):
+        return
+    if torch.compiler.is_compiling():  # where it is not done
+        return
+    owner = input if input._base is None else input._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            "inplace_backward=True would overwrite a leaf tensor, whose values you still own: "
+            "pass logits that a model computed, or inplace_backward=False"
+        )
+    if _overlaps(input):
+        raise ValueError(
+            "inplace_backward=True needs one memory location per logit, "
+            f"but input of shape {shape(input)} is expanded or overlaps "
+            f"(strides {input.stride()}): pass inplace_backward=False"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two indices may share an address: a stride within the extent of the smaller ones."""
+    if tensor.numel() == 0:
+        return False
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
+def looks_like_logits(input: Tensor) -> None:
+    """Look at one row of `input` [..., V], where that makes nothing wait, and then at some more."""
+    if torch.compiler.is_compiling() or input.shape[-1] < 2 or not input.numel():
+        return
+    # A tensor of another type may have no values to look at.
+    if type(input) not in (Tensor, torch.nn.Parameter) or input.is_meta or not may_be_read(input):
+        return
+    row = input.detach()
+    while row.dim() > 1:
+        row = row[0]
+    if min(row[:: max(1, len(row) // 32)].tolist()) >= 0:  # of logits some are negative
+        no_probabilities(input)

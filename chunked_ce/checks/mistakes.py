@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import warnings
 from types import FrameType
@@ -11,9 +10,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from ..core.row_stats import is_scored
-from .targets import target_indices
-from .values import integer, shape
+from ..core.reduction import is_scored
+from .values import integer, may_be_read, shape, target_indices
 
 _said: set[str] = set()
 _ROWS = 8  # to look at
@@ -34,7 +32,7 @@ def _package(frame: FrameType) -> str:
 
 def _may_look(which: str, values: Tensor) -> bool:
     """Whether looking at `values` makes nothing wait, and there is something left to say."""
-    if which in _said or torch.compiler.is_compiling() or not _is_free(values):
+    if which in _said or torch.compiler.is_compiling() or not may_be_read(values):
         return False
     # A tensor of another type may have no values to look at.
     is_plain = type(values) in (Tensor, torch.nn.Parameter)
@@ -48,18 +46,9 @@ def _some_rows(values: Tensor) -> Tensor:
     return values.detach()[:_ROWS] if values.dim() == 2 else values.detach()[None]
 
 
-def _is_free(values: Tensor) -> bool:
-    return values.is_cpu or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
-
-
-def looks_like_logits(input: Tensor) -> None:
-    """Warns where rows of `input` [..., V] are probabilities: not negative, their sum 1."""
-    if not _may_look("probabilities", input) or input.shape[-1] < 2:
-        return
-    row = input.detach()
-    while row.dim() > 1:
-        row = row[0]
-    if min(row[:: max(1, len(row) // 32)].tolist()) < 0:  # of logits some are, at once
+def no_probabilities(input: Tensor) -> None:
+    """Warn where rows of `input` [..., V] are probabilities: not negative, their sum 1."""
+    if not _may_look("probabilities", input):
         return
     rows = _some_rows(input).float()
     near = 1e-2 if input.dtype.itemsize < 4 else 1e-3

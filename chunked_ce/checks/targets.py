@@ -7,106 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.row_stats import is_scored
-from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, is_int, names, same_device, shape, with_k
+from ..core.reduction import is_scored
+from .values import (
+    LOGIT_DTYPES,
+    dense,
+    names,
+    same_device,
+    shape,
+    target_indices,
+    with_k,
+    without_classes,
+)
 
 
-def deprecated(**values: object) -> None:
-    for name, value in values.items():
-        if value is not None:
-            raise TypeError(
-                f"{name} is {value!r}, but torch has deprecated it and it is not taken here: "
-                "use reduction='mean', 'sum' or 'none', by name"
-            )
-
-
-def class_dimension(input: Tensor, dim: object) -> int:
-    """Where the classes of `input` are, from 0 on; a single row [V] has them in dimension 0."""
-    if not is_int(dim):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
-    n = input.dim()
-    if n == 1:
-        if dim not in (0, 1, -1):
-            raise ValueError(
-                f"dim is {dim}, but an input of shape {shape(input)} has its classes in dimension 0"
-            )
-        dim = 0
-    if not -n <= dim < n:
-        raise ValueError(
-            f"dim is {dim}, but input of shape {shape(input)} has dimensions {-n} to {n - 1}"
-        )
-    if input.shape[dim] == 0:
-        raise ValueError(
-            f"input of shape {shape(input)} has no classes: dimension {dim % n} must be at least 1"
-        )
-    return dim % n
-
-
-def target(input: Tensor, target: Any, dim: int) -> None:
-    """`target` is one that `input` with its classes in `dim` can have; its values are not read."""
-    if isinstance(target, (tuple, list)):
-        _top_k(input, target, dim)
-    elif are_probabilities(target):
-        _probabilities(input, target, dim)
-    else:
-        target_indices(target)
-        _indices(input, target, dim)
-
-
-def are_probabilities(target: object) -> bool:
-    return isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex())
-
-
-def target_indices(target: object) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor of class indices, got {type(target).__name__}")
-    dense("target", target)
-    if target.is_floating_point() or target.is_complex():
-        raise TypeError(
-            f"target has dtype {target.dtype}, expected class indices of an integer dtype: "
-            "use target.long() if it holds indices"
-        )
-    if target.dtype not in TARGET_DTYPES:
-        raise TypeError(
-            f"target has dtype {target.dtype}, expected one of {names(TARGET_DTYPES)}: "
-            "use target.long()"
-        )
-
-
-def one_target_per_row(input: Tensor, target: Tensor) -> None:
-    """`input` [..., V] and `target` [...], class dimension last."""
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target has shape {shape(target)}, but input of shape {shape(input)} has one row "
-            f"per target of shape {shape(input[..., 0])}: give one class index per row of logits"
-        )
-    same_device("target", target, input)
-
-
-def _without(input: Tensor, dim: int) -> torch.Size:
-    return input.shape[:dim] + input.shape[dim + 1 :]
-
-
-def _indices(input: Tensor, target: Tensor, dim: int) -> None:
-    expected = _without(input, dim)
-    if target.shape == expected:
-        same_device("target", target, input)
-        return
-    _classes_last(input, target.shape, input.shape[:-1], target, dim)
-    if target.shape == input.shape:
-        raise ValueError(
-            f"target of dtype {target.dtype} has input's shape {shape(input)}, expected class "
-            f"indices of shape {list(expected)}: of one-hot rows pass target.argmax({dim}), "
-            "of class probabilities target.float(); "
-            "for several labels a row see binary_cross_entropy_with_logits"
-        )
-    raise ValueError(
-        f"target has shape {shape(target)}, but input of shape {shape(input)} with its classes in "
-        f"dimension {dim} has one class index for each of {list(expected)}"
-    )
-
-
-def _classes_last(
+def classes_last(
     input: Tensor, came: torch.Size, as_last: torch.Size, target: Tensor, dim: int
 ) -> None:
     """What fits only with the classes in the last dimension."""
@@ -117,10 +31,10 @@ def _classes_last(
         )
 
 
-def _probabilities(input: Tensor, target: Tensor, dim: int) -> None:
+def class_probabilities(input: Tensor, target: Tensor, dim: int) -> None:
     dense("target", target)
     if target.shape != input.shape:
-        if target.shape == _without(input, dim) or target.shape == input.shape[:-1]:
+        if target.shape == without_classes(input, dim) or target.shape == input.shape[:-1]:
             raise TypeError(
                 f"target has dtype {target.dtype} and shape {shape(target)}, like class indices: "
                 "use target.long() (class probabilities have input's shape, "
@@ -138,7 +52,7 @@ def _probabilities(input: Tensor, target: Tensor, dim: int) -> None:
     same_device("target", target, input)
 
 
-def _top_k(input: Tensor, target: Any, dim: int) -> None:
+def top_k(input: Tensor, target: Any, dim: int) -> None:
     if len(target) != 2 or not all(isinstance(t, Tensor) for t in target):
         raise TypeError(
             f"target is a {type(target).__name__} of {len(target)}, expected a pair of Tensors: "
@@ -157,9 +71,9 @@ def _top_k(input: Tensor, target: Any, dim: int) -> None:
             "target probabilities require a gradient, which a top-k target does not give: "
             "pass probabilities.detach()"
         )
-    rows = _without(input, dim)
+    rows = without_classes(input, dim)
     if indices.shape[:-1] != rows:
-        _classes_last(input, indices.shape[:-1], input.shape[:-1], indices, dim)
+        classes_last(input, indices.shape[:-1], input.shape[:-1], indices, dim)
     for name, t in (("indices", indices), ("probabilities", prob)):
         if t.shape[:-1] != rows or t.dim() == 0 or t.shape[-1] == 0:
             raise ValueError(
@@ -174,33 +88,11 @@ def _top_k(input: Tensor, target: Any, dim: int) -> None:
         )
 
 
-def no_class_ignored(ignore_index: Any, target: object) -> None:
-    """As `torch.nn.functional.cross_entropy`: beside probabilities only what is no class."""
-    if are_probabilities(target) and is_int(ignore_index) and ignore_index >= 0:
-        _nothing_to_ignore(ignore_index, "leave it -100")
-
-
-def no_ignore_index(ignore_index: object, target: object) -> None:
-    """As `torch.nn.functional.linear_cross_entropy`: beside probabilities none is given."""
-    if are_probabilities(target) and ignore_index is not None:
-        _nothing_to_ignore(ignore_index, "leave it None")
-
-
-def _nothing_to_ignore(ignore_index: object, mend: str) -> None:
+def nothing_to_ignore(ignore_index: object, mend: str) -> None:
     raise ValueError(
         f"ignore_index is {ignore_index}, but target holds class probabilities, which name no "
         f"class to leave out: {mend}, and leave rows out with token_weight 0"
     )
-
-
-def spread_rest(value: object, target: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"spread_rest must be True or False, got {type(value).__name__}")
-    if value and not isinstance(target, (tuple, list)):
-        raise ValueError(
-            "spread_rest=True says what happens to the classes that a pair (indices, "
-            "probabilities) does not name, but target is no such pair: leave it False"
-        )
 
 
 def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int, per_row: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeGuard
 
@@ -32,6 +33,11 @@ def brief(value: object) -> str:
     """`value` in a line of an error message."""
     text = " ".join(repr(value).split())
     return text if len(text) < 40 else text[:36] + "..."
+
+
+def may_be_read(values: Tensor) -> bool:
+    """Whether reading values makes nothing wait, or the user has asked for it."""
+    return values.is_cpu or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1"
 
 
 def is_dtensor(value: object) -> bool:
@@ -110,3 +116,27 @@ def same_device(name: str, tensor: Tensor, input: Tensor) -> None:
             f"{name} is on {tensor.device}, but input is on {input.device}: "
             "move it with .to(input.device)"
         )
+
+
+def are_probabilities(target: object) -> bool:
+    return isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex())
+
+
+def target_indices(target: object) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor of class indices, got {type(target).__name__}")
+    dense("target", target)
+    if target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected class indices of an integer dtype: "
+            "use target.long() if it holds indices"
+        )
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(
+            f"target has dtype {target.dtype}, expected one of {names(TARGET_DTYPES)}: "
+            "use target.long()"
+        )
+
+
+def without_classes(input: Tensor, dim: int) -> torch.Size:
+    return input.shape[:dim] + input.shape[dim + 1 :]

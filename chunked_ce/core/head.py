@@ -7,6 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+compute_dtype = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}.__getitem__
+
 
 class Head(NamedTuple):
     """What a model's head does to its logits: z = softcap tanh(logit_scale x / softcap)."""
@@ -33,7 +40,3 @@ class Head(NamedTuple):
         y = x.to(compute_dtype(x.dtype), copy=True).mul_(2 * self.logit_scale / self.softcap)
         e = y.abs_().neg_().exp_()
         return (e * (4 * self.logit_scale)).div_(e.add_(1.0).square_())
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

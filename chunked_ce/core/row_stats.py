@@ -21,11 +21,6 @@ import torch
 from torch import Tensor
 
 
-def is_scored(target: Tensor, ignore_index: int) -> Tensor:
-    """Which targets count. In int64: in uint8, -100 would be taken for 156."""
-    return (target if target.dtype == torch.int64 else target.long()) != ignore_index
-
-
 class TokenStats(NamedTuple):
     """Statistics of rows of logits, each of shape [...].
 
@@ -39,27 +34,6 @@ class TokenStats(NamedTuple):
     mean_logprob: Tensor | None = None  # mean over the vocabulary of z_j - lse
     rank: Tensor | None = None  # classes that beat the target; on a tie the lower index wins
     argmax: Tensor | None = None  # the winning class
-
-
-def token_loss(stats: TokenStats, label_smoothing: float, z_loss_weight: float) -> Tensor:
-    """Each token's loss, before its weight. Label smoothing wants `mean_logprob`."""
-    loss = smoothed(-stats.logprob, stats.mean_logprob, label_smoothing)
-    return with_z_loss(loss, stats.lse, z_loss_weight)
-
-
-def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) -> Tensor:
-    """Label smoothing, Szegedy et al., arXiv:1512.00567."""
-    if label_smoothing == 0:
-        return loss
-    assert mean_logprob is not None
-    if label_smoothing == 1:  # else 0 * inf where the target is masked
-        return -mean_logprob
-    return (1.0 - label_smoothing) * loss - label_smoothing * mean_logprob
-
-
-def with_z_loss(loss: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
-    """PaLM, arXiv:2204.02311, section 5."""
-    return loss + z_loss_weight * lse.square() if z_loss_weight > 0 else loss
 
 
 class ClassWeights(NamedTuple):

@@ -15,15 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
-from ..backends.choice import choose_backend
+from .. import backends, checks
+from ..backends import choose_backend
 from ..checks.values import is_dtensor
 from ..core.head import Head, compute_dtype
-from ..core.reduction import reduction_of
-from ..core.row_stats import TokenStats, token_loss
+from ..core.reduction import reduction_of, token_loss
+from ..core.row_stats import TokenStats
 from ..functional.linear import CHUNK_BYTES, autocast
 from ..ops import transforms
-from ..ops.library import check_targets
 from . import checks as shard_checks
 from .autograd import Options, linear_shard_stats, shard_stats
 from .shards import Shard, Wanted, check_agreement, local_parts, placements_of_rows, plain, shard_of
@@ -282,5 +281,5 @@ def _options(
         call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient,
         call.contents,
     )  # fmt: skip
-    check_targets(call.target, call.shard.vocab_size, ignore_index, free=on_host)
+    backends.check_targets(call.target, call.shard.vocab_size, ignore_index, free=on_host)
     return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)

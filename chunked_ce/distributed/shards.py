@@ -21,7 +21,8 @@ from torch import Tensor
 from .. import backends
 from ..checks.values import LOGIT_DTYPES, is_dtensor
 from ..core.head import Head, compute_dtype
-from ..core.row_stats import Part, TokenStats, blank, finish, is_scored, merge
+from ..core.reduction import is_scored
+from ..core.row_stats import Part, TokenStats, blank, finish, merge
 from . import checks
 from .collectives import all_gather
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core.row_stats import is_scored
+from ..core.reduction import is_scored
 from ..functional.logits import token_stats
 
 State = dict[str, Any]  # sums and counts by name; None, or absent: not known

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.choice import choose_backend
+from ..backends import choose_backend
 from ..ops import transforms
 
 
@@ -60,7 +60,7 @@ def binary_cross_entropy_with_logits(
         IndexError: an index out of range, on the CPU; elsewhere the gradient there is undefined
             unless `CHUNKED_CE_CHECK_TARGETS=1`.
     """
-    if transforms.active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         transformed: Tensor = transforms.call(binary_cross_entropy_with_logits, locals())
         return transformed
     checks.deprecated(size_average=size_average, reduce=reduce)

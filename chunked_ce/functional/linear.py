@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.choice import choose_backend
+from ..backends import choose_backend
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, reduction_of
 from ..core.row_stats import TokenStats
@@ -71,7 +71,7 @@ def linear_token_stats(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
             computed.
     """
-    if transforms.active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         stats: TokenStats = transforms.call(linear_token_stats, locals(), rows=("input", "target"))
         return stats
     checks.hidden_states(input)
@@ -145,7 +145,7 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
             computed.
     """
-    if transforms.active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         transformed: Tensor = transforms.call(linear_cross_entropy, locals())
         return transformed
     checks.hidden_states(input)

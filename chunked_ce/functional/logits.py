@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.choice import choose_backend
+from ..backends import choose_backend
 from ..core.head import compute_dtype
 from ..core.reduction import reduction_of
 from ..core.row_stats import TokenStats
@@ -78,7 +78,7 @@ def token_stats(
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the price of a
             synchronisation.
     """
-    if transforms.active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         stats: TokenStats = transforms.call(token_stats, locals(), rows=("input", "target"))
         return stats
     checks.logits(input)
@@ -177,7 +177,7 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
-    if transforms.active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         loss: Tensor = transforms.call(cross_entropy, locals())
         return loss
     checks.deprecated(size_average=size_average, reduce=reduce)
@@ -196,7 +196,7 @@ def cross_entropy(
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
-    weight = checks.class_weight(weight, input, vocab_size)
+    weight = None if weight is None else checks.class_weight(weight, input, vocab_size)
     checks.looks_like_logits(input)
     goal = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
     dtype = compute_dtype(input.dtype)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.class_logits import is_first
-from ..core.reduction import weighted
-from ..core.row_stats import is_scored, smoothed
+from ..core.reduction import is_scored, smoothed, weighted
 from ..ops.library import NO_CLASS, Classes, Outputs
 
 AnyTarget = Tensor | tuple[Tensor, Tensor]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .. import backends, checks
 from ..backends import cpu_binary
 from ..backends import torch_binary as binary_torch
 from ..core.class_logits import is_first
 from ..core.head import compute_dtype
-from . import transforms
-from .library import check_targets, library, no_double_backward
+from .library import library, no_double_backward
 
 _LABELS = "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
 
@@ -49,7 +49,7 @@ def _binary_loss(
     if labels is not None:
         loss = run.total(x, labels, w, v, None)
         return loss
-    check_targets(target, x.shape[-1], ignore_index, free=target.device.type == "cpu")
+    backends.check_targets(target, x.shape[-1], ignore_index, free=target.device.type == "cpu")
     classes, given = _positives(target, x, ignore_index)
     z = x.gather(-1, classes).to(compute_dtype(x.dtype))
     factors = _factors(classes, z, w, v)
@@ -159,7 +159,8 @@ class _Binary(torch.autograd.Function):
 
 def _differentiable_binary_loss(input: Tensor, *arguments: Any) -> Any:
     if torch.is_grad_enabled() and input.requires_grad:
-        transforms.not_within_compiled()
+        if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
+            checks.compiled_transform()
         return _Binary.apply(input, *arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.binary_loss(input, *arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.head import compute_dtype
-from ..core.row_stats import is_scored
+from ..core.reduction import is_scored
 
 Index = slice | Tensor
 

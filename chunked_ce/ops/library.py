@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from .. import checks
 from ..core.row_stats import ClassWeights, TokenStats
-from . import transforms
 
 library = torch.library.Library("chunked_ce", "DEF")
 
@@ -84,31 +82,6 @@ class Classes(NamedTuple):
         """Those of some of the rows [N]."""
         prob, at = (None if t is None else t[index] for t in (self.prob, self.at))
         return self._replace(prob=prob, at=at)
-
-
-def check_targets(
-    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False, per_row: int = 1
-) -> None:
-    """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
-    if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
-        checks.targets_in_range(target, vocab_size, ignore_index, per_row)
-
-
-def is_dispatched(input: Tensor) -> bool:
-    """Return whether a call goes through torch's dispatcher.
-
-    A tracer, a mode, a subclass or a profiler listens there. Where none does, going past it saves
-    40 of 160 us, which counts for a few rows on a CPU.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or type(input) not in (Tensor, torch.nn.Parameter)
-        or input.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-        or transforms.active()
-    )
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:

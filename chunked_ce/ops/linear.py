@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
-from ..core.reduction import weighted
-from ..core.row_stats import is_scored, token_loss
-from . import transforms
+from ..core.reduction import is_scored, token_loss, weighted
 from .chunks import Gradients, chunk_indices, gradient_like, walk
+from .classes import check_classes, logits_at_classes
 from .library import (
     CLASSES_SCHEMA,
     FLAGS,
@@ -29,11 +28,10 @@ from .library import (
     SHARED_SCHEMA,
     UPSTREAM_SCHEMA,
     Classes,
-    check_targets,
     library,
     no_double_backward,
 )
-from .logits import at_classes, check_classes, new_outputs, outputs_of, rows_gradient, upstream_of
+from .logits import new_outputs, outputs_of, rows_gradient, upstream_of
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
@@ -73,7 +71,7 @@ def _linear_loss(
     wanted: list[bool],
     reuse: bool,
 ) -> tuple[Tensor, ...]:
-    check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
     input, weight = input.detach(), weight.detach()
     chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
@@ -108,8 +106,9 @@ def _linear_stats(
 ) -> tuple[Tensor, ...]:
     classes, shared, flags = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
     ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _ = shared
-    check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
-    check_classes(classes, vocab_size)
+    backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    if classes.at is not None:
+        check_classes(classes.at, vocab_size)
     wanted = dict(zip(FLAGS, flags, strict=True))
     outputs = new_outputs(input, target, classes, *flags)
     for out in outputs:
@@ -124,7 +123,9 @@ def _linear_stats(
             backend, logits, labels, ignore_index, vocab_size, head,
             of_chunk.weights(vocab_size), **wanted,
         )  # fmt: skip
-        at = at_classes(logits, labels, of_chunk, ignore_index, vocab_size, head)
+        at = None
+        if of_chunk.at is not None:
+            at = logits_at_classes(logits, labels, of_chunk.at, ignore_index, vocab_size, head)
         for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
             if value is not None:
                 out[index] = value
@@ -251,7 +252,8 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _differentiable_linear_loss(*arguments: Any) -> Any:
     if _needs_gradient(*arguments[:3]):
-        transforms.not_within_compiled()
+        if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
+            checks.compiled_transform()
         loss = _LinearLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss, *(loss.new_empty(0) for _ in range(3))
     with torch._C._AutoDispatchBelowAutograd():
@@ -260,7 +262,8 @@ def _differentiable_linear_loss(*arguments: Any) -> Any:
 
 def _differentiable_linear_stats(*arguments: Any) -> Any:
     if _needs_gradient(*arguments[:3]):
-        transforms.not_within_compiled()
+        if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
+            checks.compiled_transform()
         return _LinearStats.apply(*arguments)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.linear_stats(*arguments)

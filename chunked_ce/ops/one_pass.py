@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
 from ..core.reduction import Reduction
-from .library import SHARED_SCHEMA, check_targets, library, no_double_backward
+from .library import SHARED_SCHEMA, library, no_double_backward
 
 _ARGUMENTS = (
     "Tensor target, Tensor? token_weight, Tensor? divisor, "
@@ -68,7 +68,7 @@ class _OnePass(torch.autograd.Function):
 def _loss_and_gradient(inplace: bool, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     target, weight, divisor, smoothing, z_loss_weight, *shared = arguments
     ignore_index, vocab_size, softcap, logit_scale, backend = shared
-    check_targets(target, vocab_size, ignore_index)
+    backends.check_targets(target, vocab_size, ignore_index)
     if target.numel() == 0:
         loss = input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
         return loss, torch.empty_like(input)
@@ -86,15 +86,11 @@ def _loss_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
     target, *_, ignore_index, vocab_size, _, _, backend = arguments
     free = backend != "triton" and target.device.type == "cpu"
-    check_targets(target, vocab_size, ignore_index, free=free)
+    backends.check_targets(target, vocab_size, ignore_index, free=free)
     # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
     torch.autograd.graph.increment_version(input)
     loss, _ = _loss_and_gradient(True, input, *arguments)
     return loss
-
-
-def _scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
-    backends.scale_(backend, grad, upstream)
 
 
 def _fake_loss_and_grad_(input: Tensor, target: Tensor, *_: Any) -> Tensor:
@@ -103,7 +99,7 @@ def _fake_loss_and_grad_(input: Tensor, target: Tensor, *_: Any) -> Tensor:
 
 library.impl("loss_and_grad", _loss_and_grad, "CompositeExplicitAutograd")
 library.impl("loss_and_grad_", _loss_and_grad_, "CompositeExplicitAutograd")
-library.impl("scale_", _scale_, "CompositeExplicitAutograd")
+library.impl("scale_", backends.scale_, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "chunked_ce::loss_and_grad",
     lambda input, *rest: (_fake_loss_and_grad_(input, *rest), torch.empty_like(input)),

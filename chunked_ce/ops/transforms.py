@@ -29,12 +29,6 @@ def active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def not_within_compiled() -> None:
-    """Operators meet a transform only where a compiled program has one inside."""
-    if torch._C._are_functorch_transforms_active():
-        checks.compiled_transform()
-
-
 def call(function: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[str] = ()) -> Any:
     """`function(**arguments)`, for the transforms that are active.
 

@@ -10,7 +10,7 @@ from row_statistics import Call, Truth, calls
 from torch import Tensor, nn
 
 from chunked_ce import Perplexity, evaluate_perplexity, perplexity
-from chunked_ce.core.row_stats import is_scored
+from chunked_ce.core.reduction import is_scored
 
 VOCAB = 11
 

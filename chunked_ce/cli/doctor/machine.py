@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...backends import choice, clusters, cpu_library, gpu
-from ...backends.choice import choose_backend
+from ... import backends
+from ...backends import choose_backend, clusters, cpu_library, gpu
 from .self_check import checks_of
 
 _PACKAGES = ("chunked-ce", "torch", "triton", "transformers", "numpy")
@@ -47,7 +47,7 @@ def examine() -> Iterator[Finding]:
 def _versions() -> Iterator[Finding]:
     for package in _PACKAGES:
         yield Finding("versions", package, _version(package))
-    if choice._TRITON_INSTALLED:
+    if backends.TRITON_INSTALLED:
         yield _attempt("versions", "kernels", _import_kernels)
     yield Finding("versions", "python", platform.python_version())
     yield Finding("versions", "system", f"{platform.system()} {platform.machine()}")
@@ -111,7 +111,7 @@ def _reason(device: torch.device, backend: str) -> str:
             + "; Triton's kernels need a GPU"
             + (
                 ", or backend='triton' now that they are interpreted"
-                if choice._INTERPRETED and choice._TRITON_INSTALLED
+                if backends.INTERPRETED and backends.TRITON_INSTALLED
                 else ""
             )
         )
@@ -126,7 +126,7 @@ def _built() -> str:
     if not names:
         return "the kernels in C were not built: no C compiler when chunked-ce was installed"
     file, built = cpu_library.path(), ", ".join(names)
-    if file is None or not cpu_library.is_there():
+    if file is None or not cpu_library.IS_THERE:
         return f"kernels in C built for {built}, of which none can be loaded"
     return f"kernels in C built for {built}; in use: {file.stem.removeprefix('cpu_')}"
 
@@ -159,9 +159,9 @@ def _attempt(section: str, what: str, find_out: Callable[[], str]) -> Finding:
 
 def _backends(device: torch.device) -> list[str]:
     names = ["torch"]
-    if device.type == "cpu" and cpu_library.is_there():
+    if device.type == "cpu" and cpu_library.IS_THERE:
         names.insert(0, "cpu")
-    if choice._TRITON_INSTALLED and (device.type != "cpu" or choice._INTERPRETED):
+    if backends.TRITON_INSTALLED and (device.type != "cpu" or backends.INTERPRETED):
         names.insert(0, "triton")
     return names
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ...backends.choice import choose_backend
+from ...backends import choose_backend
 from . import losses, others, statistics
 from .against_eager import Check
 

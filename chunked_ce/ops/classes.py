@@ -1,0 +1,82 @@
+"""Logits of the few classes that a target names, [..., K], and the gradients through them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from ..core.class_logits import gradient_at, logits_at
+from ..core.gradient import Coefficients
+from ..core.head import Head
+from ..core.reduction import is_scored
+from .library import NO_CLASS, Classes
+
+
+def check_classes(at: Tensor, vocab_size: int) -> None:
+    """On a CPU, raise IndexError where a class is neither one of the vocabulary nor padding."""
+    free = at.device.type == "cpu"
+    backends.check_targets(at, vocab_size, NO_CLASS, free=free, per_row=at.shape[-1])
+
+
+def logits_at_classes(
+    input: Tensor, target: Tensor, at: Tensor, ignore_index: int, vocab_size: int, head: Head
+) -> Tensor:
+    """Return [..., K], 0 in rows that are ignored, NaN where there is no such class."""
+    existing, broken = _existing_classes(at, vocab_size)
+    ignored = ~is_scored(target, ignore_index)
+    z = logits_at(input, existing, head).masked_fill_(broken, float("nan"))
+    return z.masked_fill_(ignored[..., None], 0.0)
+
+
+def gradient_at_classes(
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    lse: Tensor,
+    logprob: Tensor,
+    lse_low: Tensor,
+    coefficients: Coefficients,
+    upstream: Tensor,  # [..., K]
+    ignore_index: int,
+    vocab_size: int,
+    head: Head,
+) -> tuple[Tensor, Tensor]:
+    """Return the classes [..., K] and the whole gradient of the logits there."""
+    assert classes.at is not None and classes.prob is None
+    k = classes.at.shape[-1]
+    existing, broken = _existing_classes(classes.at, vocab_size)
+    weights = None
+    if coefficients.u is not None and classes.weight is not None:
+        weights = classes.weight.to(lse.dtype)[existing].view(-1, k)
+    values = gradient_at(
+        input.gather(-1, existing).view(-1, k), existing.reshape(-1, k), upstream.reshape(-1, k),
+        target.long().reshape(-1), lse, logprob, lse_low, coefficients, weights,
+        is_scored(target, ignore_index).reshape(-1), head,
+    )  # fmt: skip
+    values = values.view(existing.shape).masked_fill(broken, float("nan"))
+    return existing, values.to(input.dtype)
+
+
+def prob_gradient(
+    input: Tensor,
+    classes: Classes,
+    lse: Tensor,
+    lse_low: Tensor,
+    mean_logprob_grad: Tensor,
+    vocab_size: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """d mean_logprob / d prob = weight scale (z - lse) / V, for targets that are learned."""
+    assert classes.prob is not None
+    x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
+    z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None]).sub_(lse_low[..., None])
+    grad = z.mul_((mean_logprob_grad * classes.prob_scale)[..., None])
+    grad = grad if classes.weight is None else grad.mul_(classes.weight)
+    return grad.to(classes.prob.dtype)
+
+
+def _existing_classes(at: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(classes to read, which entries name none that exists, and are no padding)."""
+    existing = at.clamp(0, vocab_size - 1)
+    return existing, (at != existing) & (at != NO_CLASS)
