@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .deferred import DeferredLogits, Head
+from .deferred import DeferredLogits
 from .evaluated import as_tensors
+from .head import Head
 from .loss import causal_lm_loss
 
 _STATE = "_chunked_ce"
@@ -182,14 +183,14 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         run = method if original is None else functools.partial(original, self)
         if state is None:
             return run(*args, **kwargs)
-        before = state._deferring
-        state._deferring = state._prepare(state._has_labels(args, kwargs))
+        before, deferring = state._deferring, state._prepare(state._has_labels(args, kwargs))
+        state._deferring = deferring
         try:
             outputs = run(*args, **kwargs)
         finally:
             state._deferring = before
         evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return as_tensors(outputs) if evaluating else outputs
+        return as_tensors(outputs) if deferring and evaluating else outputs
 
     # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
