@@ -62,7 +62,7 @@ def test_deferred_weight_is_the_head_s_beside_wide_layers(wide):
     model = causal_lm("Gemma2", intermediate_size=wide, query_pre_attn_scalar=8)
     cpu = torch.device("cpu")
     examined = examine(model, "document", [torch.arange(3, 12)], CONTEXT, cpu, "auto")
-    assert examined.head_weight is model.lm_head.weight and not examined.logits_stored
+    assert examined.head_weight is model.lm_head.weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -25,7 +25,7 @@ from ..huggingface.head_product import HeadProduct
 from . import checks
 
 PROBE_TOKENS = 8
-NOT_CAUSAL = 1e-3  # of the largest logit, in any dtype; a small untrained BERT moves by 4e-3
+ROUNDING = 1e-3  # of the largest logit, in any dtype; a token ahead moves a small BERT's by 4e-3
 _LOGITS_BYTES = 256 << 20
 """Size of the model's own logits at a time, where they must be stored."""
 
@@ -37,13 +37,12 @@ class LanguageModel:
     model: Any
     vocab_size: int
     head_weight: Tensor | None
-    logits_stored: bool
+    logits_stored: bool = False
 
     def token_stats(
         self, input_ids: Tensor, target: Tensor, *, rank: bool, backend: str
     ) -> TokenStats:
-        """Return the statistics of `target` [B, T], -100 where nothing is scored, after
-        `input_ids` [B, T]."""
+        """Return statistics of `target` [B, T] after `input_ids` [B, T]; -100 is not scored."""
         rows = len(input_ids)
         if self.head_weight is None:
             rows = max(1, _LOGITS_BYTES // (input_ids.shape[1] * self.vocab_size * 4))
@@ -72,13 +71,9 @@ class LanguageModel:
 
 @torch.no_grad()
 def examine(
-    model: Any,
-    kind: str,
-    documents: list[Tensor],
-    context_length: int,
-    device: torch.device,
+    model: Any, kind: str, documents: list[Tensor], context_length: int, device: torch.device,
     backend: str,
-) -> LanguageModel:
+) -> LanguageModel:  # fmt: skip
     """Try `model` on the first tokens of the longest of `documents` [T], each called `kind`.
 
     Raises:
@@ -86,7 +81,7 @@ def examine(
         ValueError: the model is not causal, gives no logits [B, T, V], does not know all ids, or
             has no positions for `context_length` tokens, if that exceeds its configuration's.
     """
-    ids = max(documents, key=len).to(device)
+    ids = max(documents, key=len)[: context_length + 1].to(device)
     probe, *further = _probes(ids[:context_length][:PROBE_TOKENS])
     try:
         with HeadProduct() as products:
@@ -94,24 +89,19 @@ def examine(
     except TypeError as error:
         raise checks.not_of_ids_alone(error) from error
     checks.model_logits(logits, probe)
-    looks_ahead = _looks_ahead(logits)
-    for another in further if looks_ahead else ():  # rounding may depend on the tokens beside
-        looks_ahead = looks_ahead and _looks_ahead(_logits_of(model, another))
-    checks.causal(not looks_ahead)
+    others = (_looks_ahead(_logits_of(model, another)) for another in further)
+    checks.causal(not (_looks_ahead(logits) and all(others)))  # one may be another batch's rounding
     weight = products.last_weight(logits.shape[-1])
     if weight is not None and not _defers(model, weight, probe, logits):
         weight = None
-    examined = LanguageModel(model, logits.shape[-1], weight, logits_stored=weight is None)
+    examined = LanguageModel(model, logits.shape[-1], weight)
     checks.ids_known(kind, documents, model, examined.vocab_size)
     _try_length(examined, ids[None, :-1][:, :context_length], backend)
     return examined
 
 
 def _defers(model: Any, weight: Tensor, probe: Tensor, logits: Tensor) -> bool:
-    """Return whether the model gives recorded logits if the product with `weight` is deferred.
-
-    False where the model fails on them: its own logits are there for whatever that is.
-    """
+    """Return whether a model whose product with `weight` is deferred gives the same logits."""
     try:
         deferred = _logits_of(model, probe, weight)
         return (
@@ -120,7 +110,7 @@ def _defers(model: Any, weight: Tensor, probe: Tensor, logits: Tensor) -> bool:
             and deferred.linear() is not None
             and not _differ(deferred.tensor(), logits)
         )
-    except Exception:
+    except Exception:  # of any model, for any reason: its own logits are there for it
         return False
 
 
@@ -157,7 +147,7 @@ def _differ(some: Tensor, others: Tensor) -> bool:
     """Return whether logits differ by more than rounding; NaN is no sign."""
     some, others = some.double(), others.double()
     largest = max(t.abs().amax() for t in (some, others)) if some.numel() else 0.0
-    return bool(((some - others).abs() > NOT_CAUSAL * largest).any())
+    return bool(((some - others).abs() > ROUNDING * largest).any())
 
 
 def _call(model: Any, input_ids: Tensor) -> Any:
@@ -177,10 +167,7 @@ def _call(model: Any, input_ids: Tensor) -> Any:
 
 
 def _logits(output: Any) -> Any:
-    """Take the logits out of a mapping, of transformers' outputs or of a tuple.
-
-    The checks tell by its type what is none of these.
-    """
+    """Take the logits out of a mapping, of transformers' outputs or of a tuple, if it is one."""
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     if hasattr(output, "logits"):
@@ -194,10 +181,7 @@ def _logits_of(model: Any, input_ids: Tensor, head_weight: Tensor | None = None)
 
     With `head_weight` they are deferred, if the model does nothing that needs them.
     """
-    if head_weight is None:
-        logits = _logits(_call(model, input_ids))
-    else:
-        logits = _logits(HeadProduct().defer(head_weight, lambda: _call(model, input_ids)))
+    logits = _logits(HeadProduct().defer(head_weight, lambda: _call(model, input_ids)))
     extra, shape = checks.virtual_tokens(model), list(getattr(logits, "shape", ()))
     prompted = extra and shape[1:-1] == [extra + input_ids.shape[1]]
     return logits[:, extra:] if prompted else logits

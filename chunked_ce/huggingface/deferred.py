@@ -33,8 +33,8 @@ class DeferredLogits:
 
     Raises:
         RuntimeError: the logits are asked for after the head's weight or the hidden states changed,
-            as by `optimizer.step()`: by a write that autograd counts, or to other memory. A write
-            in place through `.data` is not noticed. Or a hook on logits whose loss is taken.
+            as by `optimizer.step()`. A write in place through `.data` is not noticed. Or a hook on
+            logits whose loss is taken.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class DeferredLogits:
         self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self.device = hidden.device if device is None else device
+        self.ndim = hidden.dim()
         self._classes = head.weight.shape[0] if classes is None else classes
         self._real: Tensor | None = None
         self._loss_taken = False
@@ -153,12 +154,8 @@ class DeferredLogits:
     def shape(self) -> torch.Size:
         return torch.Size((*self._hidden.shape[:-1], self._classes))
 
-    @property
-    def ndim(self) -> int:
-        return self._hidden.dim()
-
     def dim(self) -> int:
-        return self._hidden.dim()
+        return self.ndim
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
@@ -208,21 +205,15 @@ def _split(index: Any, dims: int, classes: int) -> tuple[Any, int] | None:
     None where `index` is not of slices and integers that keep the first classes, in order.
     """
     items = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, bool) or not (isinstance(i, (slice, int)) or i is ...) for i in items):
+    ellipses = sum(i is ... for i in items)  # torch has rules of its own for two
+    if any(type(i) not in (int, slice, type(...)) for i in items) or ellipses > 1:
         return None
-    named = [i for i in items if i is not ...]
-    if len(items) - len(named) > 1:  # torch has rules of its own for two ellipses
+    at = items.index(...) if ellipses else len(items)
+    items = (*items[:at], *[slice(None)] * (dims - len(items) + ellipses), *items[at + ellipses :])
+    kept = range(classes)[items[-1]] if isinstance(items[-1], slice) else range(0)
+    if len(items) > dims or not kept or kept.start or kept.step != 1:
         return None
-    reaches = len(named) == dims or (... in items and items[-1] is not ...)
-    if not reaches:
-        return index, classes
-    if not isinstance(named[-1], slice):
-        return None
-    kept = range(classes)[named[-1]]
-    if not kept or kept.start or kept.step != 1:
-        return None
-    last = max(i for i, item in enumerate(items) if item is not ...)
-    return (*items[:last], slice(None), *items[last + 1 :]), len(kept)
+    return (*items[:-1], slice(None)), len(kept)
 
 
 def _as_tensor(value: Any) -> Any:

@@ -32,11 +32,11 @@ def address(tensor: Tensor) -> int:
 class Head(NamedTuple):
     """Hold what deferred logits are computed from, and what must be unchanged by then."""
 
+    hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    hidden: Tensor
-    versions: tuple[int, ...]
-    addresses: tuple[int, ...]
+    versions: list[int]
+    addresses: list[int]
     autocast: torch.dtype | None
     with_grad: bool
     on_use: Callable[[], None]
@@ -45,21 +45,20 @@ class Head(NamedTuple):
     def of(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, on_use: Callable[[], None]
     ) -> Head:
-        device = hidden.device.type
+        device, given = hidden.device.type, [t for t in (hidden, weight, bias) if t is not None]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        given = [t for t in (hidden, weight, bias) if t is not None]
-        versions, addresses = tuple(map(version, given)), tuple(map(address, given))
-        with_grad = torch.is_grad_enabled()
-        return cls(weight, bias, hidden, versions, addresses, autocast, with_grad, on_use)
+        state = [version(t) for t in given], [address(t) for t in given]
+        return cls(hidden, weight, bias, *state, autocast, torch.is_grad_enabled(), on_use)
 
     def logits(self) -> Tensor:
         """Compute them as the head would have, whatever the modes of whoever asks."""
         self.on_use()
         given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         freed = any(t.numel() and not t.untyped_storage().size() for t in given)
-        addresses = zip(self.addresses, map(address, given), strict=True)
-        moved = any(then and then != now for then, now in addresses)
-        written = tuple(map(version, given)) != self.versions
+        moved = any(
+            then and then != address(t) for then, t in zip(self.addresses, given, strict=True)
+        )
+        written = self.versions != [version(t) for t in given]
         checks.head_unchanged(not (freed or moved or written))
         with self.autocast_then():
             return F.linear(self.hidden, self.weight, self.bias)

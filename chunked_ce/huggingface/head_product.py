@@ -36,12 +36,11 @@ class HeadProduct(TorchFunctionMode):
             input, weight = args[:2]
             if args[1] is self.deferred:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                return DeferredLogits(Head.of(input, weight, bias, self.stop), input)
+                return DeferredLogits(Head.of(input, weight, bias, self._stop), input)
             self.seen.append(weakref.ref(weight))
         return function(*args, **kwargs)
 
-    def stop(self) -> None:
-        """Defer nothing more, as when the call wants to know its logits."""
+    def _stop(self) -> None:  # once the call itself uses its logits
         self.deferred = None
 
     def last_weight(self, vocab_size: int) -> Tensor | None:
@@ -49,8 +48,10 @@ class HeadProduct(TorchFunctionMode):
         weights = (weight() for weight in reversed(self.seen))
         return next((w for w in weights if w is not None and w.shape[0] >= vocab_size), None)
 
-    def defer(self, weight: Tensor, call: Callable[[], Any]) -> Any:
+    def defer(self, weight: Tensor | None, call: Callable[[], Any]) -> Any:
         """Return `call()`, in which a product with `weight` is :class:`DeferredLogits`."""
+        if weight is None:
+            return call()
         with self:
             try:
                 self.deferred = weight
