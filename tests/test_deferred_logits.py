@@ -35,6 +35,11 @@ RECORDED = {
     "slices of slices": lambda z: z[:, 1:][:1, ..., :],
     "a last ellipsis": lambda z: z[:, 1:, :, ...],
     "a number of numpy": lambda z: np.float64(2) * z,
+    "first classes": lambda z: z[..., :7],
+    "first classes of a row": lambda z: (z[0, 1:, 0:28] * 2)[..., :7],
+    "first classes and a last ellipsis": lambda z: z[:, :, :5, ...],
+    "more classes than there are": lambda z: z[:, :, :40],
+    "to a device": lambda z: z.to("cpu", non_blocking=True).to(torch.device("cpu")),
 }
 COMPUTED = {
     "sum": lambda z: z.sum(),
@@ -46,8 +51,10 @@ COMPUTED = {
     "times 0": lambda z: z * 0.0,
     "times True": lambda z: z * True,
     "rounded": lambda z: z.div(0.3, rounding_mode="floor"),
-    "by classes": lambda z: z[..., :7],
-    "by classes and a last ellipsis": lambda z: z[:, :, :5, ...],
+    "last classes": lambda z: z[..., 3:],
+    "every other class": lambda z: z[..., ::2],
+    "no class": lambda z: z[..., :0],
+    "to a device and a dtype": lambda z: z.to("cpu", torch.float64),
     "a class and a last ellipsis": lambda z: z[0, 1, 2, ...],
     "by classes and two ellipses": lambda z: z[..., :, :5, ...],
     "a keyword of a recorded function": lambda z: torch.mul(z, other=2.0),
@@ -89,7 +96,7 @@ def test_the_loss_reads_off_what_was_recorded(use):
     logits, leaves = deferred(dtype=torch.float64)
     given = RECORDED[use](logits)
     assert given.linear() is not None
-    target = torch.randint(0, 29, given.shape[:-1])
+    target = torch.randint(0, given.shape[-1], given.shape[:-1])
     ours = causal_lm_loss(given, None, shift_labels=target)
     assert given._real is None and logits._real is None, "computed"
     exact = RECORDED[use](F.linear(*leaves)).double()
@@ -102,6 +109,24 @@ def test_the_loss_reads_off_what_was_recorded(use):
         strict=True,
     ):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=tolerance)
+
+
+def test_recorded_move_to_a_device():
+    logits, _ = deferred()
+    moved = logits.to("meta")
+    assert moved.device.type == "meta" and logits.device.type == "cpu"
+    loss = causal_lm_loss(moved, torch.randint(0, 29, (2, 5)))
+    assert loss.device.type == "meta" and logits._real is None
+    assert moved.tensor().device.type == "meta"
+
+
+def test_vocab_size_of_sliced_classes():
+    logits, _ = deferred()
+    target = torch.randint(0, 7, (2, 5))
+    with pytest.raises(ValueError, match="vocab_size is 8, .* has 7 columns"):
+        causal_lm_loss(logits[..., :7], target, vocab_size=8)
+    fewer = causal_lm_loss(logits[..., :9], target, vocab_size=7)
+    assert torch.equal(fewer, causal_lm_loss(logits[..., :7], target))
 
 
 def add_in_place(z):

@@ -57,17 +57,17 @@ def test_any_head_equals_the_model_s_own_logits(family, context, stride):
     assert report.tokens == 99 + 6
 
 
-def test_what_the_head_does(monkeypatch):
-    cap = causal_lm("Gemma2", final_logit_softcapping=3.0, query_pre_attn_scalar=8)
-    head = examine(cap, torch.arange(3, 12), torch.device("cpu")).head
-    assert (head.softcap, head.logit_scale) == (3.0, 1.0)
-    scaled = examine(causal_lm("Granite", logits_scaling=3.7), torch.arange(9), torch.device("cpu"))
-    assert scaled.head.softcap is None and scaled.head.logit_scale == pytest.approx(1 / 3.7)
+@pytest.mark.parametrize("wide", [VOCAB, VOCAB + 52])
+def test_deferred_weight_is_the_head_s_beside_wide_layers(wide):
+    model = causal_lm("Gemma2", intermediate_size=wide, query_pre_attn_scalar=8)
+    cpu = torch.device("cpu")
+    examined = examine(model, "document", [torch.arange(3, 12)], CONTEXT, cpu, "auto")
+    assert examined.head_weight is model.lm_head.weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_cap_is_not_rounding(dtype):
-    """RecurrentGemma's, of which half precision shows 2 %; under an unknown name it is a fallback."""
+def test_cap_of_a_head_in_half_precision(dtype):
+    """A cap of 30 changes logits by 2 %, as half precision may; no configuration need tell of it."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
     settings = RecurrentGemmaConfig(
@@ -78,22 +78,14 @@ def test_a_cap_is_not_rounding(dtype):
     model = RecurrentGemmaForCausalLM(settings).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=0.2)
-    model, ids = model.to(dtype), torch.arange(3, 12)
-    head = examine(model, ids, torch.device("cpu")).head
-    assert (head.softcap, head.logit_scale) == (30.0, 1.0)
-    assert examine(Capped(model), ids, torch.device("cpu")).head is None
-
-
-class Capped(torch.nn.Module):
-    """A cap that the configuration does not tell of."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, SimpleNamespace()
-        self.get_decoder, self.get_output_embeddings = lambda: model.model, lambda: model.lm_head
-
-    def forward(self, input_ids):
-        return self.model(input_ids=input_ids)
+    model, ids = model.to(dtype), torch.arange(3, 3 + CONTEXT)
+    for given in (model, lambda x: model(input_ids=x)):
+        report = evaluate_perplexity(given, ids, context_length=CONTEXT)
+        assert not report.logits_stored
+        expected = brute_force(model, ids, CONTEXT, CONTEXT)
+        assert report.nll_sum == pytest.approx(
+            expected, rel=1e-6 if dtype == torch.float32 else 2e-3
+        )
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])

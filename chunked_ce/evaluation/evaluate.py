@@ -19,7 +19,7 @@ from ..checks import backend_name, flags
 from ..distributed.checks import process_group
 from . import checks
 from .documents import bos_id, eos_id, from_ids, from_text
-from .language_model import device_of, evaluating, examine, try_length
+from .language_model import device_of, evaluating, examine
 from .report import EvaluationInterrupted, EvaluationReport
 from .scoring import Scoring
 from .windows import batches, sliding_windows
@@ -50,11 +50,10 @@ def evaluate_perplexity(
 ) -> EvaluationReport:
     """Perplexity of a causal language model on documents, each token scored once.
 
-    Sliding windows: see :mod:`chunked_ce.evaluation.windows`. Through `linear_token_stats`, so
-    that logits [B, T, V] never exist, where on a few tokens the head's product with the hidden states proves to
-    be the model's logits, but for a scale and a cap; else from the model's own logits
-    (`report.logits_stored`). The model runs in evaluation mode, and in the dtype and under the
-    autocast that it is called in.
+    Sliding windows: see :mod:`chunked_ce.evaluation.windows`. The model runs in evaluation mode,
+    in its dtype and under the autocast of the caller. Its output head is deferred, so that logits
+    [B, T, V] never exist, if all the model does to them is a scale, a cap, a slice or a cast. Else
+    its own logits are used, and `report.logits_stored` is True.
 
     Args:
         model: a transformers causal LM, or a module that maps ids [B, T] to logits [B, T, V].
@@ -122,9 +121,7 @@ def evaluate_perplexity(
     if progress:
         checks.importable("tqdm", "progress=True", "cli")
     with evaluating(model):
-        examined = examine(model, max(ids, key=len)[:context_length], where)
-        checks.ids_known("document", ids, model, examined.vocab_size)
-        try_length(examined, max(ids, key=len)[:-1][:context_length], where, backend)
+        examined = examine(model, "document", ids, context_length, where, backend)
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
     report = scoring.report(

@@ -10,7 +10,7 @@ import torch
 from ..checks import backend_name
 from . import checks
 from .documents import Document
-from .language_model import device_of, evaluating, examine, try_length
+from .language_model import device_of, evaluating, examine
 from .scoring import NLL, TOKENS, TOP1, Scoring
 from .windows import Window, batches
 
@@ -66,9 +66,7 @@ def loglikelihood(
         for i, (ids, (_, continuation)) in enumerate(zip(tokens, checked, strict=True))
     ]
     with evaluating(model):
-        examined = examine(model, max(tokens, key=len)[:-1], where)
-        checks.ids_known("pair", tokens, model, examined.vocab_size)
-        try_length(examined, max(tokens, key=len)[:-1], where, backend)
+        examined = examine(model, "pair", tokens, context_length, where, backend)
         documents = [Document(ids, None, None) for ids in tokens]
         scoring = Scoring(examined, documents, windows, where, rank=True, backend=backend)
         if scoring.run(batches(windows, batch_size), None, progress=False):

@@ -111,7 +111,7 @@ class Scoring:
             documents_given=len(self.documents),
             windows=len(self.windows),
             windows_scored=int((table[:, TOKENS] > 0).sum()),
-            logits_stored=self.model.head is None,
+            logits_stored=self.model.logits_stored,
             per_document=of_documents,
             per_position=tuple(map(self._measures, self.positions.cpu())) if per_position else None,
             per_window=tuple(map(self._measures, table)) if per_window else None,

@@ -1,98 +1,40 @@
 """Logits that nobody has computed yet.
 
-Between a model's output head and its loss stand, if anything, a factor, a softcap, a slice of the
-tokens and a cast. Those are recorded; a loss reads them off. Whatever else happens to the object
-happens to the logits, computed then: the result is the same and only the memory is spent after all.
+Between its output head and its loss a model may scale, cap, slice or cast the logits. Deferred
+logits record that, and a loss or a statistic reads the recording. Any other use computes the
+logits. The result is then the same, and only the memory is spent after all.
 """
 
 from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import checks
-
-
-def version(tensor: Tensor) -> int:
-    """Counts the writes to a tensor. Inference tensors, which do not, count as unwritten."""
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return 0
-    return tensor._version
-
-
-def address(tensor: Tensor) -> int:
-    """Where the data is; 0 where that means nothing: subclasses, torch.func, while compiling."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return 0
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # torch.func's tensors have none
-        return 0
-
-
-class Head(NamedTuple):
-    """Where deferred logits come from, and what `F.linear` must find again to compute them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    hidden: Tensor
-    versions: tuple[int, ...]
-    addresses: tuple[int, ...]
-    autocast: torch.dtype | None
-    with_grad: bool
-    on_use: Callable[[], None]
-
-    @classmethod
-    def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, on_use: Callable[[], None]
-    ) -> Head:
-        device = hidden.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        given = [t for t in (hidden, weight, bias) if t is not None]
-        versions, addresses = tuple(map(version, given)), tuple(map(address, given))
-        with_grad = torch.is_grad_enabled()
-        return cls(weight, bias, hidden, versions, addresses, autocast, with_grad, on_use)
-
-    def logits(self) -> Tensor:
-        """As the head would have given them, whatever the modes of whoever asks."""
-        self.on_use()
-        given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-        freed = any(t.numel() and not t.untyped_storage().size() for t in given)
-        addresses = zip(self.addresses, map(address, given), strict=True)
-        moved = any(then and then != now for then, now in addresses)
-        written = tuple(map(version, given)) != self.versions
-        checks.head_unchanged(not (freed or moved or written))
-        with self.autocast_then():
-            return F.linear(self.hidden, self.weight, self.bias)
-
-    def autocast_then(self) -> torch.autocast:
-        """Autocast as it was when the logits were deferred."""
-        enabled = self.autocast is not None
-        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)
+from .head import Head
 
 
 class DeferredLogits:
     """Logits [..., V] of hidden states [..., D], a weight [V, D] and a bias, not computed.
 
-    Multiplication and division by a number, tanh, `float()` and slices of the tokens give deferred
-    logits again. Every other use, as a method, an operator or an argument of a torch function,
-    computes the logits, once, and goes on with them; they are differentiable as the head's are. But
-    `torch.autograd.Function.apply` does not see a tensor in this object, and would lose its
-    gradient without a word: call `tensor()` first.
+    Multiplication and division by a number, tanh, `float()`, a move to a device, slices of the
+    tokens and of the first classes give deferred logits again. Every other use, as a method, an
+    operator or an argument of a torch function, computes the logits once and goes on with them.
+    They are differentiable as the head's are. But `torch.autograd.Function.apply` sees no tensor
+    in this object and would lose its gradient without a word: call `tensor()` first.
 
     A loss read off the recording leaves no gradient on the logits, so `retain_grad`,
     `register_hook` and `requires_grad_` are refused once it is taken.
 
     Raises:
         RuntimeError: the logits are asked for after the head's weight or the hidden states changed,
-            as by `optimizer.step()`: by a write that autograd counts, or to other memory. A write
-            in place through `.data` is not noticed. Or a hook on logits whose loss is taken.
+            as by `optimizer.step()`. A write in place through `.data` is not noticed. Or a hook on
+            logits whose loss is taken.
     """
 
     def __init__(
@@ -103,11 +45,16 @@ class DeferredLogits:
         operation: Callable[[Tensor], Tensor] | None = None,
         factors: tuple[builtins.float, builtins.float | None] = (1.0, None),
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        classes: int | None = None,
     ) -> None:
         self.head, self._hidden = head, hidden
         self._parent, self._operation = parent, operation
         self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
+        self.device = hidden.device if device is None else device
+        self.ndim = hidden.dim()
+        self._classes = head.weight.shape[0] if classes is None else classes
         self._real: Tensor | None = None
         self._loss_taken = False
 
@@ -121,19 +68,19 @@ class DeferredLogits:
                     self._real = self._operation(self._parent.tensor())
         return self._real
 
-    def linear(self) -> tuple[Tensor, Head, builtins.float, builtins.float | None] | None:
-        """(hidden states, head, logit_scale, softcap): what the logits would be made of.
+    def linear(self) -> tuple[Tensor, Head, dict[str, Any]] | None:
+        """Return (hidden states, head, further arguments) for a loss of :mod:`chunked_ce`.
 
-        None where they exist already, and may have been changed.
+        None where the logits exist already and may have been changed.
         """
         if self._computed():
             return None
         self._take_loss()
         scale, cap = self._factors
-        if cap is None:
-            return self._hidden, self.head, scale, None
-        # cap * tanh(scale * x) is |cap| * tanh(scale * cap * x / |cap|)
-        return self._hidden, self.head, scale * cap, abs(cap)
+        if cap is not None:  # cap * tanh(scale * x) is |cap| * tanh(scale * cap * x / |cap|)
+            scale, cap = scale * cap, abs(cap)
+        transforms = dict(logit_scale=scale, softcap=cap, vocab_size=self._classes)
+        return self._hidden, self.head, {"linear_bias": self.head.bias, **transforms}
 
     def _computed(self) -> bool:
         return self._real is not None or (self._parent is not None and self._parent._computed())
@@ -148,7 +95,10 @@ class DeferredLogits:
     ) -> DeferredLogits | Tensor:
         if self._real is not None:
             return operation(self._real)
-        state: dict[str, Any] = dict(hidden=self._hidden, factors=self._factors, dtype=self.dtype)
+        state: dict[str, Any] = dict(
+            hidden=self._hidden, factors=self._factors, dtype=self.dtype, device=self.device,
+            classes=self._classes,
+        )  # fmt: skip
         return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
@@ -179,35 +129,33 @@ class DeferredLogits:
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and args == (torch.float32,):
             return self.float()
-        if not kwargs and args in ((self.device,), (self.dtype,)) and self._real is None:
+        if not kwargs and args == (self.dtype,) and self._real is None:
             return self
-        return self.tensor().to(*args, **kwargs)
+        device = _device(*args, **kwargs)
+        if device is None or self._real is not None:
+            return self.tensor().to(*args, **kwargs)
+        moved = self._then(lambda x: x.to(*args, **kwargs), device=device)
+        return self if device == self.device else moved
 
     def contiguous(self) -> Any:
         return self._then(Tensor.contiguous)
 
     def __getitem__(self, index: Any) -> Any:
-        if self._real is None and _is_of_tokens(index, self.dim()):
-            return self._then(lambda x: x[index], hidden=self._hidden[index])
-        return self.tensor()[index]
+        recorded = None if self._real is not None else _split(index, self.dim(), self._classes)
+        if recorded is None:
+            return self.tensor()[index]
+        of_tokens, classes = recorded
+        return self._then(lambda x: x[index], hidden=self._hidden[of_tokens], classes=classes)
 
     __mul__ = __rmul__ = mul
     __truediv__ = div
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self._hidden.shape[:-1], self.head.weight.shape[0]))
-
-    @property
-    def device(self) -> torch.device:
-        return self._hidden.device
-
-    @property
-    def ndim(self) -> int:
-        return self._hidden.dim()
+        return torch.Size((*self._hidden.shape[:-1], self._classes))
 
     def dim(self) -> int:
-        return self._hidden.dim()
+        return self.ndim
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
@@ -244,16 +192,28 @@ def _is_factor(value: object) -> bool:
     return number and 1e-6 <= abs(value) <= 1e6  # type: ignore[arg-type]
 
 
-def _is_of_tokens(index: Any, dims: int) -> bool:
-    """Whether an index of slices and integers leaves the last of `dims` dimensions whole."""
+def _device(*args: Any, **kwargs: Any) -> torch.device | None:
+    """Return the device that `Tensor.to(*args, **kwargs)` moves to, if it does nothing else."""
+    if len(args) != 1 or kwargs.keys() - {"non_blocking"} or isinstance(args[0], torch.dtype):
+        return None
+    return None if isinstance(args[0], Tensor) else torch.empty(0).to(args[0]).device
+
+
+def _split(index: Any, dims: int, classes: int) -> tuple[Any, int] | None:
+    """Return (the index of the hidden states, how many of the classes it leaves).
+
+    None where `index` is not of slices and integers that keep the first classes, in order.
+    """
     items = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, bool) or not (isinstance(i, (slice, int)) or i is ...) for i in items):
-        return False
-    named = [i for i in items if i is not ...]
-    if len(items) - len(named) > 1:  # torch has rules of its own for two ellipses
-        return False
-    reaches = len(named) == dims or (... in items and items[-1] is not ...)
-    return not reaches or named[-1] == slice(None)
+    ellipses = sum(i is ... for i in items)  # torch has rules of its own for two
+    if any(type(i) not in (int, slice, type(...)) for i in items) or ellipses > 1:
+        return None
+    at = items.index(...) if ellipses else len(items)
+    items = (*items[:at], *[slice(None)] * (dims - len(items) + ellipses), *items[at + ellipses :])
+    kept = range(classes)[items[-1]] if isinstance(items[-1], slice) else range(0)
+    if len(items) > dims or not kept or kept.start or kept.step != 1:
+        return None
+    return (*items[:-1], slice(None)), len(kept)
 
 
 def _as_tensor(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Teaching a model of transformers to defer its logits, and to forget it again.
+"""Make a model of transformers defer its logits, and undo it.
 
 Attributes of two instances are set, none of a class: the model's `forward`, which knows whether
 there are labels, its loss function, its refusal of DataParallel, and the output head's `forward`.
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .deferred import DeferredLogits, Head
+from .deferred import DeferredLogits
 from .evaluated import as_tensors
+from .head import Head
 from .loss import causal_lm_loss
 
 _STATE = "_chunked_ce"
 
 
 def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
-    """Makes a causal language model of transformers train without its logits.
+    """Make a causal language model of transformers train without its logits.
 
     While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
     :func:`chunked_ce.linear_cross_entropy`, whatever factor or softcap the model puts between the
@@ -73,32 +74,25 @@ class Enabled:
         self._deferring = False
         self._warned: set[str] = set()
         self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
-        changes: list[tuple[nn.Module, str, Any]] = [
-            (model, _STATE, self),
-            (model, "forward", MethodType(_model_forward(model), model)),
-            (model, "_loss_function", causal_lm_loss),
-            (model, "_replicate_for_data_parallel", checks.no_replica),
-        ]
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
-        self._change(changes)
+        self._change(
+            model, forward=MethodType(_model_forward(model), model),
+            _loss_function=causal_lm_loss, _replicate_for_data_parallel=checks.no_replica,
+        )  # fmt: skip
         self._take(head)
 
-    def _change(self, changes: list[tuple[nn.Module, str, Any]]) -> None:
-        self._changes += [(*change, _own(change[0], change[1])) for change in changes]
-        for module, name, value in changes:
+    def _change(self, module: nn.Module, **values: Any) -> None:
+        for name, value in {_STATE: self, **values}.items():
+            before = {name: vars(module)[name]} if name in vars(module) else {}
+            self._changes.append((module, name, value, before))
             vars(module)[name] = value
 
     def _take(self, head: nn.Module) -> None:
-        self._change(
-            [
-                (head, _STATE, self),
-                (head, "forward", MethodType(_head_forward, head)),
-                (head, "__deepcopy__", MethodType(_head_copied, head)),
-            ]
-        )
+        copied = MethodType(_head_copied, head)
+        self._change(head, forward=MethodType(_head_forward, head), __deepcopy__=copied)
 
     def _follow(self) -> None:
-        """Takes what has been put in the head's place since: resized, or PEFT's modules_to_save."""
+        """Take what has been put in the head's place since: resized, or PEFT's modules_to_save."""
         head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
         original = getattr(head, "original_module", None)
         heads = [head] if original is None else [original, *head.modules_to_save.values()]
@@ -112,9 +106,9 @@ class Enabled:
                 self._warn(checks.new_head(error))
 
     def disable(self) -> None:
-        """Sets everything back. Does nothing the second time.
+        """Set everything back. Does nothing the second time.
 
-        What others put around the model's forward since stays, and ours within it lets calls pass.
+        A forward that others put around the model's since stays, and calls the model's.
         """
         for module, name, value, before in self._changes:
             if vars(module).get(name) == value:
@@ -138,7 +132,7 @@ class Enabled:
         self.disable()
 
     def _on_use(self) -> None:
-        """Says once that the model itself wants its logits, for which it was not enabled."""
+        """Say once that the model itself uses its logits, so that nothing is saved."""
         if self._deferring and not torch.compiler.is_compiling():
             self._warn(checks.LOGITS_WERE_MADE)
 
@@ -148,7 +142,7 @@ class Enabled:
             warnings.warn(message, stacklevel=6)
 
     def _prepare(self, labelled: bool) -> bool:
-        """Whether a forward that begins may defer."""
+        """Return whether a forward that begins may defer."""
         deferring = (self._model.training or self._evaluation) and labelled
         if not torch.compiler.is_compiling():
             if deferring:
@@ -163,15 +157,10 @@ class Enabled:
         return len(args) > self._labels and args[self._labels] is not None
 
 
-def _own(module: nn.Module, name: str) -> dict[str, Any]:
-    """An attribute of the instance itself, if it has it."""
-    return {name: vars(module)[name]} if name in vars(module) else {}
-
-
 def _model_forward(model: nn.Module) -> Callable[..., Any]:
-    """The model's forward that knows whether its head may defer.
+    """Return a forward of the model that knows whether its head may defer.
 
-    A method, so that a deep copy of the model runs on itself.
+    It is a method, so that a deep copy of the model runs on itself.
     """
     method = model.forward
     original = getattr(method, "__func__", None)
@@ -182,14 +171,14 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         run = method if original is None else functools.partial(original, self)
         if state is None:
             return run(*args, **kwargs)
-        before = state._deferring
-        state._deferring = state._prepare(state._has_labels(args, kwargs))
+        before, deferring = state._deferring, state._prepare(state._has_labels(args, kwargs))
+        state._deferring = deferring
         try:
             outputs = run(*args, **kwargs)
         finally:
             state._deferring = before
         evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return as_tensors(outputs) if evaluating else outputs
+        return as_tensors(outputs) if deferring and evaluating else outputs
 
     # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Deferred logits as a tensor, for those that gather, pad and concatenate what a model returned."""
+"""Deferred logits as a tensor, for callers that gather, pad and concatenate a model's outputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _METADATA = {
 
 
 class EvaluatedLogits(Tensor):
-    """Logits [..., V] of an evaluation without gradients: computed by their first use, once.
+    """Logits [..., V] of an evaluation without gradients, computed once, by their first use.
 
-    A tensor without memory; shape, dtype and device are known, and every function else is called
-    with the logits themselves, so what it returns is an ordinary tensor.
+    A tensor without memory. Its shape, dtype and device are known. Every other function is called
+    with the logits themselves, and so returns an ordinary tensor.
     """
 
     deferred: DeferredLogits
@@ -34,7 +34,7 @@ class EvaluatedLogits(Tensor):
         return empty
 
     def tensor(self) -> Tensor:
-        """The logits, as :meth:`DeferredLogits.tensor` gives them."""
+        """Return the logits, as :meth:`DeferredLogits.tensor` gives them."""
         return self.deferred.tensor()
 
     @classmethod
@@ -44,8 +44,7 @@ class EvaluatedLogits(Tensor):
         if function in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return cls.__torch_dispatch__(function, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -60,7 +59,7 @@ def _as_tensor(value: Any) -> Any:
 
 
 def as_tensors(outputs: Any) -> Any:
-    """What a model returned, its deferred logits as tensors that compute themselves."""
+    """Return a model's outputs, with deferred logits as tensors that compute themselves."""
     if isinstance(outputs, tuple) and type(outputs) is tuple:
         return tuple(map(_deferred_as_tensor, outputs))
     if hasattr(outputs, "logits"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks.loss import vocab_size as class_count
 from ..functional.linear import linear_cross_entropy
 from ..functional.logits import cross_entropy
 from . import checks
@@ -52,18 +53,21 @@ def causal_lm_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.to(logits.device, non_blocking=True).reshape(logits.shape[:-1])
     product = logits.linear() if isinstance(logits, DeferredLogits) else None
+    device = logits.device if product is None else product[0].device
+    target = shift_labels.to(device, non_blocking=True).reshape(logits.shape[:-1])
     if product is None:
         rows = logits.tensor() if isinstance(logits, DeferredLogits) else logits
         return cross_entropy(
             rows, target,
             dim=-1, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
         )  # fmt: skip
-    hidden, head, logit_scale, softcap = product
+    hidden, head, transforms = product
+    if vocab_size is not None:
+        transforms["vocab_size"] = class_count(vocab_size, logits)  # type: ignore[arg-type]
     with head.autocast_then():
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             hidden, head.weight, target,
-            linear_bias=head.bias, ignore_index=ignore_index, num_items=num_items,
-            vocab_size=vocab_size, logit_scale=logit_scale, softcap=softcap,
+            ignore_index=ignore_index, num_items=num_items, **transforms,
         )  # fmt: skip
+    return loss.to(logits.device)

@@ -133,25 +133,17 @@ def vocabularies(model: Any, tokenizer: Any) -> None:
 
     The ids of the documents are checked one by one, so this is for tokenizers of other models.
     """
-    classes, tokens = _embeddings(model), _length(tokenizer)
-    if classes is None or tokens is None:
+    classes = _embeddings(model)
+    if classes is None or not hasattr(tokenizer, "__len__"):
         return
-    trained = tokens - _added(tokenizer)
+    tokens = len(tokenizer)
+    size = getattr(tokenizer, "vocab_size", None)  # without tokens that were added later
+    trained = min(size, tokens) if isinstance(size, int) else tokens
     if trained > classes + max(64, classes // 100) or classes > 1.25 * tokens + 1024:
         raise ValueError(
             f"tokenizer has {tokens} tokens, but the model has embeddings for {classes}: "
             "pass the tokenizer that the model was trained with"
         )
-
-
-def _length(tokenizer: Any) -> int | None:
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
-
-
-def _added(tokenizer: Any) -> int:
-    """Tokens put behind the vocabulary that was trained."""
-    trained = getattr(tokenizer, "vocab_size", None)
-    return max(0, len(tokenizer) - trained) if isinstance(trained, int) else 0
 
 
 def input_embeddings(model: Any) -> Any:
