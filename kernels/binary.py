@@ -32,7 +32,7 @@ from .rows import (
 
 
 class Tensors(NamedTuple):
-    """The Rows of all tensors at one row, from column 0 on; those of absent ones are not touched."""
+    """A Row of each tensor, from column 0 on; that of an absent tensor is not touched."""
 
     x: Any
     y: Any

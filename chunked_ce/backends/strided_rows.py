@@ -115,8 +115,11 @@ def kernel_weights(weights: ClassWeights, x: Address, prob: list[Rows]) -> Weigh
 
 def weight_options(weights: ClassWeights, x: Rows, prob: list[Rows]) -> dict[str, bool]:
     return dict(
-        HAS_WEIGHT=weights.weight is not None,
-        HAS_PROB=bool(prob),
+        **weight_presence(weights),
         PROB_CONTIGUOUS=bool(prob) and prob[0].stride[2] == 1,
         PROB_ALIGNED=bool(prob) and prob[0].is_aligned_as(x),
     )
+
+
+def weight_presence(weights: ClassWeights) -> dict[str, bool]:
+    return dict(HAS_WEIGHT=weights.weight is not None, HAS_PROB=weights.prob is not None)

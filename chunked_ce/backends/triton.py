@@ -26,6 +26,7 @@ from .strided_rows import (
     rows_with_prob,
     strided_rows,
     weight_options,
+    weight_presence,
 )
 
 
@@ -66,12 +67,7 @@ def row_statistics(
     for flat, shared in sums:
         # One not asked for is not touched.
         outputs = [lse if t is None else t for t in (lse, logprob, lse_low, *stats[2:], mass)]
-        options = Options(
-            **wanted,
-            **_head_options(head),
-            HAS_WEIGHT=weights.weight is not None,
-            HAS_PROB=weights.prob is not None,
-        )
+        options = Options(**wanted, **_head_options(head), **weight_presence(weights))
         with gpu.on(input.device):
             merge_parts_kernel[(-(-shared["rows"] // launch.MERGE_ROWS),)](
                 **shared,
