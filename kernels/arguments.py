@@ -132,5 +132,8 @@ class BinaryOptions(NamedTuple):
     CONTIGUOUS: bool
     Y_CONTIGUOUS: bool
     Y_ALIGNED: bool
+    W_CONTIGUOUS: bool
+    V_CONTIGUOUS: bool
+    UPSTREAM_CONTIGUOUS: bool
     OUT_CONTIGUOUS: bool
     OUT_ALIGNED: bool

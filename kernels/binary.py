@@ -21,7 +21,6 @@ from .rows import (
     advance,
     body_row,
     column_offsets,
-    decode,
     edge_columns,
     group_starts,
     lane_ids,
@@ -69,18 +68,19 @@ def label_terms(
         else:
             negative -= positive
     if OPTIONS.HAS_V:
-        positive *= load_at(v, row_columns, valid, DTYPE)
+        positive *= load_at(v, row_columns, valid, OPTIONS.V_CONTIGUOUS, DTYPE)
     if OPTIONS.HAS_W:
-        weight = load_at(w, row_columns, valid, DTYPE)
+        weight = load_at(w, row_columns, valid, OPTIONS.W_CONTIGUOUS, DTYPE)
         negative *= weight
         positive *= weight
     return negative, positive
 
 
 @triton.jit
-def load_at(row, columns, valid, DTYPE: tl.constexpr):
+def load_at(row, columns, valid, CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr):
     """Return the numbers of a row at columns of 64 bits; 0 where not valid."""
-    return tl.load(row.ptr + columns * decode(row.stride_v), mask=valid, other=0.0).to(DTYPE)
+    offsets = column_offsets(columns, row.stride_v, CONTIGUOUS)
+    return tl.load(row.ptr + offsets, mask=valid, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def write_values(
     )
     if OPTIONS.GRADIENT:
         row_columns = (first_column + columns).to(tl.int64)
-        upstream = load_at(row.upstream, row_columns, valid, z.dtype)
+        CONTIGUOUS: tl.constexpr = OPTIONS.UPSTREAM_CONTIGUOUS
+        upstream = load_at(row.upstream, row_columns, valid, CONTIGUOUS, z.dtype)
         value = slopes(z, negative, positive) * upstream
     else:
         value = losses(z, negative, positive)
@@ -169,7 +170,7 @@ def edge_sum(window, classes, left_out, row, DTYPE: tl.constexpr, WIDTH: tl.cons
              OPTIONS: tl.constexpr):  # fmt: skip
     """Write a row's edges, or return their sum."""
     edge, valid = edge_columns(window, classes, WIDTH)
-    z = load_at(row.x, edge.to(tl.int64), valid, DTYPE)
+    z = load_at(row.x, edge.to(tl.int64), valid, OPTIONS.CONTIGUOUS, DTYPE)
     value = write_values(z, row.y, row.out, edge, 0, valid, row, OPTIONS)
     if OPTIONS.HAS_LEFT_OUT:
         valid = without_labels(valid, edge, 0, window.prefix, left_out)

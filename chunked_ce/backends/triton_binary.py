@@ -97,17 +97,21 @@ def _launch(
 
 
 def _options(rows: dict[str, Rows], has_left_out: bool) -> BinaryOptions:
-    x, y, out = rows["x"], rows.get("y"), rows.get("out")
+    contiguous = {name: r.stride[2] == 1 for name, r in rows.items()}
+    aligned = {name: rows[name].is_aligned_as(rows["x"]) for name in ("y", "out") if name in rows}
     return BinaryOptions(
         GRADIENT="upstream" in rows,
-        HAS_Y=y is not None,
+        HAS_Y="y" in rows,
         HAS_W="w" in rows,
         HAS_V="v" in rows,
-        HAS_OUT=out is not None,
+        HAS_OUT="out" in rows,
         HAS_LEFT_OUT=has_left_out,
-        CONTIGUOUS=x.stride[2] == 1,
-        Y_CONTIGUOUS=y is not None and y.stride[2] == 1,
-        Y_ALIGNED=y is not None and y.is_aligned_as(x),
-        OUT_CONTIGUOUS=out is not None and out.stride[2] == 1,
-        OUT_ALIGNED=out is not None and out.is_aligned_as(x),
+        CONTIGUOUS=contiguous["x"],
+        Y_CONTIGUOUS=contiguous.get("y", False),
+        Y_ALIGNED=aligned.get("y", False),
+        W_CONTIGUOUS=contiguous.get("w", False),
+        V_CONTIGUOUS=contiguous.get("v", False),
+        UPSTREAM_CONTIGUOUS=contiguous.get("upstream", False),
+        OUT_CONTIGUOUS=contiguous.get("out", False),
+        OUT_ALIGNED=aligned.get("out", False),
     )
