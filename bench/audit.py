@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -134,7 +135,7 @@ def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
     on = next(g for g in GPUS if g.target == target)
     for name, (call, moved) in calls(vocab, getattr(torch, dtype)).items():
         for launch in recorded(call, on):
-            if launch.name == "finish_kernel":
+            if launch.name == "merge_parts_kernel":
                 continue  # a few numbers a row
             if name == "one pass, clusters" and not (
                 target in CLUSTERED
@@ -151,7 +152,7 @@ def findings(
     launch: Launch, built: Built, moved: float, tile: int | None = None,
 ) -> Iterator[Finding]:  # fmt: skip
     arguments = launch.arguments
-    tile = tile or arguments["GROUPS"] * arguments["WIDTH"]
+    tile = tile or math.prod(arguments["TILE"])
     warps, ctas = arguments.get("num_warps", 4), arguments.get("num_ctas", 1)
     per_thread = tile / (warps * ctas * TARGETS[target].warp_size)
     threads = warps * TARGETS[target].warp_size
@@ -174,7 +175,7 @@ def findings(
 
     if target.startswith("gfx"):
         yield finding("kernel", None, 1)
-    elif arguments.get("ON_CHIP"):
+    elif "OPTIONS" in arguments and arguments["OPTIONS"].ON_CHIP:
         # A tile of a power of two holds the row: per logit that exists.
         yield finding("whole row", sass.whole(built.assembly), per_thread * vocab / tile)
     else:
@@ -246,8 +247,7 @@ def growth(target: str = "sm_90") -> Iterator[tuple[str, ...]]:
                 grids = " + ".join("x".join(map(str, launch.grid)) for launch in made)
                 row += [grids, f"{moved * rows * vocab:.3g}"]
                 if name == "statistics":
-                    buffers = (made[0].arguments[k] for k in ("floats_ptr", "integers_ptr"))
-                    row.append(str(sum(_bytes(b) for b in buffers)))
+                    row.append(str(sum(_bytes(b) for b in made[0].arguments["parts"])))
             yield tuple(row)
 
 

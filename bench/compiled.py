@@ -84,27 +84,18 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
 
 
 def build(launch: Launch, target: str) -> Built:
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            if type(value) is int and not parameter.is_constexpr and parameter.do_not_specialize:
-                signature[parameter.name] = "i32"
-                continue
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = parameter.annotation_type or "fp32"
+            signature[parameter.name] = parameter.annotation_type or _specialised(
+                (i,), value, not parameter.do_not_specialize, constants, attributes
+            )
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {k: v for k, v in launch.arguments.items() if k in OPTIONS}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -113,6 +104,37 @@ def build(launch: Launch, target: str) -> Built:
         if target.startswith("gfx")
         else _read_cuda(launch, target, compiled)
     )
+
+
+def _specialised(
+    path: tuple[int, ...],
+    value: Any,
+    specialise: bool,
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> Any:
+    """The type of an argument, as Triton's launcher has it: a tuple of types for a tuple.
+
+    Of a tuple it specialises every field, whatever `do_not_specialize` says.
+    """
+    if isinstance(value, tuple):
+        types = [
+            _specialised((*path, i), field, True, constants, attributes)
+            for i, field in enumerate(value)
+        ]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None or (type(value) is int and value == 1 and specialise):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        if value.data_ptr() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, int):
+        if value % 16 == 0 and specialise:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
 
 
 def _read_cuda(launch: Launch, target: str, compiled: Any) -> Built:

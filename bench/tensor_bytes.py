@@ -30,7 +30,7 @@ from chunked_ce.ops import logits as ops
 
 _OPERATORS = (ops, one_pass, linear_ops)
 _chosen = backends.choose_backend
-_KERNELS = ("token_stats", "finish", "token_grad", "loss_and_grad", "scale")
+_KERNELS = ("token_stats", "merge_parts", "token_grad", "loss_and_grad", "scale")
 
 
 class TensorBytes(TorchDispatchMode):

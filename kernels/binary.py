@@ -9,53 +9,83 @@ No term cancels for a label of 0 or 1. Labels given by index are no labels here:
 leaves them out; what they add is not worth a kernel.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .streaming import (
-    apart,
-    at,
-    body_start,
+from .arguments import NOT_SPECIALIZED
+from .online_softmax import log1p
+from .rows import (
+    Row,
+    advance,
+    body_row,
+    column_offsets,
+    edge_columns,
     group_starts,
-    lanes,
-    log1p,
+    lane_ids,
+    moved,
     row_start,
     row_window,
-    step,
 )
+
+
+class Tensors(NamedTuple):
+    """A Row of each tensor, from column 0 on; that of an absent tensor is not touched."""
+
+    x: Any
+    y: Any
+    w: Any
+    v: Any
+    out: Any
+    upstream: Any
+
+
+class LeftOut(NamedTuple):
+    """Labels of a row that the sum leaves out."""
+
+    labels: Any  # [LABELS] ascending
+    ptr: Any  # of the first
 
 
 @triton.jit
 def label_terms(
-    y_ptr, w_ptr, v_ptr, columns, first_column, valid, y_stride_v, w_stride_v, v_stride_v,
-    Y_CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr,
+    y, w, v, columns, first_column, valid, DTYPE: tl.constexpr, OPTIONS: tl.constexpr
 ):  # fmt: skip
-    """(w (1 - y), w v y), 0 where not valid.
+    """Return (w (1 - y), w v y), 0 where not valid.
 
-    y_ptr is the label of column `first_column`; w_ptr and v_ptr are those of column 0.
+    y starts at column `first_column`, from which `columns` are counted; w and v at column 0.
     """
     row_columns = (first_column + columns).to(tl.int64)
     negative = tl.where(valid, 1.0, 0.0).to(DTYPE)
     positive = tl.zeros(columns.shape, DTYPE)
-    if y_ptr is not None:
-        y = tl.load(y_ptr + at(columns, y_stride_v, Y_CONTIGUOUS), mask=valid, other=0.0)
-        positive = y.to(DTYPE)
-        if y.dtype == tl.float64:  # near 1, whose difference is not that of the rounded
-            negative = tl.where(valid, 1.0 - y, 0.0).to(DTYPE)
+    if OPTIONS.HAS_Y:
+        offsets = column_offsets(columns, y.stride_v, OPTIONS.Y_CONTIGUOUS)
+        label = tl.load(y.ptr + offsets, mask=valid, other=0.0)
+        positive = label.to(DTYPE)
+        if label.dtype == tl.float64:  # near 1, whose difference is not that of the rounded
+            negative = tl.where(valid, 1.0 - label, 0.0).to(DTYPE)
         else:
             negative -= positive
-    if v_ptr is not None:
-        v = tl.load(v_ptr + row_columns * v_stride_v, mask=valid, other=0.0).to(DTYPE)
-        positive *= v
-    if w_ptr is not None:
-        w = tl.load(w_ptr + row_columns * w_stride_v, mask=valid, other=0.0).to(DTYPE)
-        negative *= w
-        positive *= w
+    if OPTIONS.HAS_V:
+        positive *= load_at(v, row_columns, valid, OPTIONS.V_CONTIGUOUS, DTYPE)
+    if OPTIONS.HAS_W:
+        weight = load_at(w, row_columns, valid, OPTIONS.W_CONTIGUOUS, DTYPE)
+        negative *= weight
+        positive *= weight
     return negative, positive
 
 
 @triton.jit
+def load_at(row, columns, valid, CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the numbers of a row at columns of 64 bits; 0 where not valid."""
+    offsets = column_offsets(columns, row.stride_v, CONTIGUOUS)
+    return tl.load(row.ptr + offsets, mask=valid, other=0.0).to(DTYPE)
+
+
+@triton.jit
 def losses(z, negative, positive):
+    """Return the loss of logits; NaN where they are."""
     small = log1p(tl.exp(-tl.abs(z)))
     above, below = tl.maximum(z, 0.0), tl.maximum(-z, 0.0)
     # 0 softplus(inf) would be NaN.
@@ -66,6 +96,7 @@ def losses(z, negative, positive):
 
 @triton.jit
 def slopes(z, negative, positive):
+    """Return the derivative of the loss of logits; NaN where they are."""
     e = tl.exp(-tl.abs(z))
     larger = 1.0 / (1.0 + e)
     up = tl.where(z >= 0, larger, e * larger)
@@ -74,158 +105,142 @@ def slopes(z, negative, positive):
 
 
 @triton.jit
-def without_labels(valid, columns, first, last, labels, label_ptr):
-    """`valid`, but false at labels from column `first` to before `last`. labels: sorted."""
-    for k in range(tl.sum((labels < first).to(tl.int32)), tl.sum((labels < last).to(tl.int32))):
-        valid &= columns != tl.load(label_ptr + k)
+def write_values(
+    z, y, out, columns, first_column, valid, row, OPTIONS: tl.constexpr
+):  # fmt: skip
+    """Return each logit's loss or gradient, written where HAS_OUT.
+
+    y and out start at column `first_column`, from which `columns` are counted. row: Tensors.
+    """
+    negative, positive = label_terms(
+        y, row.w, row.v, columns, first_column, valid, z.dtype, OPTIONS
+    )
+    if OPTIONS.GRADIENT:
+        row_columns = (first_column + columns).to(tl.int64)
+        CONTIGUOUS: tl.constexpr = OPTIONS.UPSTREAM_CONTIGUOUS
+        upstream = load_at(row.upstream, row_columns, valid, CONTIGUOUS, z.dtype)
+        value = slopes(z, negative, positive) * upstream
+    else:
+        value = losses(z, negative, positive)
+    if OPTIONS.HAS_OUT:
+        address = out.ptr + column_offsets(columns, out.stride_v, OPTIONS.OUT_CONTIGUOUS)
+        tl.store(address, value.to(out.ptr.dtype.element_ty), mask=valid)
+    return value
+
+
+@triton.jit
+def without_labels(valid, columns, first, last, left_out):
+    """Return `valid`, but false at labels from column `first` to before `last`."""
+    labels = left_out.labels
+    begin = tl.sum((labels < first).to(tl.int32))
+    for k in range(begin, tl.sum((labels < last).to(tl.int32))):
+        valid &= columns != tl.load(left_out.ptr + k)
     return valid
 
 
-@triton.jit(
-    do_not_specialize=[  # so that another number of rows or of classes compiles nothing new
-        "classes",
-        "segments",
-        "inner_rows",
-        "x_offset",
-        "x_stride_outer",
-        "x_stride_inner",
-        "y_offset",
-        "y_stride_outer",
-        "y_stride_inner",
-        "w_offset",
-        "w_stride_outer",
-        "w_stride_inner",
-        "v_offset",
-        "v_stride_outer",
-        "v_stride_inner",
-        "out_offset",
-        "out_stride_outer",
-        "out_stride_inner",
-        "up_offset",
-        "up_stride_outer",
-        "up_stride_inner",
-    ]
-)
+@triton.jit
+def body_sum(x, y, out, length, first, left_out, row, DTYPE: tl.constexpr, TILE: tl.constexpr,
+             OPTIONS: tl.constexpr):  # fmt: skip
+    """Write `length` positions of a row's body, or return their sum.
+
+    x, y and out start at the first position, which is column `first`.
+    """
+    total = tl.full([TILE.GROUPS], 0.0, DTYPE)
+    x_ptr = x.ptr
+    tile = group_starts(TILE) + lane_ids(TILE.WIDTH)
+    for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
+        valid = i + group_starts(TILE) < length
+        valid = tl.broadcast_to(valid, [TILE.GROUPS, TILE.WIDTH])
+        columns = tl.broadcast_to(i + tile, [TILE.GROUPS, TILE.WIDTH])
+        offsets = column_offsets(tile, x.stride_v, OPTIONS.CONTIGUOUS)
+        z = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(DTYPE)
+        x_ptr += advance(TILE.GROUPS * TILE.WIDTH, x.stride_v, OPTIONS.CONTIGUOUS)
+        value = write_values(z, y, out, columns, first, valid, row, OPTIONS)
+        if not OPTIONS.HAS_OUT:
+            if OPTIONS.HAS_LEFT_OUT:
+                begin = first + i
+                end = begin + TILE.GROUPS * TILE.WIDTH
+                valid = without_labels(valid, first + columns, begin, end, left_out)
+            total += tl.sum(tl.where(valid, value, 0.0), 1)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def edge_sum(window, classes, left_out, row, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+             OPTIONS: tl.constexpr):  # fmt: skip
+    """Write a row's edges, or return their sum."""
+    edge, valid = edge_columns(window, classes, WIDTH)
+    z = load_at(row.x, edge.to(tl.int64), valid, OPTIONS.CONTIGUOUS, DTYPE)
+    value = write_values(z, row.y, row.out, edge, 0, valid, row, OPTIONS)
+    if OPTIONS.HAS_LEFT_OUT:
+        valid = without_labels(valid, edge, 0, window.prefix, left_out)
+        end = window.prefix + window.body
+        valid = without_labels(valid, edge, end, classes, left_out)
+    return tl.sum(tl.where(valid, value, 0.0))
+
+
+@triton.jit
+def load_left_out(label_ptr, row, labels_per_row, LABELS: tl.constexpr, OPTIONS: tl.constexpr):
+    """Return the LeftOut of a row."""
+    labels = tl.full([LABELS], 2147483647, tl.int32)
+    label_ptr += tl.cast(row, tl.int64) * labels_per_row
+    if OPTIONS.HAS_LEFT_OUT:
+        k = tl.arange(0, LABELS)
+        labels = tl.load(label_ptr + k, mask=k < labels_per_row, other=2147483647)
+    return LeftOut(labels, label_ptr)
+
+
+@triton.jit
+def row_of(row, inner_rows, address):
+    """Return the Row of a tensor, from column 0 on."""
+    return Row(address.ptr + row_start(row, inner_rows, address), address.stride_v)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def binary_kernel(
-    x_ptr,  # [rows, V] logits
-    y_ptr,  # [rows, V] labels, or None: 0
-    w_ptr,  # [rows, V] weights, or None: 1
-    v_ptr,  # [rows, V] weights of positive labels, or None: 1
-    out_ptr,  # [rows, V] of each logit: its loss, or where GRADIENT its gradient; None: parts
-    part_ptr,  # [rows, segments] sums of losses
-    upstream_ptr,  # where GRADIENT: [rows, V], or [] with strides 0
-    label_ptr,  # [rows, K] labels to leave out of the sum, ascending; None: none
+    x,  # Address of logits
+    y,  # Address of labels
+    w,  # Address of weights
+    v,  # Address of weights of positive labels
+    out,  # Address of each logit's value: its loss, or where GRADIENT its gradient
+    upstream,  # Address, or [] with strides 0
+    part_ptr,  # [rows, segments] sums of losses, where nothing is written to `out`
+    label_ptr,  # [rows, K] labels to leave out of the sum, ascending
     labels_per_row,
-    classes,
+    columns,
     segments,
     inner_rows,
-    x_offset, x_stride_outer, x_stride_inner, x_stride_v,
-    y_offset, y_stride_outer, y_stride_inner, y_stride_v,
-    w_offset, w_stride_outer, w_stride_inner, w_stride_v,
-    v_offset, v_stride_outer, v_stride_inner, v_stride_v,
-    out_offset, out_stride_outer, out_stride_inner, out_stride_v,
-    up_offset, up_stride_outer, up_stride_inner, up_stride_v,
-    GRADIENT: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    Y_CONTIGUOUS: tl.constexpr,
-    Y_ALIGNED: tl.constexpr,  # its rows start at the same place in a group as the logits'
-    OUT_CONTIGUOUS: tl.constexpr,
-    OUT_ALIGNED: tl.constexpr,
     SEGMENT: tl.constexpr,
     LABELS: tl.constexpr,  # a power of two, at least labels_per_row
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """A segment of a row."""
-    row, segment = tl.program_id(0), tl.program_id(1)
-    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    start = row_start(row, x_offset, inner_rows, x_stride_outer, x_stride_inner)
-    head, body = row_window(start, classes, WIDTH, CONTIGUOUS)
-    x_row = x_ptr + start
+    TILE: tl.constexpr,
+    OPTIONS: tl.constexpr,
+):
+    """Write or sum a segment of a row."""
+    number, segment = tl.program_id(0), tl.program_id(1)
+    DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = Tensors(
+        row_of(number, inner_rows, x), row_of(number, inner_rows, y),
+        row_of(number, inner_rows, w), row_of(number, inner_rows, v),
+        row_of(number, inner_rows, out), row_of(number, inner_rows, upstream),
+    )  # fmt: skip
+    start = row_start(number, inner_rows, x)
+    window = row_window(start, columns, -1, TILE.WIDTH, OPTIONS.CONTIGUOUS)
+    prefix = window.prefix
     # Aligned only as a whole: a tile's offset is a multiple of WIDTH from a body's start.
-    x_body = x_ptr + body_start(start, head, x_stride_v, WIDTH, CONTIGUOUS)
-    # In the kernel, for up to Triton 3.6 a device function cannot return None.
-    y_row, y_body, w_row, v_row = y_ptr, y_ptr, w_ptr, v_ptr
-    out_row, out_body, up_row = out_ptr, out_ptr, upstream_ptr
-    if y_ptr is not None:
-        y_start = row_start(row, y_offset, inner_rows, y_stride_outer, y_stride_inner)
-        y_row += y_start
-        y_body += body_start(y_start, head, y_stride_v, WIDTH, Y_ALIGNED)
-    if w_ptr is not None:
-        w_row += row_start(row, w_offset, inner_rows, w_stride_outer, w_stride_inner)
-    if v_ptr is not None:
-        v_row += row_start(row, v_offset, inner_rows, v_stride_outer, v_stride_inner)
-    if out_ptr is not None:
-        out_start = row_start(row, out_offset, inner_rows, out_stride_outer, out_stride_inner)
-        out_row += out_start
-        out_body += body_start(out_start, head, out_stride_v, WIDTH, OUT_ALIGNED)
-    if upstream_ptr is not None:
-        up_row += row_start(row, up_offset, inner_rows, up_stride_outer, up_stride_inner)
-    labels = tl.full([LABELS], 2147483647, tl.int32)
-    label_row = label_ptr
-    if label_ptr is not None:
-        k = tl.arange(0, LABELS)
-        label_row += tl.cast(row, tl.int64) * labels_per_row
-        labels = tl.load(label_row + k, mask=k < labels_per_row, other=2147483647)
-
+    x_body = body_row(x, start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
+    y_start, out_start = row_start(number, inner_rows, y), row_start(number, inner_rows, out)
+    y_body = body_row(y, y_start, prefix, TILE.WIDTH, OPTIONS.Y_CONTIGUOUS, OPTIONS.Y_ALIGNED)
+    out_body = body_row(
+        out, out_start, prefix, TILE.WIDTH, OPTIONS.OUT_CONTIGUOUS, OPTIONS.OUT_ALIGNED
+    )
+    left_out = load_left_out(label_ptr, number, labels_per_row, LABELS, OPTIONS)
     begin = segment * SEGMENT
-    length = tl.minimum(body - begin, SEGMENT)
-    total = tl.zeros([GROUPS], DTYPE)
-    tile = group_starts(GROUPS, WIDTH) + lanes(WIDTH)
-    x_body += at(begin, x_stride_v, CONTIGUOUS)
-    for i in range(0, length, GROUPS * WIDTH):
-        here = begin + i
-        valid = tl.broadcast_to(i + group_starts(GROUPS, WIDTH) < length, [GROUPS, WIDTH])
-        columns = tl.broadcast_to(here + tile, [GROUPS, WIDTH])
-        z = tl.load(x_body + at(tile, x_stride_v, CONTIGUOUS), mask=valid, other=0.0).to(DTYPE)
-        x_body += step(GROUPS * WIDTH, x_stride_v, CONTIGUOUS)
-        negative, positive = label_terms(
-            y_body, w_row, v_row, columns, head, valid, y_stride_v, w_stride_v, v_stride_v,
-            Y_CONTIGUOUS, DTYPE,
-        )  # fmt: skip
-        if GRADIENT:
-            up_columns = (head + columns).to(tl.int64)
-            up = tl.load(up_row + up_columns * up_stride_v, mask=valid, other=0.0)
-            value = slopes(z, negative, positive) * up.to(DTYPE)
-        else:
-            value = losses(z, negative, positive)
-        if out_ptr is not None:
-            tl.store(
-                out_body + at(columns, out_stride_v, OUT_CONTIGUOUS),
-                value.to(out_ptr.dtype.element_ty),
-                mask=valid,
-            )
-        else:
-            if label_ptr is not None:
-                first = head + here
-                valid = without_labels(
-                    valid, head + columns, first, first + GROUPS * WIDTH, labels, label_row
-                )
-            total += tl.sum(tl.where(valid, value, 0.0), 1)
-    sum_of_parts = tl.sum(total, 0)
+    total = body_sum(
+        moved(x_body, begin, OPTIONS.CONTIGUOUS), moved(y_body, begin, OPTIONS.Y_CONTIGUOUS),
+        moved(out_body, begin, OPTIONS.OUT_CONTIGUOUS), tl.minimum(window.body - begin, SEGMENT),
+        prefix + begin, left_out, row, DTYPE, TILE, OPTIONS,
+    )  # fmt: skip
     if segment == 0:
-        edge, valid = apart(head, body, classes, -1, WIDTH)
-        z = tl.load(x_row + edge.to(tl.int64) * x_stride_v, mask=valid, other=0.0).to(DTYPE)
-        negative, positive = label_terms(
-            y_row, w_row, v_row, edge, 0, valid, y_stride_v, w_stride_v, v_stride_v, Y_CONTIGUOUS,
-            DTYPE,
-        )  # fmt: skip
-        if GRADIENT:
-            up_columns = edge.to(tl.int64)
-            up = tl.load(up_row + up_columns * up_stride_v, mask=valid, other=0.0).to(DTYPE)
-            value = slopes(z, negative, positive) * up
-        else:
-            value = losses(z, negative, positive)
-        if out_ptr is not None:
-            tl.store(
-                out_row + edge.to(tl.int64) * out_stride_v,
-                value.to(out_ptr.dtype.element_ty),
-                mask=valid,
-            )
-        else:
-            if label_ptr is not None:
-                valid = without_labels(valid, edge, 0, head, labels, label_row)
-                valid = without_labels(valid, edge, head + body, classes, labels, label_row)
-            sum_of_parts += tl.sum(tl.where(valid, value, 0.0))
-    if out_ptr is None:
-        tl.store(part_ptr + tl.cast(row, tl.int64) * segments + segment, sum_of_parts)
+        total += edge_sum(window, columns, left_out, row, DTYPE, TILE.WIDTH, OPTIONS)
+    if not OPTIONS.HAS_OUT:
+        tl.store(part_ptr + tl.cast(number, tl.int64) * segments + segment, total)

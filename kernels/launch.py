@@ -4,7 +4,9 @@ A group is 16 bytes of logits, one load of one thread. The figures change speed 
 of a sum does, rounding; none that follows the number of rows changes a result by a bit.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .arguments import TileShape
 
 COMPILER = dict(enable_fp_fusion=True)
 """Options of every launch. Fusion is stated, for Triton 3.10 turns it off where it is not."""
@@ -21,9 +23,10 @@ class Tile(NamedTuple):
     def columns(self) -> int:
         return self.GROUPS * self.WIDTH
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Any]:
         """To launch with; options that say nothing are left out, for not all backends know them."""
-        given = dict(GROUPS=self.GROUPS, WIDTH=self.WIDTH, num_warps=self.num_warps, **COMPILER)
+        shape = TileShape(self.GROUPS, self.WIDTH)
+        given: dict[str, Any] = dict(TILE=shape, num_warps=self.num_warps, **COMPILER)
         if self.maxnreg:
             given["maxnreg"] = self.maxnreg
         if self.num_ctas > 1:
@@ -65,7 +68,7 @@ SPAN_TILES = 4
 PROGRAMS_PER_PROCESSOR = 4
 """Below this, rows are divided: one program of 4 warps cannot keep an SM's memory pipes full."""
 
-FINISH_ROWS = 64
+MERGE_ROWS = 64
 """Rows of one program that merges parts: a thread each."""
 
 SCALE_BLOCK = 4096

@@ -10,187 +10,183 @@ A row comes from memory once, 4 bytes a 16-bit logit for loss and gradient: on c
 registers; streamed, so few rows are under way that the second read finds it in the L2 cache.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .streaming import (
-    LOG2_E,
-    body_start,
-    group_starts,
-    lanes,
-    log2_e_of,
-    merge,
-    row_loss,
-    row_start,
-    row_window,
-    target_group,
-)
-from .token_grad import gradient, row_numbers, write_apart, write_span
-from .token_stats import load_target, sum_apart, sum_body
+from .arguments import NOT_SPECIALIZED
+from .online_softmax import LOG2_E, Factors, Sums, log2_e_of, merge, row_loss, typed_head
+from .rows import Row, body_row, group_starts, lane_ids, row_start, row_window
+from .token_grad import Affine, affine_of, gradient, write_edges, write_span
+from .token_stats import read_target, sum_body, sum_edges
+
+
+class LossTerms(NamedTuple):
+    """The weights of the loss's terms, and how many classes there are."""
+
+    smoothing: Any
+    z_loss_weight: Any
+    vocab_size: Any
+
+
+class Held(NamedTuple):
+    """A row's body on chip."""
+
+    x: Any  # [GROUPS, WIDTH]
+    read: Any  # which logits were read
+    sums: Any
+    logit_sum: Any
 
 
 @triton.jit
-def token_loss(loss, lse, total, z_target, smoothing, z_loss_weight, vocab_size,
-               SMOOTHING: tl.constexpr):  # fmt: skip
-    """The token's loss, before its weight. `total`: sum of z less the target's, where SMOOTHING."""
-    if SMOOTHING:
-        mean = total / vocab_size + tl.where(z_target == float("-inf"), -lse, -loss)
+def token_loss(z, logit_sum, z_target, terms, OPTIONS: tl.constexpr):
+    """Return the token's loss, before its weight. z: RowLoss; logit_sum: of all but the target."""
+    loss = z.loss
+    smoothing = terms.smoothing
+    if OPTIONS.MEAN_LOGPROB:
+        mean = logit_sum / terms.vocab_size + tl.where(z_target == float("-inf"), -z.lse, -loss)
         # All smoothed: else 0 * inf where the target is masked.
         of_target = tl.where(smoothing == 1.0, 0.0, (1.0 - smoothing) * loss)
         loss = of_target - smoothing * mean
-    return loss + z_loss_weight * lse * lse
+    return loss + terms.z_loss_weight * z.lse * z.lse
 
 
 @triton.jit
-def token_coefficients(weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weight, vocab_size,
-                       HAS_WEIGHT: tl.constexpr, HAS_DIVISOR: tl.constexpr,
-                       SMOOTHING: tl.constexpr):  # fmt: skip
-    """a, c and u of `token_grad`."""
-    w = tl.full([], 1.0, lse.dtype)
-    if HAS_WEIGHT:
-        w *= tl.load(weight_ptr + row)
-    if HAS_DIVISOR:
+def token_affine(z, weight_ptr, divisor_ptr, terms, OPTIONS: tl.constexpr):
+    """Return the Affine of a row, and the gradient at its target. weight_ptr: of the row."""
+    w = tl.full([], 1.0, z.lse.dtype)
+    if OPTIONS.HAS_TOKEN_WEIGHT:
+        w *= tl.load(weight_ptr)
+    if OPTIONS.HAS_DIVISOR:
         w /= tl.load(divisor_ptr)
-    a, c, u = w * 2.0 * z_loss_weight * lse, -w, 0.0
-    if SMOOTHING:
-        u = -w * smoothing / vocab_size
-        a, c = a - u * (vocab_size - 1), w * (smoothing - 1.0) + u
-    return a, c, u
+    a, c, u = w * 2.0 * terms.z_loss_weight * z.lse, -w, tl.zeros([], z.lse.dtype)
+    if OPTIONS.HAS_U:
+        u = -w * terms.smoothing / terms.vocab_size
+        a, c = a - u * (terms.vocab_size - 1), w * (terms.smoothing - 1.0) + u
+    return affine_of(z.lse, z.lse_low, -z.loss, a, tl.zeros([], z.lse.dtype), c, u, OPTIONS)
 
 
-@triton.jit(
-    do_not_specialize=[  # so that another number of rows or of classes compiles nothing new
-        "rows",
-        "columns_in_memory",
-        "vocab_size",
-        "ignore_index",
-        "inner_rows",
-        "x_offset",
-        "x_stride_outer",
-        "x_stride_inner",
-        "grad_offset",
-        "grad_stride_outer",
-        "grad_stride_inner",
-    ]
-)
+@triton.jit
+def hold_body(row, window, readable, origin, m, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Return the Held body of a row that fits a tile; m: the other logits' maximum."""
+    groups = group_starts(TILE)
+    position = groups + lane_ids(TILE.WIDTH)
+    valid = body_positions(window, TILE)
+    read = valid & (position < readable) if OPTIONS.PADDED else valid & (groups < readable)
+    x = tl.load(row.ptr + position, mask=read, other=float("-inf"))
+    z = x.to(origin.dtype)
+    logit_sum = tl.zeros([], origin.dtype)
+    if OPTIONS.MEAN_LOGPROB:
+        logit_sum += tl.sum(tl.where(read, z - origin, 0.0))
+    m = tl.maximum(tl.max(z) * LOG2_E, m)
+    e = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(m, z.shape)))
+    return Held(x, read, Sums(m, tl.sum(e), tl.zeros([], origin.dtype)), logit_sum)
+
+
+@triton.jit
+def body_positions(window, TILE: tl.constexpr):
+    """Return which positions of a tile are in the body, and not of the target's group."""
+    groups = group_starts(TILE)
+    inside = (groups < window.body) & (groups != window.group)
+    return tl.broadcast_to(inside, [TILE.GROUPS, TILE.WIDTH])
+
+
+@triton.jit
+def write_held(grad, held, window, affine, head, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Write the gradient of a Held body."""
+    value = gradient(held.x.to(affine.lse.dtype), affine, affine.uniform, head, OPTIONS)
+    if OPTIONS.HAS_U:  # else exp(-inf) is 0
+        value = tl.where(held.read, value, 0.0)
+    address = grad.ptr + group_starts(TILE) + lane_ids(TILE.WIDTH)
+    valid = body_positions(window, TILE)
+    tl.store(address, value.to(grad.ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def row_loss_and_grad(
+    x, grad, x_body, grad_body, window, target, scored, columns, columns_in_memory,
+    loss_ptr, weight_ptr, divisor_ptr, terms, head, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Write the loss and the gradient of one row. Pointers: of the row, from column 0 on."""
+    one = tl.full([], 1.0, target.logit.dtype)
+    factors = Factors(x.ptr, x.ptr, x.stride_v, one, one)  # are absent
+    sums, extra = sum_edges(x, window, columns, target, head, factors, TILE.WIDTH, OPTIONS)
+    prefix = window.prefix
+    readable = tl.minimum(columns - prefix, window.body)
+    if OPTIONS.ON_CHIP:
+        held = hold_body(x_body, window, readable, target.origin, sums.m, TILE, OPTIONS)
+        body_sums, body_logit_sum = held.sums, held.logit_sum
+    else:
+        body_sums, body_extra = sum_body(
+            x_body, readable, prefix, window.group, target, head, factors, OPTIONS.PADDED, TILE,
+            OPTIONS,
+        )  # fmt: skip
+        body_logit_sum = body_extra.logit_sum
+    sums = merge(sums, body_sums)
+    z = row_loss(sums.m, sums.s, target.logit)
+    loss = token_loss(z, extra.logit_sum + body_logit_sum, target.logit, terms, OPTIONS)
+    tl.store(loss_ptr, tl.where(scored, loss, 0.0))
+    affine, at_target = token_affine(z, weight_ptr, divisor_ptr, terms, OPTIONS)
+    exponent = tl.where(scored, affine.exponent, 0.0)
+    scale = tl.where(scored, affine.scale, 0.0)
+    affine = Affine(affine.lse, exponent, scale, affine.slope, affine.uniform)
+    # In place, none writes what another has yet to sum: all sums are in `affine`.
+    write_edges(
+        x, grad, window, columns_in_memory, columns, target.column, at_target, affine, head,
+        factors, TILE.WIDTH, OPTIONS,
+    )  # fmt: skip
+    if OPTIONS.ON_CHIP:
+        write_held(grad_body, held, window, affine, head, TILE, OPTIONS)
+    else:
+        write_span(
+            x_body, grad_body, window.body, columns - prefix, window.group, scored, affine, head,
+            factors, TILE, OPTIONS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def loss_and_grad_kernel(
-    x_ptr,  # [rows, V] logits
-    grad_ptr,  # [rows, V], may be x_ptr
-    target_ptr,  # [rows]
-    loss_ptr,  # [rows]
-    weight_ptr,  # [rows], read where HAS_WEIGHT
+    x,  # Address of logits
+    grad,  # Address, may be x
+    target_ptr,  # [rows] integers
+    loss_ptr,  # [rows], written
+    weight_ptr,  # [rows], read where HAS_TOKEN_WEIGHT
     divisor_ptr,  # [], read where HAS_DIVISOR
-    rows,
-    columns_in_memory,
-    vocab_size,
-    ignore_index,
-    inner_rows,
-    x_offset,
-    x_stride_outer,
-    x_stride_inner,
-    x_stride_v,
-    grad_offset,
-    grad_stride_outer,
-    grad_stride_inner,
-    grad_stride_v,
-    smoothing: "fp64",
-    z_loss_weight: "fp64",
-    softcap: "fp64",
-    logit_scale: "fp64",
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_DIVISOR: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    PADDED: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    GRAD_CONTIGUOUS: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
-    ON_CHIP: tl.constexpr,  # a tile holds a row, whose logits are as they come
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    rows, inner_rows, columns_in_memory, vocab_size, ignore_index,
+    smoothing: "fp64", z_loss_weight: "fp64", softcap: "fp64", logit_scale: "fp64",
+    TILE: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
     """On chip a row a program; streamed, one row after another: row, row + programs, ..."""
-    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    softcap = tl.full([], softcap, DTYPE)
-    logit_scale = tl.full([], logit_scale, DTYPE)
-    smoothing = tl.full([], smoothing, DTYPE)
-    z_loss_weight = tl.full([], z_loss_weight, DTYPE)
+    DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
+    head = typed_head(softcap, logit_scale, DTYPE)
+    smoothing, z_weight = tl.full([], smoothing, DTYPE), tl.full([], z_loss_weight, DTYPE)
+    terms = LossTerms(smoothing, z_weight, vocab_size)
     first = tl.program_id(0)
-    last = first + 1 if ON_CHIP else rows
-    for number in range(first, last, 1 if ON_CHIP else tl.num_programs(0)):
+    last = first + 1 if OPTIONS.ON_CHIP else rows
+    for number in range(first, last, 1 if OPTIONS.ON_CHIP else tl.num_programs(0)):
         row = tl.cast(number, tl.int32)
-        target = tl.load(target_ptr + row).to(tl.int64)
-        scored = target != ignore_index
-        x_start = row_start(row, x_offset, inner_rows, x_stride_outer, x_stride_inner)
-        grad_start = row_start(row, grad_offset, inner_rows, grad_stride_outer, grad_stride_inner)
-        z_target = load_target(
-            x_ptr + x_start, target, x_stride_v, vocab_size, scored,
-            softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE,
-        )  # fmt: skip
-        origin = tl.where(z_target == float("-inf"), 0.0, z_target)
+        target_class = tl.load(target_ptr + row).to(tl.int64)
+        scored = target_class != ignore_index
         columns = tl.where(scored, vocab_size, 0)  # an ignored row is not read
-        head, body = row_window(x_start, columns_in_memory, WIDTH, CONTIGUOUS)
-        target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
-        group = target_group(target_column, head, body, WIDTH)
-        x_body = x_ptr + body_start(x_start, head, x_stride_v, WIDTH, CONTIGUOUS)
-        grad_body = grad_ptr + body_start(grad_start, head, grad_stride_v, WIDTH, GRAD_ALIGNED)
-        m, s, weighted, total, _, _, _, _ = sum_apart(
-            x_ptr + x_start, head, body, columns, group, x_stride_v, origin, z_target,
-            target_column, softcap, logit_scale, None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
-            False, SMOOTHING, False, False, True, WIDTH,
-        )  # fmt: skip
-        readable = tl.minimum(columns - head, body)
-        if ON_CHIP:
-            groups = group_starts(GROUPS, WIDTH)
-            position = groups + lanes(WIDTH)
-            valid = tl.broadcast_to((groups < body) & (groups != group), [GROUPS, WIDTH])
-            read = valid & (position < readable) if PADDED else valid & (groups < readable)
-            x = tl.load(x_body + position, mask=read, other=float("-inf"))
-            z = x.to(DTYPE)
-            if SMOOTHING:
-                total += tl.sum(tl.where(read, z - origin, 0.0))
-            body_m = tl.maximum(tl.max(z) * LOG2_E, m)
-            e = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(body_m, z.shape)))
-            body_s, body_weighted = tl.sum(e), weighted
-        else:
-            body_m, body_s, body_weighted, body_total, _, _, _, _ = sum_body(
-                x_body, readable, head, group, x_stride_v, origin, z_target, target_column,
-                softcap, logit_scale, None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
-                False, SMOOTHING, False, False, PADDED, CONTIGUOUS, True, GROUPS, WIDTH,
-            )  # fmt: skip
-            total += body_total
-        m, s, weighted = merge(m, s, weighted, body_m, body_s, body_weighted)
-        loss, lse, lse_low, _ = row_loss(m, s, z_target)
-        value = token_loss(
-            loss, lse, total, z_target, smoothing, z_loss_weight, vocab_size, SMOOTHING
+        x_start, grad_start = row_start(row, inner_rows, x), row_start(row, inner_rows, grad)
+        x_row, grad_row = (
+            Row(x.ptr + x_start, x.stride_v),
+            Row(grad.ptr + grad_start, grad.stride_v),
         )
-        tl.store(loss_ptr + row, tl.where(scored, value, 0.0))
-        a, c, u = token_coefficients(
-            weight_ptr, divisor_ptr, row, lse, smoothing, z_loss_weight, vocab_size,
-            HAS_WEIGHT, HAS_DIVISOR, SMOOTHING,
+        target = read_target(x_row, target_class, columns, head, OPTIONS)
+        window = row_window(
+            x_start, columns_in_memory, target.column, TILE.WIDTH, OPTIONS.CONTIGUOUS
+        )
+        x_body = body_row(
+            x, x_start, window.prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS
+        )
+        grad_body = body_row(
+            grad, grad_start, window.prefix, TILE.WIDTH, OPTIONS.GRAD_CONTIGUOUS,
+            OPTIONS.GRAD_ALIGNED,
         )  # fmt: skip
-        scaled, scale, slope, at_target = row_numbers(lse, lse_low, -loss, a, 0.0, c, False)
-        scaled, scale = tl.where(scored, scaled, 0.0), tl.where(scored, scale, 0.0)
-        # In place, none writes what another has yet to sum: the sums of all are in `scaled`.
-        write_apart(
-            x_ptr + x_start, grad_ptr + grad_start, head, body, columns_in_memory, columns, group,
-            target_column, at_target, lse, scaled, scale, slope, u, softcap, logit_scale,
-            x_stride_v, grad_stride_v, None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
-            False, SMOOTHING, True, WIDTH,
+        row_loss_and_grad(
+            x_row, grad_row, x_body, grad_body, window, target, scored, columns,
+            columns_in_memory, loss_ptr + row, weight_ptr + row, divisor_ptr, terms, head, TILE,
+            OPTIONS,
         )  # fmt: skip
-        if ON_CHIP:
-            grad = gradient(
-                x.to(DTYPE), lse, scaled, scale, slope, u, softcap, logit_scale,
-                HAS_SOFTCAP, HAS_SCALE, False, SMOOTHING,
-            )  # fmt: skip
-            if SMOOTHING:  # else exp(-inf) is 0
-                grad = tl.where(read, grad, 0.0)
-            tl.store(grad_body + position, grad.to(grad_ptr.dtype.element_ty), mask=valid)
-        else:
-            write_span(
-                x_body, grad_body, head, 0, body, scored, columns, group, lse, scaled, scale,
-                slope, u, softcap, logit_scale, x_stride_v, grad_stride_v,
-                None, None, 0, 1.0, 0.0, HAS_SOFTCAP, HAS_SCALE,
-                False, SMOOTHING, PADDED, CONTIGUOUS, GRAD_CONTIGUOUS, True, GROUPS, WIDTH,
-            )  # fmt: skip

@@ -4,28 +4,27 @@ done."""
 import triton
 import triton.language as tl
 
-from .streaming import row_start
+from .arguments import NOT_SPECIALIZED
+from .rows import column_offsets, row_start
 
 
-@triton.jit(do_not_specialize=["columns", "offset", "inner_rows", "stride_outer", "stride_inner"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def scale_kernel(
-    grad_ptr,  # [rows, V], overwritten
+    grad,  # Address, overwritten
     upstream_ptr,  # [rows], or one number: upstream_stride 0
     columns,
-    offset,
     inner_rows,
-    stride_outer,
-    stride_inner,
-    stride_v,
     upstream_stride,
+    CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Multiply BLOCK columns of a row by its upstream gradient."""
     row = tl.program_id(0)
     upstream = tl.load(upstream_ptr + row.to(tl.int64) * upstream_stride)
     if upstream != 1.0:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        start = row_start(row, offset, inner_rows, stride_outer, stride_inner)
-        address = grad_ptr + start + column.to(tl.int64) * stride_v
-        grad = tl.load(address, mask=column < columns, other=0.0).to(upstream.dtype)
-        grad = tl.where(grad == 0.0, 0.0, grad * upstream)  # ignored rows stay 0
-        tl.store(address, grad.to(grad_ptr.dtype.element_ty), mask=column < columns)
+        start = row_start(row, inner_rows, grad)
+        address = grad.ptr + start + column_offsets(column, grad.stride_v, CONTIGUOUS)
+        value = tl.load(address, mask=column < columns, other=0.0).to(upstream.dtype)
+        value = tl.where(value == 0.0, 0.0, value * upstream)  # ignored rows stay 0
+        tl.store(address, value.to(grad.ptr.dtype.element_ty), mask=column < columns)

@@ -6,306 +6,236 @@ with p_j = exp(z_j - lse). c is kept apart from a: at the target, c (1 - p) = -c
 keeps its digits when p is near 1. w_j: `class_weights`.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .streaming import (
-    apart,
-    at,
-    body_start,
+from .arguments import NOT_SPECIALIZED
+from .online_softmax import (
     class_weights,
-    group_starts,
     head_derivative,
     head_transform,
-    lanes,
     log2_e_of,
     minus_expm1,
+    moved_factors,
+    row_factors,
+    typed_head,
+)
+from .rows import (
+    Row,
+    advance,
+    body_row,
+    column_offsets,
+    edge_columns,
+    group_starts,
+    lane_ids,
+    moved,
     row_start,
     row_window,
-    step,
-    target_group,
 )
 
 
+class Affine(NamedTuple):
+    """The gradient of a row's classes but the target: p (scale + slope (z - lse)) + uniform w."""
+
+    lse: Any
+    exponent: Any  # p is exp2(z log2 e - exponent), but for a factor that scale and slope have
+    scale: Any
+    slope: Any
+    uniform: Any
+
+
 @triton.jit
-def row_numbers(lse, lse_low, logprob, a, b, c, HAS_B: tl.constexpr):
-    """(lse in base 2, the factors of p and of p (z - lse), the gradient at the target)."""
+def affine_of(lse, lse_low, logprob, a, b, c, u, OPTIONS: tl.constexpr):
+    """Return the Affine of a row, and the gradient at its target."""
     e = log2_e_of(lse)
-    scaled = lse * e
-    low = tl.fma(lse, e, -scaled) + lse_low * e
-    factor = tl.exp2(-low)  # p = factor exp2(z log2 e - scaled)
+    exponent = lse * e
+    low = tl.fma(lse, e, -exponent) + lse_low * e
+    factor = tl.exp2(-low)
     p_target = tl.exp(logprob)
     at_target = tl.where(p_target == 0.0, 0.0, p_target * (a + b * logprob))
     at_target += c * minus_expm1(logprob)
     scale = a - c
-    if HAS_B:
+    if OPTIONS.HAS_B:
         scale -= b * lse_low  # what z - lse lacks
-    return scaled, scale * factor, b * factor, at_target
+    return Affine(lse, exponent, scale * factor, b * factor, u), at_target
 
 
 @triton.jit
-def gradient(
-    x, lse, scaled, scale, slope, uniform, softcap, logit_scale,
-    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
-):  # fmt: skip
-    """dL/dx at classes other than the target. `uniform`: u w, or u where w is 1."""
-    z = head_transform(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
-    p = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(scaled, z.shape)))
-    grad = p * scale
-    if HAS_B:
-        grad = tl.where(p == 0.0, 0.0, p * (scale + slope * (z - lse)))
-    if HAS_U:
+def gradient(x, affine, uniform, head, OPTIONS: tl.constexpr):
+    """Return dL/dx at classes other than the target. uniform: u w."""
+    z = head_transform(x, head, OPTIONS)
+    p = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(affine.exponent, z.shape)))
+    grad = p * affine.scale
+    if OPTIONS.HAS_B:
+        grad = tl.where(p == 0.0, 0.0, p * (affine.scale + affine.slope * (z - affine.lse)))
+    if OPTIONS.HAS_U:
         grad += uniform
-    if HAS_SOFTCAP or HAS_SCALE:
-        grad *= head_derivative(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
+    if OPTIONS.HAS_SOFTCAP or OPTIONS.HAS_SCALE:
+        grad *= head_derivative(x, head, OPTIONS)
     return grad
 
 
 @triton.jit
+def weighted_gradient(x, columns, valid, affine, head, factors, OPTIONS: tl.constexpr):
+    """Return dL/dx at columns other than the target's. Factors are those from column 0 on."""
+    uniform = affine.uniform
+    if OPTIONS.HAS_U and (OPTIONS.HAS_WEIGHT or OPTIONS.HAS_PROB):
+        uniform *= class_weights(factors, columns, valid, x.dtype, OPTIONS)
+    return gradient(x, affine, uniform, head, OPTIONS)
+
+
+@triton.jit
 def write_body(
-    x_ptr, grad_ptr, length, read, group, lse, scaled, scale, slope, uniform,
-    softcap, logit_scale, x_stride_v, grad_stride_v, w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
-    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
-    PADDED: tl.constexpr, FOLDED: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    GRAD_CONTIGUOUS: tl.constexpr, Q_CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x, grad, length, read, group, affine, head, factors,
+    FOLDED: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """`length` positions of a row's body, all but the target's group.
+    """Write `length` positions of a row's body, without the target's group.
 
-    PADDED: those at or past `read` are not read and get 0. FOLDED: `scaled` has -log2 scale in it.
+    x, grad and factors start at the first position. PADDED: those at or past `read` are not read
+    and get 0. FOLDED: the exponent has -log2 scale in it.
     """
-    tile = group_starts(GROUPS, WIDTH) + lanes(WIDTH)
-    for i in range(0, length, GROUPS * WIDTH):
-        groups = i + group_starts(GROUPS, WIDTH)
-        position = groups + lanes(WIDTH)
-        valid = tl.broadcast_to((groups < length) & (groups != group), [GROUPS, WIDTH])
-        readable = valid & (position < read) if PADDED else valid
-        x = tl.load(x_ptr + at(tile, x_stride_v, CONTIGUOUS), mask=readable, other=0.0)
+    x_ptr, grad_ptr = x.ptr, grad.ptr
+    tile = group_starts(TILE) + lane_ids(TILE.WIDTH)
+    for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
+        groups = i + group_starts(TILE)
+        position = groups + lane_ids(TILE.WIDTH)
+        valid = tl.broadcast_to((groups < length) & (groups != group), [TILE.GROUPS, TILE.WIDTH])
+        readable = valid & (position < read) if OPTIONS.PADDED else valid
+        offsets = column_offsets(tile, x.stride_v, OPTIONS.CONTIGUOUS)
+        logits = tl.load(x_ptr + offsets, mask=readable, other=0.0)
         if FOLDED:
-            z = x.to(tl.float32)
-            grad = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(scaled, z.shape)))
+            z = logits.to(tl.float32)
+            exponent = tl.broadcast_to(affine.exponent, z.shape)
+            value = tl.exp2(tl.fma(z, log2_e_of(z), -exponent))
         else:
-            u = uniform
-            if HAS_U and ((w_ptr is not None) or (q_ptr is not None)):
-                u *= class_weights(
-                    w_ptr, q_ptr, i + tile, readable, q_stride_v, q_scale, q_shift,
-                    Q_CONTIGUOUS, lse.dtype,
-                )  # fmt: skip
-            grad = gradient(
-                x.to(lse.dtype), lse, scaled, scale, slope, u, softcap, logit_scale,
-                HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U,
-            )  # fmt: skip
-        if PADDED:
-            grad = tl.where(readable, grad, 0.0)
-        tl.store(
-            grad_ptr + at(tile, grad_stride_v, GRAD_CONTIGUOUS),
-            grad.to(grad_ptr.dtype.element_ty),
-            mask=valid,
-        )
-        x_ptr += step(GROUPS * WIDTH, x_stride_v, CONTIGUOUS)
-        grad_ptr += step(GROUPS * WIDTH, grad_stride_v, GRAD_CONTIGUOUS)
+            z = logits.to(affine.lse.dtype)
+            value = weighted_gradient(z, i + tile, readable, affine, head, factors, OPTIONS)
+        if OPTIONS.PADDED:
+            value = tl.where(readable, value, 0.0)
+        offsets = column_offsets(tile, grad.stride_v, OPTIONS.GRAD_CONTIGUOUS)
+        tl.store(grad_ptr + offsets, value.to(grad_ptr.dtype.element_ty), mask=valid)
+        x_ptr += advance(TILE.GROUPS * TILE.WIDTH, x.stride_v, OPTIONS.CONTIGUOUS)
+        grad_ptr += advance(TILE.GROUPS * TILE.WIDTH, grad.stride_v, OPTIONS.GRAD_CONTIGUOUS)
 
 
 @triton.jit
-def write_zeros(
-    grad_ptr, length, stride_v,
-    CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """`length` positions of the body of a row that is ignored."""
-    tile = group_starts(GROUPS, WIDTH) + lanes(WIDTH)
-    for i in range(0, length, GROUPS * WIDTH):
-        valid = tl.broadcast_to(i + group_starts(GROUPS, WIDTH) < length, [GROUPS, WIDTH])
-        zeros = tl.zeros([GROUPS, WIDTH], grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + at(tile, stride_v, CONTIGUOUS), zeros, mask=valid)
-        grad_ptr += step(GROUPS * WIDTH, stride_v, CONTIGUOUS)
+def write_zeros(grad, length, CONTIGUOUS: tl.constexpr, TILE: tl.constexpr):
+    """Write 0 to `length` positions of the body of a row that is ignored."""
+    grad_ptr = grad.ptr
+    tile = group_starts(TILE) + lane_ids(TILE.WIDTH)
+    for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
+        valid = tl.broadcast_to(i + group_starts(TILE) < length, [TILE.GROUPS, TILE.WIDTH])
+        zeros = tl.full([TILE.GROUPS, TILE.WIDTH], 0.0, grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + column_offsets(tile, grad.stride_v, CONTIGUOUS), zeros, mask=valid)
+        grad_ptr += advance(TILE.GROUPS * TILE.WIDTH, grad.stride_v, CONTIGUOUS)
 
 
 @triton.jit
-def write_apart(
-    x_ptr, grad_ptr, head, body, columns_in_memory, columns, group, target_column, at_target,
-    lse, scaled, scale, slope, uniform, softcap, logit_scale, x_stride_v, grad_stride_v,
-    w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
-    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
-    Q_CONTIGUOUS: tl.constexpr, WIDTH: tl.constexpr,
+def write_edges(
+    x, grad, window, columns_in_memory, columns, target_column, at_target, affine, head, factors,
+    WIDTH: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Head, tail and the target's group of a row."""
-    edge, valid = apart(head, body, columns_in_memory, group, WIDTH)
+    """Write a row's edges. x, grad and factors start at column 0."""
+    edge, valid = edge_columns(window, columns_in_memory, WIDTH)
     readable = valid & (edge < columns)
-    x = tl.load(x_ptr + edge.to(tl.int64) * x_stride_v, mask=readable, other=0.0).to(lse.dtype)
-    if HAS_U and ((w_ptr is not None) or (q_ptr is not None)):
-        uniform *= class_weights(
-            w_ptr, q_ptr, edge, readable, q_stride_v, q_scale, q_shift, Q_CONTIGUOUS, lse.dtype
-        )
-    grad = gradient(
-        x, lse, scaled, scale, slope, uniform, softcap, logit_scale,
-        HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U,
-    )  # fmt: skip
-    at_target *= head_derivative(x, softcap, logit_scale, HAS_SOFTCAP, HAS_SCALE)
-    grad = tl.where(edge == target_column, at_target, grad)
-    grad = tl.where(readable, grad, 0.0)
-    address = grad_ptr + edge.to(tl.int64) * grad_stride_v
-    tl.store(address, grad.to(grad_ptr.dtype.element_ty), mask=valid)
+    offsets = column_offsets(edge, x.stride_v, OPTIONS.CONTIGUOUS)
+    logits = tl.load(x.ptr + offsets, mask=readable, other=0.0).to(affine.lse.dtype)
+    value = weighted_gradient(logits, edge, readable, affine, head, factors, OPTIONS)
+    at_target *= head_derivative(logits, head, OPTIONS)
+    value = tl.where(edge == target_column, at_target, value)
+    value = tl.where(readable, value, 0.0)
+    address = grad.ptr + column_offsets(edge, grad.stride_v, OPTIONS.GRAD_CONTIGUOUS)
+    tl.store(address, value.to(grad.ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def write_span(
-    x_ptr, grad_ptr, head, first, length, scored, columns, group, lse, scaled, scale, slope,
-    uniform, softcap, logit_scale, x_stride_v, grad_stride_v,
-    w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
-    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr, HAS_U: tl.constexpr,
-    PADDED: tl.constexpr, CONTIGUOUS: tl.constexpr, GRAD_CONTIGUOUS: tl.constexpr,
-    Q_CONTIGUOUS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    x, grad, length, read, group, scored, affine, head, factors,
+    TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """`length` positions of a row's body from `first` on, by the loop that suits the row."""
-    x_ptr += at(first, x_stride_v, CONTIGUOUS)
-    grad_ptr += at(first, grad_stride_v, GRAD_CONTIGUOUS)
-    if w_ptr is not None:
-        w_ptr += first
-    if q_ptr is not None:
-        q_ptr += at(first, q_stride_v, Q_CONTIGUOUS)
-    write_zeros(
-        grad_ptr, tl.where(scored, 0, length), grad_stride_v, GRAD_CONTIGUOUS, GROUPS, WIDTH
-    )
+    """Write `length` positions of a row's body, by the loop that suits the row."""
+    write_zeros(grad, tl.where(scored, 0, length), OPTIONS.GRAD_CONTIGUOUS, TILE)
     length = tl.where(scored, length, 0)
-    PLAIN: tl.constexpr = not (HAS_SOFTCAP or HAS_SCALE or HAS_B or HAS_U or PADDED)
-    if PLAIN and x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    TRANSFORMED: tl.constexpr = OPTIONS.HAS_SOFTCAP or OPTIONS.HAS_SCALE or OPTIONS.PADDED
+    PLAIN: tl.constexpr = not (TRANSFORMED or OPTIONS.HAS_B or OPTIONS.HAS_U)
+    if PLAIN and x.ptr.dtype.element_ty.primitive_bitwidth == 16:
         # A positive scale goes into the exponent: an instruction a logit less. The sum is rounded
         # to fp32: up to 2^8 by 2^-17, a 60th of what float16 rounds by; at 2^24 by all there is.
-        folded = tl.where((scale > 0.0) & (tl.abs(scaled) < 256.0), length, 0)
+        small = tl.abs(affine.exponent) < 256.0
+        folded = tl.where((affine.scale > 0.0) & small, length, 0)
         length -= folded
-        write_body(
-            x_ptr, grad_ptr, folded, columns - head - first, group - first,
-            lse, scaled - tl.log2(scale), scale, slope, uniform, softcap, logit_scale,
-            x_stride_v, grad_stride_v, w_ptr, q_ptr, q_stride_v, q_scale, q_shift,
-            HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, PADDED, True,
-            CONTIGUOUS, GRAD_CONTIGUOUS, Q_CONTIGUOUS, GROUPS, WIDTH,
-        )  # fmt: skip
-    write_body(
-        x_ptr, grad_ptr, length, columns - head - first, group - first, lse, scaled,
-        scale, slope, uniform, softcap, logit_scale, x_stride_v, grad_stride_v,
-        w_ptr, q_ptr, q_stride_v, q_scale, q_shift, HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, PADDED,
-        False, CONTIGUOUS, GRAD_CONTIGUOUS, Q_CONTIGUOUS, GROUPS, WIDTH,
-    )  # fmt: skip
+        exponent = affine.exponent - tl.log2(affine.scale)
+        into = Affine(affine.lse, exponent, affine.scale, affine.slope, affine.uniform)
+        write_body(x, grad, folded, read, group, into, head, factors, True, TILE, OPTIONS)
+    write_body(x, grad, length, read, group, affine, head, factors, False, TILE, OPTIONS)
 
 
-@triton.jit(
-    do_not_specialize=[  # so that another number of rows or of classes compiles nothing new
-        "columns_in_memory",
-        "vocab_size",
-        "ignore_index",
-        "inner_rows",
-        "x_offset",
-        "x_stride_outer",
-        "x_stride_inner",
-        "grad_offset",
-        "grad_stride_outer",
-        "grad_stride_inner",
-        "q_offset",
-        "q_stride_outer",
-        "q_stride_inner",
-    ]
-)
-def token_grad_kernel(
-    x_ptr,  # [rows, V] logits
-    grad_ptr,  # [rows, V], may be x_ptr: each element is read and written by one program
-    target_ptr,
-    lse_ptr,
-    logprob_ptr,
-    lse_low_ptr,
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    u_ptr,  # all [rows]; a, b, c, u are read only where HAS_* says so
-    w_ptr,  # [V] or None
-    q_ptr,  # [rows, V] or None
-    columns_in_memory,  # V; the gradient of columns at or past vocab_size is 0
-    vocab_size,
-    ignore_index,
-    inner_rows,
-    x_offset,
-    x_stride_outer,
-    x_stride_inner,
-    x_stride_v,
-    grad_offset,
-    grad_stride_outer,
-    grad_stride_inner,
-    grad_stride_v,
-    q_offset,
-    q_stride_outer,
-    q_stride_inner,
-    q_stride_v,
-    q_scale: "fp64",
-    q_shift: "fp64",
-    softcap: "fp64",
-    logit_scale: "fp64",
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_C: tl.constexpr,
-    HAS_U: tl.constexpr,
-    PADDED: tl.constexpr,  # vocab_size < columns_in_memory
-    CONTIGUOUS: tl.constexpr,
-    GRAD_CONTIGUOUS: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,  # its rows start at the same place in 16 bytes as the logits'
-    Q_CONTIGUOUS: tl.constexpr,
-    Q_ALIGNED: tl.constexpr,
-    SPAN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    row = tl.program_id(0)
-    target = tl.load(target_ptr + row).to(tl.int64)
-    scored = target != ignore_index
-    x_start = row_start(row, x_offset, inner_rows, x_stride_outer, x_stride_inner)
-    grad_start = row_start(row, grad_offset, inner_rows, grad_stride_outer, grad_stride_inner)
-    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    softcap = tl.full([], softcap, DTYPE)
-    logit_scale = tl.full([], logit_scale, DTYPE)
-    q_scale = tl.full([], q_scale, DTYPE)
-    q_shift = tl.full([], q_shift, DTYPE)
-    columns = tl.where(scored, vocab_size, 0)  # an ignored row is not read
-    head, body = row_window(x_start, columns_in_memory, WIDTH, CONTIGUOUS)
-    target_column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
-    group = target_group(target_column, head, body, WIDTH)
-
-    lse = tl.load(lse_ptr + row)
+@triton.jit
+def load_numbers(coefficients, row, DTYPE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Return a, b, c, u of a row; 0 where one is absent."""
     a = tl.zeros([], DTYPE)
     b = tl.zeros([], DTYPE)
     c = tl.zeros([], DTYPE)
     u = tl.zeros([], DTYPE)
-    if HAS_A:
-        a += tl.load(a_ptr + row)
-    if HAS_B:
-        b += tl.load(b_ptr + row)
-    if HAS_C:
-        c += tl.load(c_ptr + row)
-    if HAS_U:
-        u += tl.load(u_ptr + row)
-    lse_low, logprob = tl.load(lse_low_ptr + row), tl.load(logprob_ptr + row)
-    scaled, scale, slope, at_target = row_numbers(lse, lse_low, logprob, a, b, c, HAS_B)
+    if OPTIONS.HAS_A:
+        a += tl.load(coefficients.a + row)
+    if OPTIONS.HAS_B:
+        b += tl.load(coefficients.b + row)
+    if OPTIONS.HAS_C:
+        c += tl.load(coefficients.c + row)
+    if OPTIONS.HAS_U:
+        u += tl.load(coefficients.u + row)
+    return a, b, c, u
 
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def token_grad_kernel(
+    x,  # Address of logits
+    grad,  # Address, may be x: each element is read and written by one program
+    target_ptr,  # [rows] integers
+    saved,  # Saved
+    coefficients,  # Coefficients
+    weights,  # Weights: w (prob_scale prob + prob_shift)
+    inner_rows,
+    columns_in_memory,  # V; the gradient of columns at or past vocab_size is 0
+    vocab_size, ignore_index,
+    prob_scale: "fp64", prob_shift: "fp64", softcap: "fp64", logit_scale: "fp64",
+    SPAN: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """Write SPAN columns of a row's body; the first program of a row its edges too."""
+    row = tl.program_id(0)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    scored = target != ignore_index
+    columns = tl.where(scored, vocab_size, 0)  # an ignored row is not read
+    DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
+    head = typed_head(softcap, logit_scale, DTYPE)
+    x_start, grad_start = row_start(row, inner_rows, x), row_start(row, inner_rows, grad)
+    column = tl.where((target >= 0) & (target < columns), target, -1).to(tl.int32)
+    window = row_window(x_start, columns_in_memory, column, TILE.WIDTH, OPTIONS.CONTIGUOUS)
+    prefix = window.prefix
+    lse, lse_low = tl.load(saved.lse + row), tl.load(saved.lse_low + row)
+    a, b, c, u = load_numbers(coefficients, row, DTYPE, OPTIONS)
+    logprob = tl.load(saved.logprob + row)
+    affine, at_target = affine_of(lse, lse_low, logprob, a, b, c, u, OPTIONS)
+    x_body = body_row(x, x_start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
+    grad_body = body_row(
+        grad, grad_start, prefix, TILE.WIDTH, OPTIONS.GRAD_CONTIGUOUS, OPTIONS.GRAD_ALIGNED
+    )
+    scale, shift = tl.full([], prob_scale, DTYPE), tl.full([], prob_shift, DTYPE)
+    factors, body_factors = row_factors(
+        weights, row, inner_rows, prefix, scale, shift, TILE.WIDTH, OPTIONS
+    )
     first = tl.program_id(1) * SPAN
-    x_body = x_ptr + body_start(x_start, head, x_stride_v, WIDTH, CONTIGUOUS)
-    grad_body = grad_ptr + body_start(grad_start, head, grad_stride_v, WIDTH, GRAD_ALIGNED)
-    # In the kernel, for up to Triton 3.6 a device function cannot return None.
-    w_body, q_row, q_body = w_ptr, q_ptr, q_ptr
-    if w_ptr is not None:
-        w_body += head
-    if q_ptr is not None:
-        q_start = row_start(row, q_offset, inner_rows, q_stride_outer, q_stride_inner)
-        q_row += q_start
-        q_body += body_start(q_start, head, q_stride_v, WIDTH, Q_ALIGNED)
     write_span(
-        x_body, grad_body, head, first, tl.minimum(body - first, SPAN), scored, columns, group,
-        lse, scaled, scale, slope, u, softcap, logit_scale, x_stride_v, grad_stride_v,
-        w_body, q_body, q_stride_v, q_scale, q_shift, HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U,
-        PADDED, CONTIGUOUS, GRAD_CONTIGUOUS, Q_CONTIGUOUS, GROUPS, WIDTH,
+        moved(x_body, first, OPTIONS.CONTIGUOUS), moved(grad_body, first, OPTIONS.GRAD_CONTIGUOUS),
+        tl.minimum(window.body - first, SPAN), columns - prefix - first, window.group - first,
+        scored, affine, head, moved_factors(body_factors, first, OPTIONS), TILE, OPTIONS,
     )  # fmt: skip
-    if tl.program_id(1) == 0:
-        write_apart(
-            x_ptr + x_start, grad_ptr + grad_start, head, body, columns_in_memory, columns, group,
-            target_column, at_target, lse, scaled, scale, slope, u, softcap, logit_scale,
-            x_stride_v, grad_stride_v, w_ptr, q_row, q_stride_v, q_scale, q_shift,
-            HAS_SOFTCAP, HAS_SCALE, HAS_B, HAS_U, Q_CONTIGUOUS, WIDTH,
+    if first == 0:
+        write_edges(
+            Row(x.ptr + x_start, x.stride_v), Row(grad.ptr + grad_start, grad.stride_v), window,
+            columns_in_memory, columns, column, at_target, affine, head, factors,
+            TILE.WIDTH, OPTIONS,
         )  # fmt: skip

@@ -103,7 +103,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "SMALLEST_GROUPS", 16)
     monkeypatch.setattr(launch, "SEGMENT", 256)
     monkeypatch.setattr(launch, "SPAN_TILES", 2)
-    monkeypatch.setattr(launch, "FINISH_ROWS", 4)
+    monkeypatch.setattr(launch, "MERGE_ROWS", 4)
     monkeypatch.setattr(launch, "SCALE_BLOCK", 64)
     monkeypatch.setattr(gpu, "architecture", lambda device: "generic")
 

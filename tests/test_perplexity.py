@@ -138,10 +138,10 @@ def test_nothing_scored_is_nan():
 def test_update_reads_no_value(monkeypatch):
     meter, (x, target) = Perplexity(), batch(3, 20)
     from chunked_ce.backends import torch as backend_torch
-    from chunked_ce.checks import mistakes
+    from chunked_ce.checks import loss as loss_checks
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
-    monkeypatch.setattr(mistakes, "_is_free", lambda x: False)
+    monkeypatch.setattr(loss_checks, "may_be_read", lambda x: False)
     for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, n=name: pytest.fail(f"{n} was called"))
     meter.update(x, target, n_bytes=9)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from ..core.row_stats import ClassWeights
+from ..kernels.arguments import Address, Weights
+from ..kernels.rows import encode
 
 
 class Rows(NamedTuple):
@@ -25,6 +29,18 @@ class Rows(NamedTuple):
             for size, stride in zip(self.shape, self.stride[:2], strict=False)
         )
         return self.offset % width, outer, inner
+
+    def is_aligned_as(self, other: Rows) -> bool:
+        """Whether 16-byte accesses to one are such to the other, class by class."""
+        return (
+            self.stride[2] == other.stride[2] == 1
+            and self.data.element_size() == other.data.element_size()
+            and self.alignment() == other.alignment()
+        )
+
+    def address(self) -> Address:
+        """As the kernels take it."""
+        return Address(self.data, *encode(self.offset, *self.stride))
 
 
 def strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
@@ -65,3 +81,45 @@ def _rows(t: Tensor, start: int, shape: tuple[int, int, int], stride: tuple[int,
     offset = min(past_boundary, first)
     extent = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     return Rows(t.as_strided((extent,), (1,), first - offset), offset, shape, stride)
+
+
+def rows_with_prob(weights: ClassWeights, *tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
+    """`strided_rows`, with those of the probabilities last where there are any."""
+    return strided_rows(*tensors, *(() if weights.prob is None else (weights.prob,)))
+
+
+def gradient_addresses(x: Rows, grad: Rows) -> dict[str, Any]:
+    """Where the kernels that write a gradient find logits and gradient."""
+    return dict(
+        x=x.address(),
+        grad=grad.address(),
+        inner_rows=x.shape[1],
+        columns_in_memory=x.shape[2],
+    )
+
+
+def gradient_options(x: Rows, grad: Rows, vocab_size: int) -> dict[str, bool]:
+    return dict(
+        CONTIGUOUS=x.stride[2] == 1,
+        GRAD_CONTIGUOUS=grad.stride[2] == 1,
+        GRAD_ALIGNED=grad.is_aligned_as(x),
+        PADDED=vocab_size < x.shape[2],
+    )
+
+
+def kernel_weights(weights: ClassWeights, x: Address, prob: list[Rows]) -> Weights:
+    """As the kernels take them; the logits stand in for what is absent."""
+    w = x.ptr if weights.weight is None else weights.weight.contiguous()
+    return Weights(w, *(prob[0].address() if prob else x))
+
+
+def weight_options(weights: ClassWeights, x: Rows, prob: list[Rows]) -> dict[str, bool]:
+    return dict(
+        **weight_presence(weights),
+        PROB_CONTIGUOUS=bool(prob) and prob[0].stride[2] == 1,
+        PROB_ALIGNED=bool(prob) and prob[0].is_aligned_as(x),
+    )
+
+
+def weight_presence(weights: ClassWeights) -> dict[str, bool]:
+    return dict(HAS_WEIGHT=weights.weight is not None, HAS_PROB=weights.prob is not None)

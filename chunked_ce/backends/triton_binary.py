@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..core.head import compute_dtype
 from ..kernels import launch
+from ..kernels.arguments import BinaryOptions
 from ..kernels.binary import binary_kernel
 from . import gpu
 from .strided_rows import Rows, strided_rows
@@ -68,56 +67,51 @@ def _launch(
     )  # fmt: skip
     if not contiguous or weight is not None or pos_weight is not None:  # 64-bit addresses a logit
         tile = tile._replace(GROUPS=max(1, tile.GROUPS // 2))
-    names = ("x", "y", "w", "v", "out", "up")
-    given = (input, labels, weight, pos_weight, out, upstream)
-    present = [(name, t) for name, t in zip(names, given, strict=True) if t is not None]
+    given = dict(x=input, y=labels, w=weight, v=pos_weight, out=out, upstream=upstream)
+    present = {name: t for name, t in given.items() if t is not None}
     per_row = 0 if left_out is None else left_out.shape[-1]
-    for flat, views in strided_rows(*(t for _, t in present)):
-        rows = dict(zip((name for name, _ in present), views, strict=True))
+    segments = launch.segments(classes)
+    for flat, views in strided_rows(*present.values()):
+        rows = dict(zip(present, views, strict=True))
         x = rows["x"]
+        address = x.address()
         with gpu.on(input.device):
-            binary_kernel[(x.shape[0] * x.shape[1], launch.segments(classes))](
-                **{f"{name}_ptr": None for name in ("y", "w", "v", "out")}
-                | {f"{name}_ptr": r.data for name, r in rows.items() if name != "up"},
-                part_ptr=None if parts is None else parts[flat],
-                upstream_ptr=rows["up"].data if "up" in rows else None,
-                label_ptr=None if left_out is None else left_out[flat],
+            binary_kernel[(x.shape[0] * x.shape[1], segments)](
+                x=address,
+                # The logits stand in for what is absent.
+                **{
+                    name: rows[name].address() if name in rows else address
+                    for name in ("y", "w", "v", "out", "upstream")
+                },
+                part_ptr=x.data if parts is None else parts[flat],
+                label_ptr=x.data if left_out is None else left_out[flat],
                 labels_per_row=per_row,
-                classes=classes,
-                segments=launch.segments(classes),
+                columns=classes,
+                segments=segments,
                 inner_rows=x.shape[1],
-                **_strides(names, rows),
-                GRADIENT=upstream is not None,
-                CONTIGUOUS=contiguous,
-                **_layout("Y", rows.get("y"), x),
-                **_layout("OUT", rows.get("out"), x),
                 SEGMENT=launch.SEGMENT,
                 LABELS=1 << max(0, per_row - 1).bit_length(),
+                OPTIONS=_options(rows, left_out is not None),
                 **tile.arguments(),
             )
 
 
-def _strides(names: tuple[str, ...], rows: dict[str, Rows]) -> dict[str, int]:
-    arguments: dict[str, int] = {}
-    for name in names:
-        r = rows.get(name)
-        outer, inner, along = (0, 0, 0) if r is None else r.stride
-        arguments |= {
-            f"{name}_offset": 0 if r is None else r.offset,
-            f"{name}_stride_outer": outer,
-            f"{name}_stride_inner": inner,
-            f"{name}_stride_v": along,
-        }
-    return arguments
-
-
-def _layout(name: str, rows: Rows | None, x: Rows) -> dict[str, Any]:
-    contiguous = rows is not None and rows.stride[2] == 1
-    aligned = (
-        rows is not None
-        and contiguous
-        and x.stride[2] == 1
-        and rows.data.element_size() == x.data.element_size()
-        and rows.alignment() == x.alignment()
+def _options(rows: dict[str, Rows], has_left_out: bool) -> BinaryOptions:
+    contiguous = {name: r.stride[2] == 1 for name, r in rows.items()}
+    aligned = {name: rows[name].is_aligned_as(rows["x"]) for name in ("y", "out") if name in rows}
+    return BinaryOptions(
+        GRADIENT="upstream" in rows,
+        HAS_Y="y" in rows,
+        HAS_W="w" in rows,
+        HAS_V="v" in rows,
+        HAS_OUT="out" in rows,
+        HAS_LEFT_OUT=has_left_out,
+        CONTIGUOUS=contiguous["x"],
+        Y_CONTIGUOUS=contiguous.get("y", False),
+        Y_ALIGNED=aligned.get("y", False),
+        W_CONTIGUOUS=contiguous.get("w", False),
+        V_CONTIGUOUS=contiguous.get("v", False),
+        UPSTREAM_CONTIGUOUS=contiguous.get("upstream", False),
+        OUT_CONTIGUOUS=contiguous.get("out", False),
+        OUT_ALIGNED=aligned.get("out", False),
     )
-    return {f"{name}_CONTIGUOUS": contiguous, f"{name}_ALIGNED": aligned}

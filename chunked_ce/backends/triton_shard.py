@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.head import Head, compute_dtype
 from ..core.row_stats import UNIFORM, Part, concatenate, merge
-from ..kernels.streaming import LOG2_E
+from ..kernels.online_softmax import LOG2_E
 from .triton import launch_sums
 
 Number = TypeVar("Number", Tensor, float)
@@ -45,7 +45,7 @@ def row_part(
     wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=False, ARGMAX=argmax)
     parts = []
     for flat, sums in launch_sums(input, target, ignore_index, vocab_size, head, UNIFORM, **wanted):
-        floats, integers = sums["floats_ptr"].unbind(-1), sums["integers_ptr"].unbind(-1)
+        floats, integers = (numbers.unbind(-1) for numbers in sums["parts"])
         part: Part | None = None
         for f, i in zip(floats, integers, strict=True):
             segment = _natural(f, i, entropy, argmax)

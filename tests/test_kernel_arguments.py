@@ -1,0 +1,136 @@
+"""The kernels' arguments: how many, and what Triton compiles anew for."""
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from chunked_ce.kernels.arguments import NOT_SPECIALIZED
+from chunked_ce.kernels.rows import decode, encode
+
+ROOT = Path(__file__).parent.parent
+KERNELS = (
+    "token_stats", "merge_parts", "token_grad", "loss_and_grad", "binary", "scale",
+)  # fmt: skip
+FILES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "chunked_ce/backends").glob("triton*.py")]
+# Prints, for each kernel, what Triton keeps compiled code under: of launches that differ in the
+# number of rows, in V, in strides and in where the logits start; with --dtypes also in the dtype.
+PROGRAM = """
+import json, sys
+from unittest import mock
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from bench.compiled import launches
+from chunked_ce.backends import gpu, triton, triton_binary
+from chunked_ce.core.gradient import Coefficients
+from chunked_ce.core.head import Head
+from chunked_ce.core.row_stats import ClassWeights
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+found = {}
+
+def record(call):
+    for launch in launches(call):
+        kernel = launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, key, options = bind(**launch.arguments)
+        found.setdefault(launch.name, set()).add(str((key, options)))
+
+def calls(x, ignore_index):
+    rows, vocab = x.numel() // x.shape[-1], x.shape[-1]
+    target = torch.empty(rows, dtype=torch.int64)
+    v = torch.empty(rows)
+    head = Head(30.0, 0.5)
+    everything = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
+    weights = ClassWeights(torch.empty(vocab), x, 0.9, 0.1)
+    given = (ignore_index, vocab, head)
+    record(lambda: triton.row_statistics(x, target, *given, weights, **everything))
+    numbers = Coefficients(v, v, v, v)
+    record(lambda: triton.logits_gradient(
+        x, target, v, v, v, numbers, *given, weights, inplace=True))
+    record(lambda: triton.loss_and_gradient(
+        x, target, v, v[0], 0.1, 1e-4, *given, inplace=True, on_clusters=False))
+    record(lambda: triton.scale_(x, v))
+    left_out = torch.empty(rows, 5, dtype=torch.int32)
+    record(lambda: triton_binary.total(x, x, x, x, left_out))
+
+for dtype in (torch.bfloat16, torch.float32) if "--dtypes" in sys.argv else (torch.bfloat16,):
+    memory = torch.empty(40 * 60000, dtype=dtype)
+    with mock.patch.object(gpu, "architecture", lambda device: "sm_90"):
+        calls(memory[: 16 * 50304].view(16, 50304), -100)
+        calls(memory[: 3 * 50257].view(3, 50257), -1)
+        calls(memory[: 2 * 51200].view(2, 51200), 1)
+        calls(memory[5 : 5 + 32 * 50001].view(32, 50001), 0)
+        calls(memory[: 2 * 8 * 50016].view(2, 8, 50016)[:, :-1], 16)
+print(json.dumps({name: len(keys) for name, keys in found.items()}))
+"""
+
+
+def kernel(name):
+    return getattr(import_module(f"chunked_ce.kernels.{name}"), f"{name}_kernel")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_at_most_20_parameters(name):
+    assert 1 <= len(inspect.signature(kernel(name).fn).parameters) <= 20
+
+
+def test_every_kernel_is_counted():
+    found = [
+        node.name
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    ]
+    assert sorted(found) == sorted(f"{name}_kernel" for name in KERNELS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    assert source.count("\n") <= 300
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            docstring = ast.get_docstring(node) is not None
+            lines = node.end_lineno - node.lineno + 1
+            lines -= first.end_lineno - first.lineno + 1 if docstring else 0
+            assert lines <= 50, f"{node.name}: {lines} lines"
+
+
+def test_integers_of_a_tuple_are_never_special():
+    """Triton has kinds of its own for 1 and for multiples of 16."""
+    numbers = (0, 1, -1, 3, 4, 16, -100, 128256, 2**31 - 1, 2**31, 2**40)
+    for number, encoded in zip(numbers, encode(*numbers), strict=True):
+        assert encoded != 1 and encoded % 16 != 0
+        assert decode.fn(encoded) == number
+
+
+def test_names_not_specialized_on_are_parameters():
+    names = {p for name in KERNELS for p in inspect.signature(kernel(name).fn).parameters}
+    assert set(NOT_SPECIALIZED) <= names
+
+
+def compiled_kinds(*arguments):
+    """In a process of its own, for an interpreted Triton has no such keys."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    program = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_other_sizes_compile_nothing_new():
+    """Rows, V, strides, where the logits start, ignore_index: one kind of launch for them all."""
+    one = {f"{name}_kernel": 1 for name in KERNELS}
+    assert compiled_kinds() == one
+    assert all(n == 2 for n in compiled_kinds("--dtypes").values())  # what does compile anew
