@@ -28,7 +28,7 @@ from .cases import (
     reference,
 )
 from .measure import Quantiles
-from .providers import COMPILED, CUT, CUT_FILTER, EAGER, OURS, Provider, Unavailable, find
+from .providers import COMPILED, CUT, CUT_FILTER, EAGER, HEAD, OURS, Provider, Unavailable, find
 from .records import Comparison, Report, one_line
 
 # With `leave_out_slow`: what takes more than 4 times eager's time, and 0.1 s, is not timed.
@@ -175,7 +175,7 @@ class Runner:
             why = "its process was killed, perhaps for want of memory"
         else:
             why = one_line(error)
-            if provider.name.startswith((EAGER, OURS)):
+            if provider.name.removeprefix(HEAD).startswith((EAGER, OURS)):
                 self.faults.append(f"{why} ({case})")
         self.report.not_run(case, provider.name, why)
 
