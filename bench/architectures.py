@@ -1,7 +1,7 @@
 """Every causal language model of transformers: loss, gradients and perplexity against its own.
 
-    python -m bench.architectures --csv architectures.csv       some ten minutes on a CPU
-    python -m bench.architectures --only llama gpt2
+    python -m bench architectures --csv architectures.csv       some ten minutes on a CPU
+    python -m bench architectures --only llama gpt2
 
 Each with a small configuration and random weights, in float32 and without dropout. The loss's
 difference is relative, a gradient's to the largest of its parameter; the perplexity's is from exp
@@ -11,15 +11,13 @@ reason. Each model is tried in a process of its own, which a failure or SECONDS 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
 import multiprocessing
 import os
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import chunked_ce
 from chunked_ce.huggingface import enable
 
-from .huggingface import _apart
+from . import options
+from .huggingface import largest_difference
+from .records import Table, one_line
 
 VOCAB, LENGTH, SECONDS, LARGEST = 211, 24, 60, 30_000_000
 SMALL: dict[str, Any] = dict(
@@ -118,7 +118,7 @@ def compare(model_type: str) -> Result:
         labels = ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)
         expected, gradients = step(model, ids, labels)
     except Exception as error:  # of any model, for any reason
-        return Result(model_type, "not built", reason=_line(error))
+        return Result(model_type, "not built", reason=one_line(error, 180))
     try:
         loss_apart, gradient_apart, reason = of_training(model, ids, labels, expected, gradients)
         model.eval()
@@ -126,7 +126,7 @@ def compare(model_type: str) -> Result:
         perplexity = abs(report.perplexity / math.exp(mean_nll(model, ids)) - 1)
     except Exception as error:
         status = "not causal" if "model is not causal" in str(error) else "failed"
-        return Result(model_type, status, reason=_line(error))
+        return Result(model_type, status, reason=one_line(error, 180))
     same = perplexity < 1e-5 and (reason or loss_apart < 1e-5 and gradient_apart < 1e-3)
     status = "different" if not same else "own loss" if reason else "same"
     training: tuple[Any, Any] = ("", "") if reason else (loss_apart, gradient_apart)
@@ -140,14 +140,10 @@ def of_training(
     try:
         handle = enable(model)
     except ValueError as error:
-        return 0.0, 0.0, _line(error)
+        return 0.0, 0.0, one_line(error, 180)
     loss, ours = step(model, ids, labels)
     handle.disable()
-    return abs(float(loss / expected) - 1), _apart(ours, gradients), ""
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return abs(float(loss / expected) - 1), largest_difference(ours, gradients), ""
 
 
 def _child(model_type: str, results: Any) -> None:
@@ -177,24 +173,21 @@ def apart(model_type: str) -> Result:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.architectures", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Return 1 where a model differs or fails."""
+    parser = options.parser_of("architectures", __doc__)
     parser.add_argument("--only", nargs="+", choices=sorted(NAMES), default=list(NAMES))
-    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=options.writable, metavar="FILE")
     args = parser.parse_args(arguments)
-    rows = []
+    table, counts = Table(args.csv, Result._fields), Counter[str]()
     for model_type in args.only:
-        rows.append(apart(model_type))
-        print(*("" if v == "" else f"{v:.1e}" if isinstance(v, float) else v for v in rows[-1]))
+        result = apart(model_type)
+        counts[result.status] += 1
+        table.add(**result._asdict())
+        print(*("" if v == "" else f"{v:.1e}" if isinstance(v, float) else v for v in result))
+    table.close()
     for status in ("same", "own loss", "not causal", "different", "failed", "not built"):
-        print(f"{sum(r.status == status for r in rows)} {status}")
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(Result._fields)
-            for r in rows:
-                writer.writerow([f"{v:.2g}" if isinstance(v, float) else v for v in r])
-    return int(any(r.status in ("different", "failed") for r in rows))
+        print(f"{counts[status]} {status}")
+    return int(counts["different"] + counts["failed"] > 0)
 
 
 if __name__ == "__main__":

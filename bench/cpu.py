@@ -1,19 +1,18 @@
 """Speed and memory on the CPU, with the demanded bound beside each ratio.
 
-    python -m bench.cpu                                       all sections, about four minutes
-    python -m bench.cpu --only time memory --csv cpu.csv      some, with the figures in a file
-    python -m bench.cpu --busy 2                              also beside two spinning processes
+    python -m bench cpu                                      all sections, about four minutes
+    python -m bench cpu --only time memory --csv cpu.csv     some, with the figures in a file
+    python -m bench cpu --busy 2                             also beside two spinning processes
 
-Prints for each section a table of medians (20 % - 80 % quantiles), then the ratios (what, measured,
-bound, "ok" or "MISSED"), and how much of the CPU others took meanwhile. Cores that data loaders or
-other programs keep busy are the normal case: `--busy N` measures every section a second time beside
-N processes that do nothing but spin; there the bounds are meant with 0.15 more.
-The bounds are meant for the default sizes and two cores. A missed bound fails nothing; a wrong
-result, looked for before timing, raises.
+Prints medians (20 % - 80 % quantiles), then ratios (what, measured, bound, "ok" or "MISSED"), and
+how much of the CPU others took meanwhile. Cores that data loaders or other programs keep busy are
+the normal case: `--busy N` measures every section a second time beside N processes that only spin.
+There the bounds on eager's time are 0.15 higher. The bounds are meant for the default sizes and two
+cores. A missed bound fails nothing; a wrong result is not timed, and the exit code is 1.
 
 time        N x V against torch, eager and compiled, and the fewest compiled loops that could do it;
-            the seconds that compiling took
-memory      peak extra memory in units of the logits, each in a fresh process (needs /proc)
+            the seconds of the first call, which compiles
+memory      peak extra memory of a step, each in a fresh process (needs /proc)
 small       few rows, beside the fewest torch calls that could do it; the fixed cost of a call
 vocabulary  time per logit from V = 4096 to a million
 masked      half of the classes at -inf, -1e4 or -100, where exp is slow on a CPU
@@ -22,90 +21,185 @@ masked      half of the classes at -inf, -1e4 or -100, where exp is slow on a CP
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import measure, records
-from .cpu_sections import SECTIONS, Config
+from . import measure, options
+from .cases import BOTH, DTYPES, FORWARD, LOGITS, MODES, Case, batch_of
+from .providers import CALLS, COMPILED, EAGER, INPLACE, LOOPS, OURS
+from .records import Comparison
+from .runner import Runner, Timed, median_of, ratios, spread
+
+TIME_BOUNDS = {  # {dtype: {(provider, mode, the other provider): most of its time}}
+    "float32": {
+        (OURS, FORWARD, EAGER): 0.2, (OURS, BOTH, EAGER): 0.4, (INPLACE, BOTH, EAGER): 0.15,
+        (OURS, FORWARD, COMPILED): 0.75, (OURS, BOTH, COMPILED): 0.8,
+    },
+    "bfloat16": {
+        (OURS, FORWARD, EAGER): 0.3, (OURS, BOTH, EAGER): 0.45, (INPLACE, BOTH, EAGER): 0.2,
+        (OURS, FORWARD, COMPILED): 0.75, (OURS, BOTH, COMPILED): 0.8,
+    },
+}  # fmt: skip
+BUSY_SLACK = 0.15
+MEMORY_BOUNDS = {(OURS, FORWARD): 0.01, (OURS, BOTH): 1.01, (INPLACE, BOTH): 0.01}  # of the logits
+SMALL_BOUNDS = {  # {(rows, dtype): most of eager's time}
+    (64, "float32"): 0.6, (64, "bfloat16"): 0.6, (8, "float32"): 0.9, (8, "bfloat16"): 1.3,
+}  # fmt: skip
+SMALL_CALLS = {(128, 10): 2.5, (1, 100): None}  # {(N, V): most of eager's time}: a call's cost
+VOCABULARIES = (4096, 16384, 50257, 131072, 262144, 1048576)
+VOCABULARY_LOGITS = 1 << 26
+VOCABULARY_BOUND = 1.5  # most time per logit / least
+MASKS = (float("-inf"), -1e4, -100.0)
+MASKED_TOKENS = 512
+MASKED_BOUND = 1.3  # time / time unmasked
+UNMASKED = "unmasked"
+
+
+class Config(NamedTuple):
+    tokens: int
+    vocab: int
+    compile: bool
+
+
+def compare_times(
+    runner: Runner, timed: Sequence[Timed], bounds: Mapping[tuple[str, str, str], float], what: str
+) -> None:
+    slack = BUSY_SLACK if runner.busy else 0.0
+    bounds = {key: bound + slack for key, bound in bounds.items()}
+    runner.report.compare(ratios(timed, bounds, what))
+
+
+def time(config: Config, runner: Runner) -> None:
+    names = [EAGER, OURS, INPLACE, *((COMPILED, LOOPS) if config.compile else ())]
+    for dtype, bounds in TIME_BOUNDS.items():
+        case = Case(LOGITS, config.tokens, 0, config.vocab, DTYPES[dtype])
+        timed = runner.time(case, names)
+        compare_times(runner, timed, bounds, dtype)
+
+
+def memory(config: Config, runner: Runner) -> None:
+    if not measure.memory_is_measurable():
+        print("memory is not measured: it needs /proc")
+        return
+    names = [EAGER, OURS, *((COMPILED,) if config.compile else ())]
+    for dtype in DTYPES:
+        case = Case(LOGITS, config.tokens, 0, config.vocab, DTYPES[dtype])
+        runner.report.title(f"peak extra memory of a step: {case}")
+        rows, comparisons = [("provider", "mode", "MiB", "/ logits")], []
+        for mode in MODES:
+            found = runner.weigh(case, [*names, *([INPLACE] if mode == BOTH else [])], mode)
+            for name, extra in found.items():
+                units = extra / case.logits_bytes
+                rows.append((name, mode, f"{extra / 2**20:.0f}", f"{units:.3f}"))
+                if bound := MEMORY_BOUNDS.get((name, mode)):
+                    what = f"{dtype} {mode}: {name} / logits"
+                    comparisons.append(Comparison(what, units, bound))
+        runner.report.print_table(rows, labels=2)
+        runner.report.compare(comparisons)
+
+
+def small(config: Config, runner: Runner) -> None:
+    rounds, runner.rounds = runner.rounds, 4 * runner.rounds
+    for (n, dtype), bound in SMALL_BOUNDS.items():
+        case = Case(LOGITS, n, 0, config.vocab, DTYPES[dtype])
+        _few_rows(config, runner, case, bound, calls=3)
+    for (n, v), of_call in SMALL_CALLS.items():
+        for dtype in DTYPES:
+            case = Case(LOGITS, n, 0, v, DTYPES[dtype])
+            _few_rows(config, runner, case, of_call if dtype == "float32" else None, calls=30)
+    runner.rounds = rounds
+
+
+def _few_rows(config: Config, runner: Runner, case: Case, bound: float | None, calls: int) -> None:
+    runner.report.title(f"{case}")
+    timed = runner.measure(runner.prepare(case, [EAGER, OURS, CALLS]), calls=calls)
+    runner.print_times(timed, 1e-6, "microseconds")
+    if bound:
+        modes = MODES if case.V == config.vocab else (BOTH,)
+        compare_times(runner, timed, {(OURS, mode, EAGER): bound for mode in modes}, str(case))
+
+
+def vocabulary(config: Config, runner: Runner) -> None:
+    elements = min(VOCABULARY_LOGITS, config.tokens * config.vocab)
+    runner.report.title(f"{OURS}, float32, N V = {elements} or a little less")
+    entries = []
+    for v in VOCABULARIES:
+        case = Case(LOGITS, max(1, elements // v), 0, v, torch.float32)
+        entries += runner.prepare(case, [OURS])
+    rows, comparisons = [("V", "N", "mode", "ns per logit")], []
+    for mode in MODES:
+        medians = []
+        for t in runner.measure(entries, [mode]):
+            case = t.entry.case
+            unit = 1e-9 * case.N * case.V
+            medians.append(t.taken.median / unit)
+            rows.append((str(case.V), str(case.N), mode, spread(t.taken, unit)))
+        if medians:
+            ratio = max(medians) / min(medians)
+            what = f"{mode}: most / least time per logit"
+            comparisons.append(Comparison(what, ratio, VOCABULARY_BOUND))
+    runner.report.print_table(rows)
+    runner.report.compare(comparisons)
+
+
+def masked(config: Config, runner: Runner) -> None:
+    case = Case(LOGITS, min(MASKED_TOKENS, config.tokens), 0, config.vocab, torch.float32)
+    runner.report.title(f"half of the classes masked: {case}")
+    batches, target = _masked_batches(case)
+    entries = []
+    for name, logits in batches.items():
+        entries += runner.prepare(case, [EAGER, OURS], (logits, target), name)
+    timed = runner.measure(entries)
+    runner.print_times(timed)
+    comparisons = []
+    for t in timed:
+        plain = median_of(timed, OURS, t.mode, UNMASKED)
+        if t.entry.provider.name == OURS and t.entry.variant != UNMASKED and plain:
+            what = f"{t.mode}, {t.entry.variant}: {OURS} / unmasked"
+            comparisons.append(Comparison(what, t.taken.median / plain, MASKED_BOUND))
+    runner.report.compare(comparisons)
+
+
+def _masked_batches(case: Case) -> tuple[dict[str, Tensor], Tensor]:
+    logits, target = batch_of(case)
+    batches = {UNMASKED: logits}
+    halves = {"every other": slice(1, None, 2), "upper half": slice((case.V + 1) // 2, None)}
+    for where, columns in halves.items():
+        for value in MASKS:
+            batches[f"{where} at {value:g}"] = some = logits.clone()
+            some[:, columns] = value
+    return batches, target % max(1, case.V // 4) * 2  # classes that neither half takes
+
+
+SECTIONS: dict[str, Callable[[Config, Runner], None]] = {
+    "time": time,
+    "memory": memory,
+    "small": small,
+    "vocabulary": vocabulary,
+    "masked": masked,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    config = Config(args.tokens, args.vocab, args.threads, args.repeats, not args.no_compile)
-    torch.set_num_threads(config.threads)
-    policy = os.environ.get("OMP_WAIT_POLICY", "")
-    device = f"{records.cpu_name()}, {config.threads} threads" + (policy and f", {policy} waiting")
-    env = records.environment(device)
-    print(f"{env.device}; torch {env.torch}; commit {env.commit}; {config.repeats} rounds")
-    report = records.Report(env)
-    start = time.perf_counter()
-    for name, section in SECTIONS.items():
-        if name in args.only:
-            for busy in (0, args.busy) if args.busy else (0,):
-                print(f"\n{name}, beside {busy} spinning processes" if args.busy else "")
-                with spinning(busy):
-                    others = measure.OtherProcesses()
-                    section(config, report)
-                    print(f"\n{others}")
-    report.summary()
-    print(f"{time.perf_counter() - start:.0f} s in all")
-    if args.csv:
-        report.write_csv(args.csv)
-    if args.json:
-        report.write_json(args.json)
-    return 0
-
-
-@contextmanager
-def spinning(count: int) -> Iterator[None]:
-    """Beside so many processes that keep a core busy each, for no longer than this one lives."""
-    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1000))"
-    processes = [subprocess.Popen([sys.executable, "-S", "-c", code]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with options.reporting(args.threads, args.csv) as report:
+        config = Config(args.tokens, args.vocab, not args.no_compile)
+        return Runner(report, rounds=args.repeats).run_sections(
+            SECTIONS, args.only, config, args.busy
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cpu", description="Speed and memory of chunked_ce on the CPU."
+    parser = options.parser_of("cpu", __doc__)
+    options.add_sizes(parser, tokens=2048, vocab=50257, threads=2, repeats=11)
+    options.add_sections(parser, SECTIONS)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile builds first"
     )
-    add = parser.add_argument
-    add("--tokens", type=positive, default=2048, metavar="N", help="default: %(default)s")
-    add("--vocab", type=positive, default=50257, metavar="V", help="default: %(default)s")
-    add("--threads", type=positive, default=2, metavar="T", help="default: %(default)s")
-    add("--repeats", type=positive, default=11, metavar="R", help="default: %(default)s")
-    add("--busy", type=positive, metavar="B", help="again beside B processes that only spin")
-    sections = list(SECTIONS)
-    add("--only", nargs="+", choices=sections, default=sections, metavar="SECTION",
-        help="of " + ", ".join(sections))  # fmt: skip
-    add("--no-compile", action="store_true", help="leave out what torch.compile builds first")
-    add("--csv", type=writable, metavar="FILE", help="write the figures, one a row")
-    add("--json", type=writable, metavar="FILE", help="write figures, ratios and bounds")
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
-def writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():  # said now rather than after four minutes
-        raise argparse.ArgumentTypeError(f"no file can be written at {text!r}")
-    return path
 
 
 if __name__ == "__main__":

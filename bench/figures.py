@@ -1,4 +1,8 @@
-"""Every figure, from the tidy CSV alone."""
+"""Draw every figure, from the tidy CSV alone.
+
+python -m bench figures                    of every run under runs/bench/
+python -m bench figures linear.csv --out folder
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,70 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from . import options, records
+from .cases import BOTH, FORWARD
 from .providers import (
     COMPILED,
     CUT,
     CUT_FILTER,
     EAGER,
     FLASH,
+    HEAD,
     INPLACE,
     LIGER,
     OURS,
     QUACK,
     TORCH,
-)  # fmt: skip
+)
 
 Row = dict[str, str]
 Point = tuple[float, float, float, float]  # x, value, q20, q80
-BOTH = "forward+backward"
+RUNS = Path("runs/bench")
 PEAK, PREDICTED = "peak_extra_bytes", "predicted_peak_extra_bytes"
 COLORS = {
     EAGER: "#7f7f7f", COMPILED: "#e69f00", TORCH: "#b58900", CUT: "#56b4e9", LIGER: "#cc79a7",
     CUT_FILTER: "#2b6c99",
     QUACK: "#8c564b", FLASH: "#9467bd", OURS: "#0072b2", INPLACE: "#d55e00",
 }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = options.parser_of("figures", __doc__)
+    add = parser.add_argument
+    add("csv", nargs="*", type=Path, help=f"default: every results.csv and speed.csv under {RUNS}")
+    add("--out", type=Path, metavar="DIR", help="default: beside each CSV")
+    args = parser.parse_args(arguments)
+    files = args.csv or sorted([*RUNS.glob("*/results.csv"), *RUNS.glob("*/speed.csv")])
+    if not files:
+        raise ValueError(f"nothing to draw under {RUNS}: python -m bench full first")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, expected a folder")
+    if args.out and len(files) > 1:
+        raise ValueError(
+            f"--out takes the figures of one CSV, got {len(files)}: name one, or omit it"
+        )
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"figures needs matplotlib: pip install -e '.[bench]' ({error})"
+        ) from error
+    tables = {path: records.read_measurements(path) for path in files}  # all before one is drawn
+    for path, rows in tables.items():
+        folder = args.out or path.parent
+        picture = None
+        try:
+            for picture in draw_all(rows, folder):
+                print(picture)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written: {error.strerror or error}") from error
+        if picture is None:
+            print(f"{path}: no figure shows its rows")
+    return 0
+
+
+def color_of(provider: str) -> str:
+    return COLORS.get(provider.removeprefix(HEAD), "black")
 
 
 class Line(NamedTuple):
@@ -46,7 +92,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
     for device, dtype, n in _distinct(rows, "device", "dtype", "N"):
         here = [r for r in rows if (r["device"], r["dtype"], r["N"]) == (device, dtype, n)]
         end = "_predicted" if device.startswith("predicted") else ""
-        heads = [r for r in here if r["D"] and r["mode"] in (BOTH, "full")]
+        heads = [r for r in here if r["D"] and r["mode"] == BOTH]
         sizes = [d for (d,) in _distinct(heads, "D")]
         for d in sizes:
             of_head = [r for r in heads if r["D"] == d]
@@ -57,6 +103,10 @@ def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
         if of_logits:
             title = f"the loss alone, from logits: N = {n}, {dtype}\n{device}"
             yield _logits(of_logits, title, folder / _new(f"logits_{dtype}_N{n}{end}", names))
+    for device, d, v in _distinct([r for r in rows if r["D"]], "device", "D", "V"):
+        of_size = [r for r in rows if (r["device"], r["D"], r["V"]) == (device, d, v)]
+        if len(_distinct(of_size, "N")) > 2:
+            yield tokens(of_size, folder / _new(f"tokens_D{d}_V{v}", names))
     if compared := list(_predicted_and_measured(rows)):
         yield _scatter(compared, folder / "memory_predicted_and_measured.png")
 
@@ -86,7 +136,7 @@ def _vocabulary(rows: Sequence[Row], title: str, path: Path) -> Path:
 
 def _logits(rows: Sequence[Row], title: str, path: Path) -> Path:
     figure, axes = _figure(2, title)
-    for ax, mode in zip(axes, ("forward", BOTH), strict=True):
+    for ax, mode in zip(axes, (FORWARD, BOTH), strict=True):
         for line in _lines([r for r in rows if r["mode"] == mode], "seconds", "V", 1e-3):
             _plot(ax, line)
         _against_vocabulary(ax, rows, f"time of {mode}, ms")
@@ -127,9 +177,7 @@ def _scatter(compared: Sequence[tuple[str, float, float]], path: Path) -> Path:
     for provider in dict.fromkeys(p for p, _, _ in compared):
         of = [(x, y) for p, x, y in compared if p == provider]
         x, y = zip(*of, strict=True)
-        ax.scatter(
-            x, y, s=22, color=COLORS.get(provider, "black"), label=_plain(provider), zorder=3
-        )
+        ax.scatter(x, y, s=22, color=color_of(provider), label=_plain(provider), zorder=3)
     ends = [
         min(min(x, y) for _, x, y in compared) / 1.3,
         max(max(x, y) for _, x, y in compared) * 1.3,
@@ -154,11 +202,11 @@ def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Li
         key = (provider, mode, *of)
         own = [r for r in rows if (r["provider"], r["mode"], *(r[c] for c in differing)) == key]
         points = [_point([r for r in own if r[x] == at], x, unit) for (at,) in _distinct(own, x)]
-        behind_head = mode == "full"
-        label = f"{provider}, from logits" if behind_head else provider
+        behind_head = provider.startswith(HEAD)
+        label = provider
         label += "".join(f", {c} = {v}" for c, v in zip(differing, of, strict=True))
         style = ":" if behind_head else ("-", "--", "-.")[others.index(tuple(of)) % 3]
-        yield Line(label, COLORS.get(provider, "black"), style, sorted(points))
+        yield Line(label, color_of(provider), style, sorted(points))
 
 
 def _point(rows: Sequence[Row], x: str, unit: float) -> Point:
@@ -225,3 +273,7 @@ def _save(figure: Any, axes: Sequence[Any], path: Path) -> Path:
         )  # fmt: skip
     figure.savefig(path, dpi=150)
     return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,42 +1,37 @@
 """The floor under a loss written in torch: the fewest calls, or compiled loops, of its arithmetic.
 
-No check, no range, no token ignored. What ours takes beyond that is ours to save; that is not.
+No check, no range, no token ignored. The time beyond that can be saved; the floor cannot.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .measure import Loss
-
-CALLS, LOOPS = "bare torch calls", "bare compiled loops"
+from .cases import Loss
 
 
-class Arithmetic(Protocol):
-    def lse(self, logits: Tensor) -> Tensor:
-        """[N, 1]"""
+class _Calls:
+    """exp and sums by torch's operations, in float32 memory that is kept from call to call."""
 
-    def gradient(self, logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
-        """`scale` [] times the softmax."""
-
-
-class _Calls(NamedTuple):
-    memory: Tensor  # fp32, of the logits' shape
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
 
     def lse(self, logits: Tensor) -> Tensor:
-        return torch.exp(self._fp32(logits), out=self.memory).sum(1, keepdim=True).log_()
+        if self._memory.shape != logits.shape:
+            self._memory = torch.empty(logits.shape, device=logits.device)
+        return torch.exp(self._float32(logits), out=self._memory).sum(1, keepdim=True).log_()
 
     def gradient(self, logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
-        p = out if out.dtype == torch.float32 else self.memory
-        torch.exp(self._fp32(logits), out=p).mul_(scale * (-lse).exp_())
+        p = out if out.dtype == torch.float32 else self._memory
+        torch.exp(self._float32(logits), out=p).mul_(scale * (-lse).exp_())
         if p is not out:
             out.copy_(p)
 
-    def _fp32(self, logits: Tensor) -> Tensor:
-        return logits if logits.dtype == torch.float32 else self.memory.copy_(logits)
+    def _float32(self, logits: Tensor) -> Tensor:
+        return logits if logits.dtype == torch.float32 else self._memory.copy_(logits)
 
 
 @torch.compile(dynamic=True)
@@ -52,6 +47,8 @@ def _scaled_softmax(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> 
 
 
 class _Loops:
+    """The two loops that torch.compile makes, one for each pass."""
+
     def lse(self, logits: Tensor) -> Tensor:
         m, s = _maximum_and_sum(logits)
         return s.log_().add_(m)
@@ -62,8 +59,8 @@ class _Loops:
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, by: Arithmetic) -> Tensor:
-        lse = by.lse(logits)
+    def forward(ctx: Any, logits: Tensor, target: Tensor, by: _Calls | _Loops) -> Tensor:
+        lse = by.lse(logits)  # [N, 1]
         ctx.save_for_backward(logits, target, lse)
         ctx.by = by
         return (lse - logits.gather(1, target[:, None])).mean()
@@ -77,12 +74,10 @@ class _Mean(torch.autograd.Function):
         return grad, None, None
 
 
-def bare_calls(logits: Tensor) -> Loss:
-    """Of logits of this shape, from torch's operations, called one after the other."""
-    by = _Calls(torch.empty(logits.shape))
+def bare_calls() -> Loss:
+    by = _Calls()
     return lambda logits, target: _Mean.apply(logits, target, by)  # type: ignore[no-untyped-call]
 
 
 def bare_loops(logits: Tensor, target: Tensor) -> Tensor:
-    """From two loops that torch.compile makes, one for each pass."""
     return _Mean.apply(logits, target, _Loops())  # type: ignore[no-untyped-call,no-any-return]

@@ -1,7 +1,7 @@
 """Causal language models of transformers: their loss and gradients with ours in its place.
 
-    python -m bench.huggingface                      a table, a minute on a CPU
-    python -m bench.huggingface --only Llama Gemma2 --csv models.csv
+    python -m bench huggingface                      a table, a minute on a CPU
+    python -m bench huggingface --only Llama Gemma2 --csv models.csv
 
 Each architecture with a small configuration and random weights, in float32. The differences from
 transformers' own loss, relative to the loss and to the largest gradient of each parameter; and how
@@ -10,10 +10,7 @@ many tensors of the logits' size a training step makes, outside of the loss's ow
 
 from __future__ import annotations
 
-import argparse
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chunked_ce.huggingface import causal_lm_loss, enable
+
+from . import options
+from .records import Table
 
 VOCAB, WIDTH, BATCH, LENGTH = 211, 16, 3, 24
 _COMMON: dict[str, Any] = dict(
@@ -127,12 +127,12 @@ def differences(name: str) -> list[Difference]:
         undo = use(model)
         loss, ours, made = step(model)
         undo.disable()
-        apart = _apart(ours, gradients)
+        apart = largest_difference(ours, gradients)
         found.append(Difference(name, way, float(abs(loss / expected - 1)), apart, made))
     return found
 
 
-def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference, relative to its parameter's largest gradient.
 
     A thousandth of the largest of all at least: what cancels exactly (a key's bias) is noise.
@@ -155,22 +155,17 @@ class _with_loss:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.huggingface", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = options.parser_of("huggingface", __doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=options.writable, metavar="FILE")
     args = parser.parse_args(arguments)
-    rows = []
+    table = Table(args.csv, Difference._fields)
     print(f"{'':14}{'':16}{'loss':>10}{'gradients':>11}{'logits made':>13}")
     for name in args.only:
         for row in differences(name):
-            rows.append(row)
+            table.add(**row._asdict())
             print(f"{row.model:14}{row.way:16}{row.loss:10.1e}{row.gradient:11.1e}{row.tensors:13}")
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Difference._fields)
-            writer.writerows(rows)
+    table.close()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark measures with: interleaved timing, peak memory, results checked first.
+"""Measure time and memory: interleaved rounds, busy cores, peak bytes.
 
 Timings on a shared machine drift by tens of percent within a minute, so the things compared take
 turns within one loop, where the drift falls on all of them; a ratio is a ratio of medians.
@@ -10,28 +10,22 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
-Loss = Callable[..., Tensor]  # of what the gradients are wanted of, and the targets
 
 
 # Time
-
-
-class Step(NamedTuple):
-    run: Callable[[], object]
-    reset: Callable[[], object] = lambda: None  # after each run, not timed
 
 
 class Quantiles(NamedTuple):
@@ -39,46 +33,22 @@ class Quantiles(NamedTuple):
     q20: float
     q80: float
 
-    def times(self, factor: float) -> Quantiles:
-        return Quantiles(self.median * factor, self.q20 * factor, self.q80 * factor)
+
+Step = Callable[[], object]
+Clock = Callable[[Step], float]  # seconds that a call took
 
 
-def forward(loss: Loss, *batch: Tensor) -> Step:
-    """`batch`: leaves and targets, as the loss takes them."""
-    batch = tuple(t.detach() for t in batch)
-
-    def run() -> None:
-        with torch.no_grad():
-            loss(*batch)
-
-    return Step(run)
-
-
-def forward_backward(loss: Loss, *batch: Tensor) -> Step:
-    *leaves, target = batch
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-
-    def reset() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-
-    return Step(lambda: torch.autograd.backward(loss(*leaves, target)), reset)
-
-
-STEPS = {"forward": forward, "forward+backward": forward_backward}
-
-
-Clock = Callable[[Callable[[], object]], float]  # seconds that a call took
-
-
-def wall_clock(run: Callable[[], object]) -> float:
+def wall_clock(run: Step) -> float:
+    """Return the seconds of a call. The release of its result is not timed."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    result = run()
+    taken = time.perf_counter() - start
+    del result
+    return taken
 
 
-def cuda_events(run: Callable[[], object]) -> float:
-    """The GPU's own time, launches and gaps between kernels included."""
+def cuda_events(run: Step) -> float:
+    """Return the GPU's own time, launches and gaps between kernels included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -92,12 +62,8 @@ def clock_of(device: str) -> Clock:
 
 
 def seconds(step: Step, calls: int = 1, clock: Clock = wall_clock) -> float:
-    """Per call."""
-    total = 0.0
-    for _ in range(calls):
-        total += clock(step.run)
-        step.reset()
-    return total / calls
+    """Return the seconds per call."""
+    return sum(clock(step) for _ in range(calls)) / calls
 
 
 def interleaved(
@@ -142,6 +108,19 @@ class OtherProcesses:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, all_cores[1:9])
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
         return busy - sum(os.times()[:4])  # ours, and our children's
+
+
+@contextmanager
+def spinning(count: int) -> Iterator[None]:
+    """Keep `count` cores busy meanwhile, by processes that only spin and end with this one."""
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1000))"
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 # Memory
@@ -194,45 +173,26 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def free_bytes(device: str) -> float:
+    """Return the memory that a process can still have; infinite where nobody says."""
+    if device == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return float(torch.cuda.mem_get_info()[0] + cached)  # the allocator reuses what it holds
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+
+
+def release() -> None:
+    """Free what a failure's traceback has held, and what the GPU's allocator caches."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """`function` by its importable name, in a Python started for it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-# Correctness: a fast wrong answer is not reported
-
-
-class Answer(NamedTuple):
-    loss: Tensor
-    gradient: Tensor
-
-
-def answer(loss: Loss, logits: Tensor, target: Tensor) -> Answer:
-    leaf = logits.detach().requires_grad_()
-    value = loss(leaf, target)
-    return Answer(value.detach(), *torch.autograd.grad(value, leaf))
-
-
-def reference(logits: Tensor, target: Tensor) -> Answer:
-    """Eager's, in fp32."""
-    return answer(F.cross_entropy, logits.float(), target)
-
-
-def check(name: str, got: Answer, expected: Answer) -> None:
-    """Raises AssertionError unless loss and gradient agree to 1e-5, relatively.
-
-    A half-precision gradient is rounded: it may differ by one unit.
-    """
-    rtol = max(1e-5, torch.finfo(got.gradient.dtype).eps)
-    atol = 1e-6 / got.gradient.numel()
-    torch.testing.assert_close(
-        got.loss.float(), expected.loss, rtol=1e-5, atol=0, msg=_say(name, "loss")
-    )
-    torch.testing.assert_close(
-        got.gradient.float(), expected.gradient, rtol=rtol, atol=atol, msg=_say(name, "gradient")
-    )
-
-
-def _say(name: str, what: str) -> Callable[[str], str]:
-    return lambda message: f"{name}: its {what} is not eager's, so it is not timed. {message}"

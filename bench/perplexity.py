@@ -1,7 +1,7 @@
 """Peak memory of scoring text with a language model: the stock way, and evaluate_perplexity.
 
-    python -m bench.perplexity                                 a minute on two cores
-    python -m bench.perplexity --dtype bfloat16 --csv out.csv  with the figures in a file
+    python -m bench perplexity                                 a minute on two cores
+    python -m bench perplexity --dtype bfloat16 --csv out.csv  with the figures in a file
 
 The stock way is the model's forward with logits [B, T, V], then F.cross_entropy on them shifted and
 in float32, as transformers' own loss has it. Each is measured in a fresh process, above what the
@@ -19,12 +19,11 @@ import torch.nn.functional as F
 
 import chunked_ce
 
-from . import measure, records
-from .cpu import positive, writable
+from . import measure, options
+from .cases import DTYPES, FORWARD, LINEAR, Case
 
 STOCK, OURS = "stock", "evaluate_perplexity"
 MODES = {STOCK: "forward with logits, then F.cross_entropy", OURS: "chunked_ce"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Sizes(NamedTuple):
@@ -36,39 +35,30 @@ class Sizes(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 1 where the two disagree, for then the memory means nothing."""
     args = _parser().parse_args(arguments)
     if not measure.memory_is_measurable():
         print("memory is not measured: it needs /proc")
         return 0
     sizes = Sizes(args.context, args.batch_size, args.vocab, args.hidden, args.dtype)
-    torch.set_num_threads(args.threads)
-    env = records.environment(f"{records.cpu_name()}, {args.threads} threads")
-    report = records.Report(env)
-    logits = sizes.batch * sizes.context * sizes.vocab * DTYPES[sizes.dtype].itemsize
-    print(f"{env.device}; torch {env.torch}; commit {env.commit}")
-    report.title(
-        f"peak memory beside the model: context {sizes.context}, batch {sizes.batch}, "
-        f"V = {sizes.vocab}, D = {sizes.hidden}, {sizes.dtype}; the logits alone "
-        f"{logits / 2**20:.0f} MiB"
-    )
-    found = {w: measure.in_fresh_process(peak, w, sizes, args.threads) for w in MODES}
-    rows = [("", "", "MiB", "mean NLL")]
-    for way, (size, nats) in found.items():
-        rows.append((way, MODES[way], f"{size / 2**20:.0f}", f"{nats:.6f}"))
-        n, v = sizes.batch * sizes.context, sizes.vocab
-        report.measurements.append(
-            records.Measurement(
-                way, "forward", "peak_extra_bytes", n, v, sizes.dtype, size, D=sizes.hidden
-            )
+    case = Case(LINEAR, sizes.batch * sizes.context, sizes.hidden, sizes.vocab, DTYPES[sizes.dtype])
+    with options.reporting(args.threads, args.csv) as report:
+        report.title(
+            f"peak memory beside the model: context {sizes.context}, batch {sizes.batch}, "
+            f"V = {sizes.vocab}, D = {sizes.hidden}, {sizes.dtype}; the logits alone "
+            f"{case.logits_bytes / 2**20:.0f} MiB"
         )
-    report.table(rows, labels=2)
-    (stock, truth), (ours, nats) = found[STOCK], found[OURS]
-    tolerance = 1e-6 if sizes.dtype == "float32" else 1e-3
-    if abs(nats / truth - 1) > tolerance:
-        raise AssertionError(f"mean NLL {nats}, stock {truth}: the memory means nothing")
-    report.compare([records.Comparison(f"memory: {OURS} / {STOCK}", ours / stock)])
-    if args.csv:
-        report.write_csv(args.csv)
+        found = {w: measure.in_fresh_process(peak, w, sizes, args.threads) for w in MODES}
+        rows = [("", "", "MiB", "mean NLL")]
+        for way, (size, nats) in found.items():
+            rows.append((way, MODES[way], f"{size / 2**20:.0f}", f"{nats:.6f}"))
+            report.add(case, way, FORWARD, "peak_extra_bytes", size)
+        report.print_table(rows, labels=2)
+        (stock, truth), (ours, nats) = found[STOCK], found[OURS]
+        print(f"\nmemory: {OURS} / {STOCK} {ours / stock:.3f}")
+    if abs(nats / truth - 1) > (1e-6 if sizes.dtype == "float32" else 1e-3):
+        print(f"WRONG  mean NLL {nats}, stock {truth}: the memory means nothing")
+        return 1
     return 0
 
 
@@ -106,17 +96,9 @@ def model_of(sizes: Sizes) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.perplexity", description="Peak memory of scoring text."
-    )
-    add = parser.add_argument
-    add("--context", type=positive, default=1024, metavar="T", help="default: %(default)s")
-    add("--batch-size", type=positive, default=4, metavar="B", help="default: %(default)s")
-    add("--vocab", type=positive, default=50257, metavar="V", help="default: %(default)s")
-    add("--hidden", type=positive, default=256, metavar="D", help="default: %(default)s")
-    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    add("--threads", type=positive, default=2, metavar="N", help="default: %(default)s")
-    add("--csv", type=writable, metavar="FILE", help="write the figures, one a row")
+    parser = options.parser_of("perplexity", __doc__)
+    options.add_sizes(parser, context=1024, batch_size=4, vocab=50257, hidden=256, threads=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     return parser
 
 

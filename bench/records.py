@@ -1,153 +1,140 @@
-"""What every benchmark leaves behind: tables on the screen, one tidy CSV, one JSON."""
+"""What every benchmark leaves behind: tables on the screen and one tidy CSV, written row by row."""
 
 from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from .cases import Case, dtype_name
 from .measure import Quantiles
 
+# A row is one quantity; a provider that was not measured has a row with the reason in `note`.
 COLUMNS = (
     "provider", "mode", "metric", "N", "D", "V", "dtype", "value", "q20", "q80",
-    "device", "torch", "triton", "commit", "timestamp",
+    "device", "torch", "triton", "commit", "timestamp", "note",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One row of the CSV, less what the whole run shares."""
+class Table:
+    """A CSV file, or without a path its rows alone. Each row is in the file when it is added."""
 
-    provider: str
-    mode: str
-    metric: str
-    N: int
-    V: int
-    dtype: str
-    value: float
-    q20: float | None = None
-    q80: float | None = None
-    D: int | None = None
-    device: str | None = None  # of a prediction, another than the run's
+    def __init__(self, path: Path | None, columns: Sequence[str]) -> None:
+        self.columns, self.rows = columns, list[dict[str, str]]()
+        self._file = path.open("w", newline="", encoding="utf-8") if path else None
+        if self._file:
+            csv.writer(self._file, lineterminator="\n").writerow(columns)
+            self._file.flush()
+
+    def add(self, **cells: object) -> None:
+        """Add a row. Cells that are not given are empty; floats have 6 significant digits."""
+        row = dict.fromkeys(self.columns, "")
+        row |= {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in cells.items()}
+        self.rows.append(row)
+        if self._file:
+            csv.DictWriter(self._file, self.columns, lineterminator="\n").writerow(row)
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
 
-@dataclass(frozen=True)
-class Environment:
-    device: str
-    torch: str
-    triton: str
-    commit: str
-    timestamp: str
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows so far, or none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 class Comparison(NamedTuple):
     what: str
     measured: float
-    bound: float | None = None
+    bound: float
 
     @property
     def verdict(self) -> str:
-        if self.bound is None:
-            return ""
         return "ok" if self.measured <= self.bound else "MISSED"
 
 
-@dataclass
 class Report:
-    """Prints what it is given as it comes, and keeps it for the files."""
+    """Print what is measured as it comes, and add it to the CSV."""
 
-    environment: Environment
-    measurements: list[Measurement] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)
+    def __init__(self, device: str, path: Path | None = None) -> None:
+        self.environment = environment(device)
+        self.table = Table(path, COLUMNS)
+        self.comparisons: list[Comparison] = []
+        self._reasons: dict[str, str] = {}
+
+    def add(
+        self, case: Case, provider: str, mode: str, metric: str, value: float | Quantiles,
+        device: str = "", note: str = "",
+    ) -> None:  # fmt: skip
+        """Add a row; `device`: of a prediction, another than the run's."""
+        taken = value if isinstance(value, Quantiles) else (value, "", "")
+        cells: dict[str, object] = dict(zip(("value", "q20", "q80"), taken, strict=True))
+        cells |= self.environment | ({"device": device} if device else {})
+        sizes = dict(N=case.N, D=case.D or "", V=case.V, dtype=dtype_name(case.dtype))
+        self.table.add(provider=provider, mode=mode, metric=metric, note=note, **sizes, **cells)
+
+    def not_run(self, case: Case, provider: str, why: str) -> None:
+        """Add a row that says why, and print it where it is news."""
+        sizes = dict(N=case.N, D=case.D or "", V=case.V, dtype=dtype_name(case.dtype))
+        self.table.add(provider=provider, metric="not run", note=why, **sizes, **self.environment)
+        key = f"{provider}, {case.form}"
+        if self._reasons.get(key) != why:
+            self._reasons[key] = why
+            print(f"{key}: not run: {why} ({case})", flush=True)
 
     def title(self, text: str) -> None:
         print(f"\n## {text}\n", flush=True)
 
-    def table(self, rows: Sequence[Sequence[str]], labels: int = 1) -> None:
-        print(aligned(rows, labels), flush=True)
-
-    def add(
-        self, provider: str, mode: str, logits: Tensor, value: Quantiles, metric: str = "seconds"
-    ) -> None:
-        n, v = logits.shape
-        dtype = dtype_name(logits.dtype)
-        self.measurements.append(Measurement(provider, mode, metric, n, v, dtype, *value))
+    def print_table(self, rows: Sequence[Sequence[str]], labels: int = 1) -> None:
+        """Print aligned columns: the header first, the first `labels` columns to the left."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (
+                cell.ljust(width) if i < labels else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            print("  ".join(cells).rstrip(), flush=True)
 
     def compare(self, comparisons: Iterable[Comparison], header: str = "ratio") -> None:
+        """Print what is measured beside its bound."""
         comparisons = list(comparisons)
         self.comparisons += comparisons
-        print()
-        rows = [
-            (c.what, f"{c.measured:.3f}", "" if c.bound is None else f"<= {c.bound}", c.verdict)
-            for c in comparisons
-        ]
-        self.table([(header, "measured", "bound", ""), *rows])
+        if comparisons:
+            print()
+            rows = [(header, "measured", "bound", "")]
+            for c in comparisons:
+                rows.append((c.what, f"{c.measured:.3f}", f"<= {c.bound:g}", c.verdict))
+            self.print_table(rows)
 
     def summary(self) -> None:
-        bounded = [c for c in self.comparisons if c.bound is not None]
-        missed = [c for c in bounded if c.verdict == "MISSED"]
-        print(f"\n{len(bounded) - len(missed)} of {len(bounded)} bounds held")
+        missed = [c for c in self.comparisons if c.verdict == "MISSED"]
+        if self.comparisons:
+            held = len(self.comparisons) - len(missed)
+            print(f"\n{held} of {len(self.comparisons)} bounds held")
         for c in missed:
-            print(f"MISSED  {c.what}: {c.measured:.3f}, bound {c.bound}")
-
-    def rows(self) -> list[dict[str, str]]:
-        """As the CSV has them."""
-        rows = []
-        for m in self.measurements:
-            own = {k: v for k, v in asdict(m).items() if k != "device" or v is not None}
-            row = asdict(self.environment) | own
-            rows.append({c: "" if row[c] is None else str(row[c]) for c in COLUMNS})
-        return rows
-
-    def write_csv(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows())
-
-    def write_json(self, path: Path) -> None:
-        content = {
-            "environment": asdict(self.environment),
-            "measurements": [asdict(m) for m in self.measurements],
-            "comparisons": [{**c._asdict(), "verdict": c.verdict} for c in self.comparisons],
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+            print(f"MISSED  {c.what}: {c.measured:.3f}, bound {c.bound:g}")
 
 
-class NotRun(dict[str, str]):
-    """Says of each provider once why it was not measured."""
-
-    def say(self, provider: str, why: str, where: str) -> None:
-        if self.get(provider) != why:
-            self[provider] = why
-            print(f"{provider}: not run: {why} ({where})", flush=True)
+def one_line(error: BaseException, length: int = 150) -> str:
+    text = " ".join(str(error).split()) or "-"
+    return f"{type(error).__name__}: {text[:length]}"
 
 
-def write_folder(report: Report, not_run: NotRun, folder: Path) -> None:
-    """results.csv, and not_run.txt with the reasons."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_csv(folder / "results.csv")
-    rows = [("provider", "why"), *not_run.items()]
-    (folder / "not_run.txt").write_text(aligned(rows, labels=2) + "\n", encoding="utf-8")
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that `Report.write_csv` wrote; ValueError where no figure can show it."""
+def read_measurements(path: Path) -> list[dict[str, str]]:
+    """Return the measured rows of a report. Raise ValueError where no figure can show one."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -161,28 +148,28 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             f"{path} has the columns {', '.join(columns) or '(none)'}, expected "
             f"{', '.join(COLUMNS)}: measure again with this version"
         )
-    if not rows:
-        raise ValueError(f"{path} has a header and no rows: measure again")
+    measured = []
     for line, row in enumerate(rows, start=2):
         if wrong := _wrong(row):
             raise ValueError(f"{path} has {wrong} in row {line}: measure again with this version")
-    return rows
-
-
-_SIZES = {"N": False, "V": False, "D": True}  # may it be empty?
-_FLOATS = {"value": False, "q20": True, "q80": True}
+        if row["metric"] != "not run":
+            measured.append(row)
+    if not measured:
+        raise ValueError(f"{path} has a header and no rows: measure again")
+    return measured
 
 
 def _wrong(row: dict[str, str]) -> str:
-    """Of a row read from a file, what a figure could not show; empty where nothing is."""
+    """Return what a figure could not show of a row read from a file, or ""."""
     if None in row or None in row.values():
         return "another number of cells than of columns"
-    for column, may_be_empty in _SIZES.items():
+    for column in ("N", "D", "V"):
         text = row[column]
         is_size = text.isdecimal() and len(text) < 19 and int(text) > 0
-        if not is_size and not (may_be_empty and not text):
+        if not is_size and (column != "D" or text):
             return f"{column} {text!r}, expected a positive whole number,"
-    for column, may_be_empty in _FLOATS.items():
+    for column in ("value", "q20", "q80"):
+        may_be_empty = column != "value" or row["metric"] == "not run"
         if not _is_measured(row[column]) and not (may_be_empty and not row[column]):
             return f"{column} {row[column]!r}, expected a number from 0 to 1e30,"
     if not row["dtype"].isidentifier():  # it names a file
@@ -197,14 +184,15 @@ def _is_measured(text: str) -> bool:
         return False
 
 
-def environment(device: str) -> Environment:
-    return Environment(
-        device=device,
-        torch=torch.__version__,
-        triton=_version("triton"),
-        commit=_commit(),
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+def environment(device: str) -> dict[str, str]:
+    """Return the columns that all rows of a run share."""
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "commit": _commit(),
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def cpu_name() -> str:
@@ -215,23 +203,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def aligned(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
-    """Columns: the first `labels` of them to the left, figures to the right; the header first."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < labels else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -239,7 +211,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """With "-dirty" where files differ from it; empty outside of a repository."""
+    """Return the commit, with "-dirty" where files differ from it; "" outside of a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Batches, free memory and peers of `python -m bench run`."""
+"""Batches, references, free memory and the peers of the benchmarks."""
 
 import sys
 from pathlib import Path
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
-from bench import __main__ as bench
-from bench import cases, linear_providers, providers, run
-from bench.linear_providers import Shape
+from bench import cases, measure, providers, runner
+from bench.cases import LINEAR, LOGITS, Case
+from bench.records import Report
 
-TINY = "--tokens 16 --hidden 8 --vocab 70 300 --repeats 2 --dtype float32".split()
+SMALL = (Case(LOGITS, 5, 0, 30, torch.float32), Case(LINEAR, 5, 8, 30, torch.float32))
 
 
 def overwriting(logits, target):
@@ -37,47 +37,61 @@ def overwriting(logits, target):
     return Loss.apply(logits)
 
 
-def test_a_provider_that_overwrites_its_logits_spoils_no_other(tmp_path, monkeypatch, capsys):
-    loss_of, why_not = run.loss_of, providers.why_not
-
-    def with_liger(form, provider, device):
-        if provider != providers.LIGER:
-            return loss_of(form, provider, device)
-        return providers.behind_its_head(overwriting) if form == "full" else overwriting
-
-    monkeypatch.setattr(run, "loss_of", with_liger)
-    monkeypatch.setattr(
-        providers, "why_not",
-        lambda form, p, *a: "" if (form, p) == ("logits", "liger") else why_not(form, p, *a),
-    )  # fmt: skip
-    monkeypatch.setattr(run, "FULL_SIZE", ())
-    command = ["run", "--suite", "quick", *TINY, "--out", str(tmp_path)]
-    assert bench.main([*command, "--provider", "eager", "liger", "chunked_ce"]) == 0
-    printed = capsys.readouterr().out
-    assert "chunked_ce, logits: not run" not in printed
-    alone = printed.split("## loss alone, N = 16, V = 70")[1].split("##")[0]
-    assert all(f"{p} " in alone for p in ("eager", "liger", "chunked_ce"))
+def test_a_provider_that_overwrites_its_logits_spoils_no_other(monkeypatch, capsys):
+    table = [p._replace(load=lambda device: overwriting) if p.name == "liger" else p
+             for p in providers.TABLE if p.form == LOGITS]  # fmt: skip
+    monkeypatch.setattr(providers, "TABLE", tuple(table))
+    report = Report("a device")
+    names = ("eager", "liger", "chunked_ce", "chunked_ce inplace_backward")
+    timed = runner.Runner(report, rounds=2).time(SMALL[0], names)
+    assert {t.entry.provider.name for t in timed} == {*names}
+    assert all(max(t.entry.errors) < 1e-6 for t in timed)
+    batches = {t.entry.provider.name: t.entry.batch[0] for t in timed}
+    expected = cases.batch_of(SMALL[0])[0]
+    assert torch.equal(batches["eager"], expected) and torch.equal(batches["chunked_ce"], expected)
+    assert batches["eager"] is batches["chunked_ce"]  # only who overwrites gets a copy
+    assert not torch.equal(batches["liger"], expected)
 
 
-def test_only_such_a_provider_gets_a_copy():
-    case = cases.Case("logits", Shape(4, 8, 30), torch.float32)
-    batch = cases.batch_of(case, "cpu")
-    assert cases.batch_for(case, providers.OURS, batch) is batch
-    copy = cases.batch_for(case, providers.LIGER, batch)
-    assert all(torch.equal(a, b) for a, b in zip(copy, batch, strict=True))
-    assert copy[0].data_ptr() != batch[0].data_ptr()
-    behind_head = case._replace(form="linear")
-    assert cases.batch_for(behind_head, providers.LIGER, batch) is batch
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.form)
+def test_the_reference_by_blocks_is_the_whole(case, monkeypatch):
+    monkeypatch.setattr(cases, "ROWS_OF_REFERENCE", 2)
+    *leaves, target = cases.batch_of(case)
+    target[1] = -100
+    wide = [leaf.double().requires_grad_() for leaf in leaves]
+    logits = wide[0] if case.form == LOGITS else F.linear(*wide)
+    loss = F.cross_entropy(logits, target)
+    truth = (loss, *torch.autograd.grad(loss, wide))
+    found = cases.reference((*leaves, target))
+    assert len(found) == len(truth)
+    for got, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("row", [0, 4])
+def test_one_wrong_row_or_number_is_found(row, monkeypatch):
+    monkeypatch.setattr(cases, "ROWS_OF_REFERENCE", 2)
+    right = cases.reference(cases.batch_of(SMALL[1]))
+    assert cases.check("x", right, right, exact=True) == (0.0, 0.0)
+    for factor in (1.001, float("nan")):
+        grad = right[1].clone()
+        grad[row] *= factor
+        with pytest.raises(ValueError, match="x: its input's grad is not eager's"):
+            cases.check("x", (right[0], grad, right[2]), right, exact=True)
+    grad = right[1].clone()
+    grad[row] = 0.0  # a row of zeros is right only where both have one
+    with pytest.raises(ValueError, match="off by 1 "):
+        cases.check("x", (right[0], grad, right[2]), right, exact=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_random_numbers(dtype, monkeypatch):
-    monkeypatch.setattr(linear_providers, "BLOCK", 1000)  # several blocks, the last one short
-    x = linear_providers.normal(505, 30, dtype, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(cases, "NORMAL_BLOCK", 1000)  # several blocks, the last one short
+    x = cases.normal(505, 30, dtype, torch.Generator().manual_seed(0))
     assert x.shape == (505, 30) and x.dtype == dtype
     assert float(x.float().mean()) == pytest.approx(0, abs=0.03)
     assert float(x.float().std()) == pytest.approx(1, abs=0.02)
-    again = linear_providers.normal(505, 30, dtype, torch.Generator().manual_seed(0))
+    again = cases.normal(505, 30, dtype, torch.Generator().manual_seed(0))
     assert torch.equal(x, again) and not torch.equal(x[:33], x[33:66])
 
 
@@ -88,9 +102,9 @@ def test_random_bf16_is_made_from_float32(monkeypatch):
     monkeypatch.setattr(
         torch, "randn", lambda *a, **k: (asked.append(k.get("dtype")), randn(*a, **k))[1]
     )
-    for form in ("logits", "linear"):
-        case = cases.Case(form, Shape(4, 8, 30), torch.bfloat16)
-        assert cases.batch_of(case, "cpu")[0].dtype == torch.bfloat16
+    for case in SMALL:
+        case = case._replace(dtype=torch.bfloat16)
+        assert cases.batch_of(case)[0].dtype == torch.bfloat16
     assert len(asked) == 3 and set(asked) <= {None, torch.float32}
 
 
@@ -112,8 +126,8 @@ def test_batches_are_made_where_they_are_used(monkeypatch):
 
     monkeypatch.setattr(torch, "randn", placed(randn))
     monkeypatch.setattr(torch, "randint", placed(randint))
-    for form in ("logits", "linear"):
-        case = cases.Case(form, Shape(8192, 4096, 128256), torch.bfloat16)
+    for form, hidden in ((LOGITS, 0), (LINEAR, 4096)):
+        case = Case(form, 8192, hidden, 128256, torch.bfloat16)
         assert {t.device.type for t in cases.batch_of(case, "meta")} == {"meta"}
     assert set(places) == {"meta"}
 
@@ -122,35 +136,15 @@ def test_cached_memory_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 9000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 600)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 250)
-    assert linear_providers._bytes_available("cuda") == 1350
+    assert measure.free_bytes("cuda") == 1350
 
 
 def test_cut_cross_entropy_with_its_filter_and_without(monkeypatch):
     calls = []
     module = SimpleNamespace(linear_cross_entropy=lambda *a, **options: calls.append(options))
     monkeypatch.setattr(providers, "_module", lambda name: module)
-    providers.loss_of.cache_clear()
-    for provider in (providers.CUT, providers.CUT_FILTER):
-        providers.loss_of("linear", provider, "cuda")(1, 2, 3)
-    providers.loss_of.cache_clear()
+    cut, with_filter = providers.find(LINEAR, (providers.CUT, providers.CUT_FILTER))
+    for provider in (cut, with_filter):
+        provider.load("cuda")(1, 2, 3)
     assert calls == [dict(impl="cce", filter_eps=None), dict(impl="cce")]
-    assert providers.why_not("linear", providers.CUT_FILTER, "cpu") == "its filter needs a GPU"
-
-
-def test_results_are_written_after_each_case(tmp_path, monkeypatch):
-    """An end in the middle, even a kill, loses no more than a case."""
-    seen = []
-    time_of = run.Run._time
-
-    def watch(self, case):
-        file = tmp_path / "results.csv"
-        seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        time_of(self, case)
-
-    monkeypatch.setattr(run.Run, "_time", watch)
-    command = ["run", "--suite", "quick", *TINY, "--provider", "eager", "--out", str(tmp_path)]
-    with pytest.raises(KeyboardInterrupt):
-        bench.main(command)
-    assert seen[0] == 0 < seen[1] <= seen[2]
+    assert providers.why_not(with_filter, "cpu") == "its filter needs a GPU"

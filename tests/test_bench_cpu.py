@@ -1,19 +1,19 @@
-"""bench.cpu on tiny sizes: it runs, writes what it says, and measures memory right."""
+"""python -m bench cpu on tiny sizes: it runs, writes what it says, and measures memory right."""
 
-import csv
-import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
-from bench import cpu, cpu_sections, floors, measure, records
+from bench import cpu, measure, providers, records
 
 TINY = "--tokens 16 --vocab 300 --repeats 2 --threads 1 --no-compile".split()
-PROVIDERS = {"eager", "chunked_ce"}
+PROVIDERS = {"eager", "chunked_ce", "chunked_ce inplace_backward"}
 
 needs_proc = pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
 
@@ -25,46 +25,61 @@ def same_threads_afterwards() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], dict]:
-    table, tree = tmp_path / "cpu.csv", tmp_path / "cpu.json"
-    assert cpu.main([*TINY, *arguments, "--csv", str(table), "--json", str(tree)]) == 0
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file)), json.loads(tree.read_text())
+def run(tmp_path: Path, *arguments: str) -> list[dict[str, str]]:
+    assert cpu.main([*TINY, *arguments, "--csv", str(tmp_path / "cpu.csv")]) == 0
+    return records.read_measurements(tmp_path / "cpu.csv")
 
 
-def test_csv_and_json_hold_the_figures_and_the_bounds(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cpu_sections, "VOCABULARIES", (64, 300))
-    rows, tree = run(tmp_path, "--only", "time", "small", "vocabulary", "masked")
-
-    assert list(rows[0]) == list(records.COLUMNS)
-    assert ",".join(records.COLUMNS).startswith("provider,mode,metric,N,D,V,dtype,value,q20,q80")
-    assert {r["provider"] for r in rows} == PROVIDERS | {floors.CALLS}
+def test_csv_holds_the_figures_and_the_screen_the_bounds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "VOCABULARIES", (64, 300))
+    rows = run(tmp_path, "--only", "time", "small", "vocabulary", "masked")
+    assert {r["provider"] for r in rows} == PROVIDERS | {providers.CALLS}
     assert {r["dtype"] for r in rows} == {"float32", "bfloat16"}
-    assert {int(r["N"]) for r in rows} >= {16, 64, 8, 1}  # time, small, small, the fixed cost
+    assert {int(r["N"]) for r in rows} >= {16, 64, 8, 128, 1}  # time, small, a call's cost
     assert all(0 < float(r["q20"]) <= float(r["value"]) <= float(r["q80"]) for r in rows)
     assert len({r["mode"] for r in rows}) == 2 + 2 * 7  # forward and both; masks: six and none
-
-    assert len(tree["measurements"]) == len(rows)
-    assert tree["environment"]["torch"] == torch.__version__
-    bounded = [c for c in tree["comparisons"] if c["bound"] is not None]
-    assert bounded and {c["verdict"] for c in bounded} <= {"ok", "MISSED"}
     printed = capsys.readouterr().out
-    assert all(c["what"] in printed for c in tree["comparisons"])
+    for what, bound in (
+        ("float32 forward: chunked_ce / eager", "0.2"),
+        ("bfloat16 forward+backward: chunked_ce / eager", "0.45"),
+        ("float32 forward+backward: chunked_ce inplace_backward / eager", "0.15"),
+        ("loss alone, N = 8, V = 300, bfloat16 forward: chunked_ce / eager", "1.3"),
+        ("loss alone, N = 128, V = 10, float32 forward+backward: chunked_ce / eager", "2.5"),
+        ("forward: most / least time per logit", "1.5"),
+        ("forward, upper half at -inf: chunked_ce / unmasked", "1.3"),
+    ):
+        (line,) = (s for s in printed.splitlines() if s.startswith(what))
+        assert f"<= {bound} " in line and line.split()[-1] in ("ok", "MISSED")
+    assert "bounds held" in printed
+
+
+def test_busy_measures_again_with_its_own_bounds(tmp_path, capsys):
+    rows = run(tmp_path, "--only", "time", "--busy", "1")
+    devices = {r["device"].rsplit(", ", 1)[1] for r in rows}
+    assert devices == {"beside 0 spinning processes", "beside 1 spinning processes"}
+    printed = capsys.readouterr().out
+    idle, busy = printed.split("# time, beside 1 spinning processes")
+    what = "float32 forward: chunked_ce / eager"
+    for part, bound in ((idle, "<= 0.2 "), (busy.split("bounds held")[0], "<= 0.35 ")):
+        (line,) = (s for s in part.splitlines() if s.startswith(what))
+        assert bound in line
+        assert "other processes, compilers included, took" in part or "needs /proc" in part
 
 
 @needs_proc
 def test_memory_section(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))
-    rows, _ = run(tmp_path, "--only", "memory")
-    assert {r["provider"] for r in rows} == PROVIDERS | {"chunked_ce inplace_backward"}
-    assert len(rows) == 2 * 5
+    rows = run(tmp_path, "--only", "memory")
+    assert {r["provider"] for r in rows} == PROVIDERS
+    assert len(rows) == 2 * 5 and {r["metric"] for r in rows} == {"peak_extra_bytes"}
     assert rows[0]["q20"] == rows[0]["D"] == ""
+    assert "float32 forward+backward: chunked_ce / logits" in capsys.readouterr().out
 
 
 def test_without_proc_memory_is_not_measured(monkeypatch, capsys):
     monkeypatch.setattr(measure, "memory_is_measurable", lambda: False)
     assert cpu.main([*TINY, "--only", "memory"]) == 0
-    assert "not measured: needs /proc" in capsys.readouterr().out
+    assert "not measured: it needs /proc" in capsys.readouterr().out
 
 
 def peak_of_two_tensors() -> int:
@@ -84,19 +99,18 @@ def test_peak_memory_is_that_of_the_step():
     assert measure.in_fresh_process(peak_of_two_tensors) == pytest.approx(80 << 20, rel=0.1)
 
 
-def test_a_wrong_result_is_not_reported(monkeypatch):
-    loss_of = cpu_sections.loss_of
+def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
+    def spoiled(provider):
+        if provider.name != "chunked_ce":
+            return provider
+        loss = provider.load("cpu")
+        return provider._replace(load=lambda device: lambda *batch: loss(*batch) * 1.001)
 
-    def wrong(provider):
-        return (
-            (lambda x, t: loss_of("eager")(x, t) * 1.001)
-            if provider == "chunked_ce"
-            else loss_of(provider)
-        )
-
-    monkeypatch.setattr(cpu_sections, "loss_of", wrong)
-    with pytest.raises(AssertionError, match="chunked_ce: its loss is not eager's"):
-        cpu.main([*TINY, "--only", "time"])
+    monkeypatch.setattr(providers, "TABLE", tuple(map(spoiled, providers.TABLE)))
+    assert cpu.main([*TINY, "--only", "time", "--csv", str(tmp_path / "cpu.csv")]) == 1
+    assert "WRONG  ValueError: chunked_ce: its loss is not eager's" in capsys.readouterr().out
+    rows = records.read_measurements(tmp_path / "cpu.csv")
+    assert "chunked_ce" not in {r["provider"] for r in rows}
 
 
 @pytest.mark.parametrize(
@@ -115,18 +129,23 @@ def test_a_bad_option_is_refused_in_one_line(option, value, capsys):
         cpu.main([option, value])
     assert exit.value.code == 2
     *usage, error = capsys.readouterr().err.strip().splitlines()
-    assert error.startswith("python -m bench.cpu: error: ") and option in error
+    assert error.startswith("python -m bench cpu: error: ") and option in error
 
 
 def test_spinning_processes_end_with_the_measurement():
-    import subprocess
-    from unittest import mock
-
     started = []
     popen = subprocess.Popen
     with mock.patch.object(
         subprocess, "Popen", lambda *a: started.append(popen(*a)) or started[-1]
     ):
-        with cpu.spinning(2):
+        with measure.spinning(2):
             assert [p.poll() for p in started] == [None, None]
     assert len(started) == 2 and all(p.returncode is not None for p in started)
+
+
+@pytest.mark.parametrize("module", ["bench.cpu", "bench.linear", "bench.perplexity"])
+def test_a_program_runs_by_its_own_name(module):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and f"usage: python -m {module.replace('.', ' ')}" in done.stdout

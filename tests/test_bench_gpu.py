@@ -12,6 +12,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 pytest.importorskip("triton")
 import chunked_ce
 from bench import __main__ as bench
+from bench import providers
+from bench.cases import LOGITS, MODES, Case, own
 from bench.gpu import (
     cases,
     check,
@@ -19,14 +21,15 @@ from bench.gpu import (
     check_system,
     counters,
     machine,
-    peers,
     runner,
     speed,
     train,
     tune,
     versions,
 )  # fmt: skip
-from bench.gpu.context import Context, Table, read_table
+from bench.gpu.stage import Context
+from bench.providers import Provider, Unavailable
+from bench.records import read_table
 from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
@@ -84,42 +87,61 @@ def test_what_is_wrong_is_named_and_not_timed(context, monkeypatch, capsys):
     monkeypatch.setattr(speed, "TINY", speed.TINY[:1])
     assert speed.run(context) == 0
     rows = read_table(context.out / "speed.csv")
-    timed = {r["provider"] for r in rows if r["ms"]}
-    assert {"eager", "chunked_ce", "chunked_ce inplace_backward"} <= timed
-    assert not any("grad_in_forward" in provider for provider in timed)
-    notes = {r["provider"]: r["note"] for r in rows}
+    timed = timed_of(context)
+    assert {"eager", "chunked_ce", "chunked_ce inplace_backward"} <= {p for p, _ in timed}
+    assert not any("grad_in_forward" in provider for provider, _ in timed)
+    notes = {r["provider"]: r["note"] for r in rows if r["note"]}
     said = "check found cross_entropy grad_in_forward wrong"
     assert notes["chunked_ce grad_in_forward"] == said
+
+
+def timed_of(context):
+    """[(provider, mode)] in the order of the file."""
+    rows = read_table(context.out / "speed.csv")
+    return [(r["provider"], r["mode"]) for r in rows if r["metric"] == "seconds"]
+
+
+def only(monkeypatch, **losses):
+    """Only providers of logits with these losses, on one tiny case."""
+
+    def loader(loss):
+        def load(device):
+            if isinstance(loss, Exception):
+                raise loss
+            return loss
+
+        return load
+
+    table = [
+        Provider(name, LOGITS, loader(loss), "a mean", overwrites=name == "in_place",
+                 modes=MODES[1:] if name == "in_place" else MODES)
+        for name, loss in losses.items()
+    ]  # fmt: skip
+    monkeypatch.setattr(providers, "TABLE", table)
+    monkeypatch.setitem(speed.NAMES, LOGITS, tuple(losses))
+    monkeypatch.setattr(speed, "TINY", speed.TINY[:1])
 
 
 def test_peers_that_fail_or_are_wrong_are_rows(context, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no kernel image")
 
-    def missing():
-        raise ImportError("No module named 'peer'")
-
     def nearly(x, target):
-        return 1.1 * torch.nn.functional.cross_entropy(x, target)
+        return 1.1 * fine(x, target)
 
     fine = torch.nn.functional.cross_entropy
-    group = [
-        peers.Peer("missing", missing), peers.Peer("broken", lambda: broken),
-        peers.Peer("nearly", lambda: nearly), peers.Peer("fine", lambda: fine),
-        peers.Peer("in place", lambda: fine, overwrites=True),
-    ]  # fmt: skip
-    monkeypatch.setattr(peers, "from_logits", lambda context: group)
-    monkeypatch.setattr(speed, "TINY", speed.TINY[:1])
+    missing = Unavailable("not installed (No module named 'peer')")
+    only(monkeypatch, missing=missing, broken=broken, nearly=nearly, fine=fine, in_place=fine)
     assert speed.run(context) == 0
     rows = read_table(context.out / "speed.csv")
     notes = {r["provider"]: r["note"] for r in rows}
-    assert notes["missing"] == "ImportError: No module named 'peer'"
+    assert notes["missing"] == "not installed (No module named 'peer')"
     assert notes["broken"] == "RuntimeError: no kernel image"
-    assert notes["nearly"].startswith("ValueError: wrong, so not timed: loss off by 0.1")
-    modes = [(r["provider"], r["mode"]) for r in rows if r["ms"]]
+    assert "so it is not timed: off by 0.1 relatively" in notes["nearly"]
     both = "forward+backward"
-    assert modes == [("fine", both), ("in place", both), ("fine", "forward")]
-    assert all(float(r["loss_error"]) < 1e-6 for r in rows if r["ms"])
+    assert timed_of(context) == [("fine", both), ("in_place", both), ("fine", "forward")]
+    errors = [r["value"] for r in rows if r["metric"] == "loss_error"]
+    assert len(errors) == 3 and all(float(e) < 1e-6 for e in errors)
 
 
 def test_who_fails_while_timed_does_not_stop_the_others(context, monkeypatch):
@@ -131,14 +153,32 @@ def test_who_fails_while_timed_does_not_stop_the_others(context, monkeypatch):
             raise RuntimeError("tired")
         return torch.nn.functional.cross_entropy(x, target)
 
-    fine = peers.Peer("fine", lambda: torch.nn.functional.cross_entropy)
-    group = [peers.Peer("tired", lambda: tired), fine]
-    monkeypatch.setattr(peers, "from_logits", lambda context: group)
-    monkeypatch.setattr(speed, "TINY", speed.TINY[:1])
-    speed.run(context)
+    only(monkeypatch, tired=tired, fine=torch.nn.functional.cross_entropy)
+    assert speed.run(context) == 0
+    assert {p for p, _ in timed_of(context)} == {"fine"}
     rows = read_table(context.out / "speed.csv")
-    assert {r["provider"] for r in rows if r["ms"]} == {"fine"}
     assert {r["note"] for r in rows if r["provider"] == "tired"} == {"RuntimeError: tired"}
+
+
+def test_rates_are_shares_of_the_machines(context, monkeypatch):
+    (context.out / "machine.csv").write_text("quantity,value,unit\ncopy bandwidth,2,GB/s\n")
+    only(monkeypatch, fine=torch.nn.functional.cross_entropy)
+    monkeypatch.setattr(speed, "TINY", (Case(LOGITS, 4, 0, 300, torch.float32),))
+    assert speed.run(context) == 0
+    found = {
+        (r["mode"], r["metric"]): float(r["value"]) for r in read_table(context.out / "speed.csv")
+    }
+    for mode, passes in (("forward", 1), ("forward+backward", 3)):
+        rate = passes * 4 * 300 * 4 / 1e9 / found[mode, "seconds"]
+        assert found[mode, "GB_per_s"] == pytest.approx(rate, rel=1e-4)
+        assert found[mode, "of_copy_bandwidth"] == pytest.approx(rate / 2, rel=1e-4)
+
+
+def test_what_overwrites_the_logits_is_in_place():
+    x = torch.randn(3, 5)
+    given, grads = own(x)
+    torch.nn.functional.cross_entropy(given, torch.tensor([0, 1, 2])).backward()
+    assert given.data_ptr() == x.data_ptr() and grads[0].shape == x.shape
 
 
 def test_a_case_says_where_and_by_how_much():
@@ -164,7 +204,8 @@ def test_what_cannot_run_and_what_is_late(context, monkeypatch):
     (row,) = read_table(context.out / "check.csv")
     assert row["detail"] == "out of time"
     rows = read_table(context.out / "speed.csv")
-    assert rows and all(r["note"] == "out of time" and not r["ms"] for r in rows)
+    late_notes = {r["note"] for r in rows if r["provider"] == "eager"}
+    assert late_notes == {"out of time"} and not timed_of(context)
 
 
 def test_a_lost_context_ends_the_cases(context, monkeypatch):
@@ -178,15 +219,6 @@ def test_a_lost_context_ends_the_cases(context, monkeypatch):
     first, second = read_table(context.out / "check.csv")
     assert first["result"] == "wrong" and "illegal memory access" in first["detail"]
     assert second["result"] == "not run" and second["detail"] == "the GPU's context is lost"
-
-
-def test_rows_are_in_the_file_as_they_come(tmp_path):
-    table = Table(tmp_path / "t.csv", ("a", "b"))
-    table.add(a=1, b=1 / 3)
-    assert read_table(tmp_path / "t.csv") == [dict(a="1", b="0.3333")]
-    table.add(a="x")
-    assert read_table(tmp_path / "t.csv")[1] == dict(a="x", b="")
-    table.close()
 
 
 def test_a_stage_is_stopped_at_its_limit(tmp_path):
@@ -219,7 +251,7 @@ def test_the_command_runs_its_stages(tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         ([], "gpu: there is no GPU here; --dry-run tries the programs on the CPU"),
-        (["fly", "--dry-run"], "gpu has no stage 'fly', expected one of check, speed"),
+        (["fly", "--dry-run"], "gpu: no stage 'fly', expected one of check, speed"),
         (["--dry-run", "--limit", "-1"], "expected a positive number of seconds, got '-1'"),
         (["--dry-run", "--out", "a_file"], "--out a_file is a file, expected a folder"),
     ],

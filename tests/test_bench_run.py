@@ -1,7 +1,6 @@
-"""python -m bench run and plot: what they measure, write, draw and refuse."""
+"""python -m bench quick and full, and the runner under them: what is measured, and what is not."""
 
 import csv
-import itertools
 import re
 import sys
 import time
@@ -14,26 +13,45 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import __main__ as bench
-from bench import figures, measure, providers, records, run, suites
-from bench.linear_providers import Shape
+from bench import measure, providers, records, runner, suites
+from bench.cases import LINEAR, LOGITS, Case, dtype_name
 
 RESULTS = Path(bench.__file__).parent / "results/cpu"  # of the README's figure
 TINY = "--tokens 16 --hidden 8 --vocab 70 300 --repeats 2".split()
+QUICK = ["quick", *TINY, "--dtype", "float32"]
 OURS = ("eager", "chunked_ce", "chunked_ce inplace_backward")
+GPU_ONLY = ("liger", "quack", "flash-attn")
+BOTH = "forward+backward"
 
 
 @pytest.fixture(autouse=True)
 def small_full_size(monkeypatch):
-    monkeypatch.setattr(run, "FULL_SIZE", (Shape(512, 32, 1000),))
+    monkeypatch.setattr(suites, "FULL_SIZE", (Case(LINEAR, 512, 32, 1000, torch.bfloat16),))
 
 
 def rows_of(folder):
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return records.read_table(folder / "results.csv")
+
+
+def times_of(folder):
+    """(provider, mode, D) of all that was timed."""
+    rows = rows_of(folder)
+    return {(r["provider"], r["mode"], r["D"]) for r in rows if r["metric"] == "seconds"}
+
+
+def replace(monkeypatch, form, name, change):
+    """Put `change(loss)` in the table for a provider's loss."""
+
+    def changed(p):
+        if (p.form, p.name) != (form, name):
+            return p
+        return p._replace(load=lambda device: change(p.load(device)))
+
+    monkeypatch.setattr(providers, "TABLE", tuple(map(changed, providers.TABLE)))
 
 
 def test_a_suite_writes_one_folder(tmp_path, capsys):
-    command = ["run", "--suite", "quick", *TINY, "--provider", *OURS, *providers.GPU_ONLY]
+    command = ["quick", *TINY, "--provider", *OURS, *GPU_ONLY]
     assert bench.main([*command, "--out", str(tmp_path)]) == 0
     rows, printed = rows_of(tmp_path), capsys.readouterr().out
     assert tuple(rows[0]) == records.COLUMNS
@@ -42,52 +60,44 @@ def test_a_suite_writes_one_folder(tmp_path, capsys):
     assert {r["V"] for r in of_run} == {"70", "300"} and {r["N"] for r in of_run} == {"16"}
     times = [r for r in rows if r["metric"] == "seconds"]
     assert all(0 < float(r["q20"]) <= float(r["value"]) <= float(r["q80"]) for r in times)
-    ours = {(r["mode"], r["D"]) for r in times if r["provider"] == "chunked_ce"}
-    both = ("forward", "forward+backward")
-    assert ours == {*((mode, d) for mode in both for d in ("", "8")), ("full", "8")}
-    assert {*OURS} <= {r["provider"] for r in times}
-    eager = [
-        r for r in rows if r["provider"] == "eager" and "predicted" in r["metric"] and not r["D"]
-    ]
-    of_logit = {
-        (r["mode"], r["dtype"]): float(r["value"]) / (16 * 300) for r in eager if r["V"] == "300"
+    of_logits = {(p, mode, "") for p in ("eager", "chunked_ce") for mode in ("forward", BOTH)}
+    of_head = {(p, mode, "8") for p, mode, _ in of_logits}
+    headed = {(f"head + {p}", BOTH, "8") for p in OURS[1:]}
+    assert times_of(tmp_path) == of_logits | of_head | headed
+    predicted = {
+        (r["mode"], r["dtype"]): float(r["value"]) / (16 * 300)
+        for r in rows
+        if (r["provider"], r["metric"]) == ("eager", "predicted_peak_extra_bytes")
+        and (r["V"], r["D"]) == ("300", "")
     }
     # log-softmax, the gradient of that, the gradient of the logits
-    assert of_logit["forward+backward", "float32"] == pytest.approx(12, rel=0.02)
-    assert of_logit["forward+backward", "bfloat16"] == pytest.approx(6, rel=0.02)
-    assert of_logit["forward", "float32"] == pytest.approx(4, rel=0.02)
-    reasons = (tmp_path / "not_run.txt").read_text()
-    assert all(f"{p}, logits" in reasons for p in providers.GPU_ONLY)
+    assert predicted[BOTH, "float32"] == pytest.approx(12, rel=0.02)
+    assert predicted[BOTH, "bfloat16"] == pytest.approx(6, rel=0.02)
+    assert predicted["forward", "float32"] == pytest.approx(4, rel=0.02)
+    reasons = {(r["provider"], r["D"]): r["note"] for r in rows if r["metric"] == "not run"}
+    assert all(reasons[p, ""] == "its kernels need a GPU" for p in GPU_ONLY)
     assert "liger, linear: not run: its kernels need a GPU" in printed
 
 
 @pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
 def test_memory_is_measured_beside_the_prediction(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))
-    command = ["run", "--suite", "cpu", *TINY, "--provider", *OURS, "--dtype", "float32"]
+    command = ["full", *TINY, "--provider", *OURS, "--dtype", "float32"]
     assert bench.main([*command, "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path)
     measured = {(r["provider"], r["mode"]) for r in rows if r["metric"] == "peak_extra_bytes"}
-    assert measured == {
-        ("eager", "forward+backward"),
-        ("chunked_ce", "forward+backward"),
-        ("chunked_ce", "full"),
-        ("chunked_ce inplace_backward", "full"),
-    }
+    names = ("eager", "chunked_ce", "head + chunked_ce", "head + chunked_ce inplace_backward")
+    assert measured == {(name, BOTH) for name in names}
     header, *_ = capsys.readouterr().out.split("beyond its batch, MiB\n\n")[1].splitlines()
     assert header.split()[-3:] == ["predicted", "measured", "ratio"]
 
 
-def test_the_gpu_suite_runs_the_same_code_and_ends_in_time(tmp_path, monkeypatch, capsys):
-    suite = suites.SUITES["gpu"]
-    assert suite.budget + 4 * suite.seconds_per_case <= 8 * 60
-    command = ["run", "--suite", "gpu", "--device", "cpu", *TINY, "--provider", *OURS]
-    assert bench.main([*command, "--out", str(tmp_path / "all")]) == 0
-    assert {r["dtype"] for r in rows_of(tmp_path / "all")} == {"bfloat16"}
-    monkeypatch.setitem(suites.SUITES, "gpu", suite._replace(budget=0.0))
-    assert bench.main([*command, "--out", str(tmp_path / "late")]) == 0
-    late = rows_of(tmp_path / "late")
-    assert late and all(r["metric"] == "predicted_peak_extra_bytes" for r in late)
+def test_nothing_is_begun_after_the_deadline(tmp_path, monkeypatch, capsys):
+    late = suites.SUITES["full"]._replace(budget=0.0)
+    monkeypatch.setitem(suites.SUITES, "full", late)
+    command = ["full", *TINY, "--provider", *OURS, "--out", str(tmp_path)]
+    assert bench.main(command) == 0
+    assert {r["metric"] for r in rows_of(tmp_path)} == {"predicted_peak_extra_bytes", "not run"}
     assert "chunked_ce, linear: not run: out of time" in capsys.readouterr().out
 
 
@@ -108,8 +118,7 @@ def test_cuda_is_timed_by_events_and_weighed_by_its_allocator(monkeypatch):
     waited, calls = [], []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
-    step = measure.Step(lambda: calls.append(1))
-    times = measure.interleaved({"a": step}, 3, clock=measure.clock_of("cuda"))
+    times = measure.interleaved({"a": lambda: calls.append(1)}, 3, clock=measure.clock_of("cuda"))
     assert times["a"].median == pytest.approx(0.007) and len(calls) == 4 == len(waited)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
@@ -117,47 +126,47 @@ def test_cuda_is_timed_by_events_and_weighed_by_its_allocator(monkeypatch):
     assert measure.extra_peak_cuda_memory(lambda: "result") == (250, "result")
 
 
-@pytest.mark.parametrize("form", ["logits", "linear", "full"])
-def test_what_is_wrong_is_not_timed(form, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("form", "name"), [
+    (LOGITS, "chunked_ce"), (LINEAR, "chunked_ce"), (LINEAR, "head + chunked_ce"),
+    (LINEAR, "F.linear_cross_entropy"),
+])  # fmt: skip
+def test_what_is_wrong_is_not_timed(form, name, tmp_path, monkeypatch, capsys):
     """The rest goes on, also where it is ours; then the exit code is 1."""
-    loss_of = run.loss_of
+    replace(monkeypatch, form, name, lambda loss: lambda *batch: loss(*batch) * 1.1)
+    command = [*QUICK, "--out", str(tmp_path)]
+    command += ["--provider", "eager", "chunked_ce", "F.linear_cross_entropy"]
+    ours = "chunked_ce" in name
+    reason = f"ValueError: {name}: its loss is not eager's, so it is not timed: off by 0.1"
+    if not ours and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch has none")
+    assert bench.main(command) == (1 if ours else 0)
+    printed = capsys.readouterr().out
+    assert f"{name}, {form}: not run: {reason}" in printed
+    assert (f"WRONG  {reason}" in printed) is ours
+    hidden = "8" if form == LINEAR else ""
+    times = times_of(tmp_path)
+    assert (name, BOTH, hidden) not in times and ("eager", BOTH, hidden) in times
+    others = {("chunked_ce", BOTH, ""), ("chunked_ce", BOTH, "8")}
+    assert others - {(name, BOTH, hidden)} <= times
 
-    def wrong(of_form, provider, device):
-        loss = loss_of(of_form, provider, device)
-        return (lambda *b: loss(*b) * 1.1) if (of_form, provider) == (form, spoiled) else loss
 
-    monkeypatch.setattr(run, "loss_of", wrong)
-    monkeypatch.setattr(providers, "why_not", lambda *args: "")
-    monkeypatch.setitem(suites.OF_FORM, form, ("eager", "torch.compile", "chunked_ce"))
-    monkeypatch.setattr(torch, "compile", lambda f: f)
-    providers.loss_of.cache_clear()
-    command = ["run", "--suite", "quick", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
-    command += ["--provider", "eager", "torch.compile", "chunked_ce"]
-    spoiled = "torch.compile"
-    assert bench.main(command) == 0
-    assert (
-        f"torch.compile, {form}: not run: AssertionError: torch.compile: its loss"
-        in capsys.readouterr().out
-    )
-    times = {
-        (r["provider"], r["mode"], bool(r["D"]))
-        for r in rows_of(tmp_path)
-        if r["metric"] == "seconds"
-    }
-    mode = "full" if form == "full" else "forward"
-    assert ("torch.compile", mode, form != "logits") not in times
-    assert ("chunked_ce", mode, form != "logits") in times
-    spoiled = "chunked_ce"
+def test_a_wrong_gradient_is_found(tmp_path, monkeypatch, capsys):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.clone()
+            grad[3] *= 1.01  # of one row alone
+            return grad
+
+    replace(monkeypatch, LOGITS, "chunked_ce", lambda loss: lambda x, t: loss(Wrong.apply(x), t))
+    command = [*QUICK, "--provider", "eager", "chunked_ce", "--out", str(tmp_path)]
     assert bench.main(command) == 1
-    assert "WRONG  AssertionError: chunked_ce: its loss is not eager's" in capsys.readouterr().out
-    times = {
-        (r["provider"], r["mode"], bool(r["D"]))
-        for r in rows_of(tmp_path)
-        if r["metric"] == "seconds"
-    }
-    assert ("chunked_ce", mode, form != "logits") not in times
-    assert ("torch.compile", mode, form != "logits") in times
-    providers.loss_of.cache_clear()
+    said = "chunked_ce: its gradient is not eager's, so it is not timed: off by 0.0099"
+    assert said in capsys.readouterr().out.replace("off by 0.01 ", "off by 0.0099 ")
 
 
 def out_of_memory(*arguments):
@@ -169,14 +178,9 @@ def out_of_memory(*arguments):
 def test_out_of_memory_ends_a_provider_and_not_the_suite(
     victim, calls, tmp_path, monkeypatch, capsys
 ):
-    loss_of = run.loss_of
     called = []
 
-    def hungry(form, provider, device):
-        loss = loss_of(form, provider, device)
-        if (form, provider) != ("logits", victim):
-            return loss
-
+    def hungry(loss):
         def of_batch(logits, target):
             if logits.shape[-1] == 70 and logits.device.type == "cpu":
                 called.append(1)
@@ -186,46 +190,33 @@ def test_out_of_memory_ends_a_provider_and_not_the_suite(
 
         return of_batch
 
-    monkeypatch.setattr(run, "loss_of", hungry)
-    monkeypatch.setattr(run.Run, "_predict", lambda *arguments: None)
-    command = ["run", "--suite", "quick", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
-    assert bench.main([*command, "--provider", "eager", "chunked_ce"]) == 0
-    assert (
-        f"{victim}, logits: not run: out of memory (loss alone, N = 16, V = 70"
-        in capsys.readouterr().out
-    )
-    assert f"{victim}, logits" in (tmp_path / "not_run.txt").read_text()
-    times = {
-        (r["provider"], r["mode"], r["D"], r["V"])
-        for r in rows_of(tmp_path)
-        if r["metric"] == "seconds"
-    }
-    other = "eager" if victim == "chunked_ce" else "chunked_ce"
-    assert (victim, "forward+backward", "", "70") not in times
-    assert (other, "forward+backward", "", "70") in times
-    assert (victim, "forward+backward", "", "300") in times
-    assert (victim, "forward+backward", "8", "70") in times
-
-
-def test_a_batch_or_a_reference_that_does_not_fit(tmp_path, monkeypatch, capsys):
-    command = ["run", "--suite", "quick", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
-    command += ["--provider", "eager", "chunked_ce"]
-    monkeypatch.setattr(run, "reference", lambda form: out_of_memory)
+    replace(monkeypatch, LOGITS, victim, hungry)
+    monkeypatch.setattr(suites, "predict", lambda *arguments: None)
+    command = [*QUICK, "--out", str(tmp_path), "--provider", "eager", "chunked_ce"]
     assert bench.main(command) == 0
-    assert "not compared with eager in float32: out of memory" in capsys.readouterr().out
-    assert {"eager", "chunked_ce"} == {
-        r["provider"] for r in rows_of(tmp_path) if r["metric"] == "seconds"
-    }
-    monkeypatch.setattr(run, "batch_of", out_of_memory)
+    said = f"{victim}, logits: not run: out of memory (loss alone, N = 16, V = 70"
+    assert said in capsys.readouterr().out
+    rows = [r for r in rows_of(tmp_path) if r["metric"] == "seconds"]
+    times = {(r["provider"], r["mode"], r["D"], r["V"]) for r in rows}
+    other = "eager" if victim == "chunked_ce" else "chunked_ce"
+    assert (victim, BOTH, "", "70") not in times
+    assert (other, BOTH, "", "70") in times
+    assert (victim, BOTH, "", "300") in times
+    assert (victim, BOTH, "8", "70") in times
+
+
+@pytest.mark.parametrize("what", ["batch_of", "reference"])
+def test_a_batch_or_a_reference_that_does_not_fit(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, what, out_of_memory)
+    command = [*QUICK, "--out", str(tmp_path), "--provider", "eager", "chunked_ce"]
     assert bench.main(command) == 0
     assert "eager, linear: not run: out of memory" in capsys.readouterr().out
-    assert not any(r["metric"] == "seconds" for r in rows_of(tmp_path))
+    assert not times_of(tmp_path)
 
 
 def test_memory_that_cannot_be_measured_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "memory_is_measurable", lambda: True)
-    command = ["run", "--suite", "cpu", *TINY, "--dtype", "float32", "--out", str(tmp_path)]
-    command += ["--provider", "eager"]
+    command = ["full", *TINY, "--dtype", "float32", "--out", str(tmp_path), "--provider", "eager"]
     for error, said in (
         (BrokenProcessPool("terminated abruptly"), "its process was killed"),
         (RuntimeError("can't allocate memory: 9 bytes"), "out of memory"),
@@ -238,258 +229,57 @@ def test_memory_that_cannot_be_measured_is_said(tmp_path, monkeypatch, capsys):
     assert "WRONG  RuntimeError: another" in capsys.readouterr().out
 
 
-def table(path, *, device="a device", providers=("eager", "chunked_ce"), columns=records.COLUMNS):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        for provider in providers:
-            for v in (1000, 50257):
-                for metric in ("seconds", "peak_extra_bytes", "predicted_peak_extra_bytes"):
-                    for mode, d in (
-                        ("forward+backward", 64),
-                        ("forward+backward", ""),
-                        ("full", 64),
-                    ):
-                        values = dict.fromkeys(columns, "") | {
-                            "provider": provider, "mode": mode, "metric": metric, "N": 16, "D": d,
-                            "V": v, "dtype": "float32", "value": v, "device": device,
-                        }  # fmt: skip
-                        writer.writerow(values)
-    return path
-
-
-def test_every_figure_is_redrawn_from_the_csv(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs/bench/cpu"
-    folder.mkdir(parents=True)
-    table(folder / "results.csv")
-    assert bench.main(["plot"]) == 0
-    names = {"vocabulary_float32_N16", "logits_float32_N16", "memory_predicted_and_measured"}
-    assert {p.stem for p in folder.glob("*.png")} == names
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.glob("*.png"))
-    assert len(capsys.readouterr().out.splitlines()) == len(names)
-
-
-def test_figures_say_what_their_axes_are(tmp_path, monkeypatch):
-    """And no text lies on another, at the figure's size."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    drawn = []
-    save = figures._save
-
-    def keep(figure, axes, path):
-        saved = save(figure, axes, path)
-        drawn.append((figure, axes))
-        return saved
-
-    monkeypatch.setattr(figures, "_save", keep)
-    rows = records.read_csv(table(tmp_path / "r.csv", providers=figures.COLORS))
-    list(figures.draw_all(rows, tmp_path))
-    assert len(drawn) == 3
-    for figure, axes in drawn:
-        for ax in axes:
-            assert "vocabulary V" in ax.get_xlabel() or "GiB" in ax.get_xlabel()
-            assert any(unit in ax.get_ylabel() for unit in ("ms", "GiB", "MiB"))
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        labels = [t for ax in axes for t in (ax.xaxis.label, ax.yaxis.label)]
-        boxes = [t.get_window_extent(renderer) for t in (*labels, figure._suptitle)]
-        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
-        for i, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[:i])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["run", "--suite", "tpu"], "invalid choice: 'tpu'"),
-        (["run", "--suite", "cpu", "--provider", "jax"], "invalid choice: 'jax'"),
-        (["run", "--suite", "cpu", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["run", "--suite", "cpu", "--vocab", "0"], "got '0'"),
-        (["run", "--suite", "quick", "--out", "a_file"], "a_file is a file, expected a folder"),
-        (["run", "--suite", "gpu"], "there is no GPU here: give --suite cpu"),
-        (["plot"], "python -m bench run --suite cpu first"),
-        (["plot", "none.csv"], "none.csv cannot be read: No such file"),
-        (["plot", "old.csv"], "old.csv has the columns provider, mode, expected provider, mode, metric"),
-        (["plot", "words.csv"], "words.csv has V 'many', expected a positive whole number, in row 2"),
-        (["plot", "a_file"], "a_file has the columns (none)"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    Path("a_file").write_text("")
-    table(Path("old.csv"), columns=("provider", "mode"))
-    table(Path("words.csv"))
-    Path("words.csv").write_text(Path("words.csv").read_text().replace("1000", "many"))
-    try:
-        code = bench.main(arguments)
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2
-    *usage, error = capsys.readouterr().err.strip().splitlines()
-    assert error.startswith("python -m bench") and said in error
-
-
-def test_without_matplotlib_plot_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    assert bench.main(["plot", str(table(tmp_path / "r.csv"))]) == 2
-    error = capsys.readouterr().err
-    assert "plot needs matplotlib: pip install -e '.[bench]'" in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "said"),
-    [
-        ("dtype", "a/b", "dtype 'a/b', expected a name such as bfloat16, in row 2"),
-        ("dtype", "", "dtype '', expected a name"),
-        ("N", "0", "N '0', expected a positive whole number"),
-        ("N", "9" * 5000, "expected a positive whole number"),
-        ("D", "wide", "D 'wide', expected a positive whole number"),
-        ("V", "1.5", "V '1.5', expected a positive whole number"),
-        ("value", "nan", "value 'nan', expected a number from 0 to 1e30"),
-        ("value", "-1", "value '-1', expected a number"),
-        ("q20", "few", "q20 'few', expected a number"),
-        ("q80", "inf", "q80 'inf', expected a number"),
-        ("device", "one,two", "another number of cells than of columns in row 2"),
-    ],
-)  # fmt: skip
-def test_a_row_that_no_figure_can_show_is_refused(column, value, said, tmp_path, capsys):
-    row = dict.fromkeys(records.COLUMNS, "x") | {
-        "N": "1",
-        "D": "",
-        "V": "9",
-        "value": "1",
-        "q20": "",
-        "q80": "",
-    }
-    lines = (",".join(records.COLUMNS), ",".join((row | {column: value}).values()))
-    (tmp_path / "r.csv").write_text("\n".join(lines) + "\n")
-    assert bench.main(["plot", str(tmp_path / "r.csv")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("python -m bench: ") and error.count("\n") == 1 and said in error
-    assert not list(tmp_path.glob("*.png"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["header.csv"], "header.csv has a header and no rows"),
-        (["r.csv", "--out", "r.csv"], "--out r.csv is a file, expected a folder"),
-        (["r.csv", "--out", "r.csv/below"], "r.csv/below cannot be written: Not a directory"),
-        (["r.csv", "r.csv", "--out", "figures"], "--out takes the figures of one CSV, got 2"),
-        (["folder"], "folder cannot be read: Is a directory"),
-        (["binary.csv"], "binary.csv is no CSV file"),
-    ],
-)
-def test_a_file_that_plot_cannot_use(arguments, said, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    table(Path("r.csv"))
-    Path("header.csv").write_text(",".join(records.COLUMNS) + "\n")
-    Path("binary.csv").write_bytes(b"\xff\xfe\x00" * 9)
-    Path("folder").mkdir()
-    assert bench.main(["plot", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("python -m bench: ") and error.count("\n") == 1 and said in error
-
-
-def rows_at(**columns):
-    row = dict.fromkeys(records.COLUMNS, "") | {
-        "provider": "eager", "mode": "forward+backward", "metric": "seconds", "dtype": "float32",
-        "device": "a", "N": "16", "D": "64", "V": "1000", "value": "1",
-    }  # fmt: skip
-    sizes = itertools.product(*columns.values())
-    return [
-        row | dict(zip(columns, values, strict=True), value=str(i + 1))
-        for i, values in enumerate(sizes)
-    ]
-
-
-@pytest.mark.parametrize("column", ["N", "D", "dtype", "device"])
-def test_a_line_joins_nothing_but_vocabularies(column):
-    other = {
-        "N": ("16", "32"),
-        "D": ("64", "128"),
-        "dtype": ("float32", "float64"),
-        "device": ("a", "b"),
-    }
-    rows = rows_at(**{column: other[column], "V": ("1000", "2000")})
-    lines = list(figures._lines(rows, "seconds", "V", 1.0))
-    assert [[(x, y) for x, y, *_ in line.points] for line in lines] == [
-        [(1000, 1), (2000, 2)],
-        [(1000, 3), (2000, 4)],
-    ]
-    assert [line.label for line in lines] == [
-        f"eager, {column} = {value}" for value in other[column]
-    ]
-    assert lines[0].style != lines[1].style
-
-
-def test_the_cpu_suite_says_how_long_and_has_the_figures_rows(tmp_path, monkeypatch, capsys):
-    suite = suites.SUITES["cpu"]
-    assert suite.budget + 2 * 60 <= 12 * 60 and 60 * suite.minutes <= suite.budget
-    cases = list(run.Run(suite, "cpu", records.Report(records.environment("x")), tmp_path).cases())
+def test_the_full_suite_has_the_figures_rows_and_says_how_long(tmp_path, monkeypatch, capsys):
+    suite = suites.SUITES["full"]
+    assert suite.budget + 2 * 60 <= 12 * 60
+    cases = list(suites.cases_of(suite, extra=True))
     figure = {
         (r["N"], r["V"], r["dtype"])
         for r in rows_of(RESULTS)
         if not r["device"].startswith("predicted")
     }
-    assert figure <= {(str(c.shape.N), str(c.shape.V), records.dtype_name(c.dtype)) for c in cases}
-    float32 = {c.shape.V for c in cases if c.dtype == torch.float32}
+    assert figure <= {(str(c.N), str(c.V), dtype_name(c.dtype)) for c in cases}
+    float32 = {c.V for c in cases if c.dtype == torch.float32}
     assert float32 == {50257} and cases[-1].dtype == torch.float32  # last, where time runs out
-    monkeypatch.setattr(run.Run, "all", lambda self: None)
-    for arguments, said in (
-        ([], f"some {suite.minutes} min on 2 idle cores, nothing begun after 10"),
-        (["--dtype", "float32"], "nothing begun after 10 min"),
-    ):
-        assert bench.main(["run", "--suite", "cpu", *arguments, "--out", str(tmp_path)]) == 0
-        assert said in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(suites, "run", lambda *arguments: None)
+    assert bench.main(["full", "--out", str(tmp_path)]) == 0
+    assert "nothing is begun after 10 min" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(("seconds", "measured"), [(0.9, False), (0.0, True)])
 def test_what_takes_many_times_eagers_time_is_left_out(
     seconds, measured, tmp_path, monkeypatch, capsys
 ):
-    loss_of, slow = run.loss_of, providers.TORCH
+    slow = providers.TORCH
+    eager = providers.find(LINEAR, ["eager"])[0].load("cpu")
 
-    def sleeping(form, provider, device):
-        eager = loss_of(form, "eager", device)
-        return eager if provider != slow else lambda *batch: (time.sleep(seconds), eager(*batch))[1]
+    def sleeping(*batch):
+        time.sleep(seconds)
+        return eager(*batch)
 
-    monkeypatch.setattr(run, "loss_of", sleeping)
-    monkeypatch.setattr(providers, "why_not", lambda *arguments: "")
-    command = [
-        "run",
-        "--suite",
-        "quick",
-        *TINY,
-        "--vocab",
-        "70",
-        "--dtype",
-        "float32",
-        "--out",
-        str(tmp_path),
-    ]
-    assert bench.main([*command, "--provider", "eager", slow]) == 0
-    assert (
-        (slow, "forward") in {(r["provider"], r["mode"]) for r in rows_of(tmp_path)}
-    ) is measured
+    table = [p._replace(load=lambda device: sleeping) if p.name == slow else p
+             for p in providers.TABLE]  # fmt: skip
+    monkeypatch.setattr(providers, "TABLE", tuple(table))
+    command = [*QUICK, "--vocab", "70", "--out", str(tmp_path), "--provider", "eager", slow]
+    assert bench.main(command) == 0
+    assert ((slow, "forward", "8") in times_of(tmp_path)) is measured
     reason = rf"{slow}, linear: not run: some (9|1\d) times eager's time"
     assert bool(re.search(reason, capsys.readouterr().out)) is not measured
 
 
-def test_what_was_measured_more_than_once_is_one_point():
-    rows = rows_at(V=("1000",) * 3)
-    (line,) = figures._lines(rows, "seconds", "V", 1.0)
-    assert line == figures.Line("eager", figures.COLORS["eager"], "-", [(1000.0, 2.0, 1.0, 3.0)])
+def test_rows_are_in_the_file_as_they_come(tmp_path):
+    table = records.Table(tmp_path / "t.csv", ("a", "b"))
+    table.add(a=1, b=1 / 3)
+    assert records.read_table(tmp_path / "t.csv") == [dict(a="1", b="0.333333")]
+    table.add(a="x")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert list(csv.DictReader(file))[1] == dict(a="x", b="")
+    table.close()
 
 
-def test_every_size_of_hidden_states_and_every_device_has_its_figure(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = rows_at(D=("64", "128"), V=("1000", "2000"), device=("a $1 device", "b"))
-    names = [path.name for path in figures.draw_all(rows, tmp_path)]
-    expected = {f"vocabulary_float32_N16_D{d}{end}.png" for d in (64, 128) for end in ("", "_2")}
-    assert set(names) == expected and len(names) == 4
+def test_every_provider_says_what_it_computes_and_why_it_cannot_run():
+    for provider in providers.TABLE:
+        assert provider.computes
+        why = providers.why_not(provider, "cpu")
+        assert why or callable(provider.load("cpu"))
+    assert len({(p.form, p.name) for p in providers.TABLE}) == len(providers.TABLE)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .context import ROOT, Context
+from .stage import ROOT, Context
 
-BACKEND = "triton"
 # Relative step of each dtype's rounding; the interpreter truncates where a GPU rounds to nearest.
 STEP = {torch.bfloat16: 2.0**-7, torch.float32: 2e-6, torch.float16: 2.0**-10, torch.float64: 1e-12}
 SUBNORMAL = {torch.float16: 6.1e-8, torch.float64: 1e-14}  # absolute; the others' are smaller
@@ -104,24 +103,3 @@ def logits(
     target.view(-1)[::5] = -100
     target.view(-1)[-1] = vocab - 1
     return x, target
-
-
-class Own(torch.autograd.Function):
-    """Logits with a history, so that the gradient may be written over them, without a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, like: Tensor, x: Tensor, sink: list[Tensor]) -> Tensor:
-        ctx.sink = sink
-        return x.data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        ctx.sink.append(grad)
-        return grad.new_zeros(1), None, None
-
-
-def own(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """`x` with a history, and the list that receives its gradient."""
-    sink: list[Tensor] = []
-    like = torch.zeros(1, device=x.device, dtype=x.dtype, requires_grad=True)
-    return Own.apply(like, x, sink), sink

@@ -10,9 +10,10 @@ from itertools import chain
 
 import torch
 
+from ..records import Table, one_line
 from . import check_cases, check_system
 from .cases import Case, NotHere, Wrong
-from .context import Context, Table, one_line
+from .stage import Context
 
 COLUMNS = ("kernel", "dtype", "input", "result", "error", "detail", "seconds")
 # After such an error no kernel can be launched in this process.

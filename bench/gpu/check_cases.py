@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import chunked_ce
 
+from ..cases import dtype_name, own
+from ..providers import BACKEND
 from .cases import (
-    BACKEND,
     STEP,
     Case,
     demand,
@@ -22,9 +23,8 @@ from .cases import (
     near_gradient,
     near_norm,
     oracle,
-    own,
-)  # fmt: skip
-from .context import Context, dtype_name
+)
+from .stage import Context
 
 DTYPES = tuple(STEP)
 HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)

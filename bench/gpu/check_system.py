@@ -16,8 +16,10 @@ from torch import Tensor
 
 import chunked_ce
 
-from .cases import BACKEND, Case, NotHere, demand, logits, near, near_norm, own
-from .context import Context
+from ..cases import own
+from ..providers import BACKEND
+from .cases import Case, NotHere, demand, logits, near, near_norm
+from .stage import Context
 
 HALF = torch.bfloat16
 NORM_LIMIT = 1e-2  # of a bf16 gradient behind a product

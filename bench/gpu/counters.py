@@ -15,7 +15,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from .context import ROOT, Context, Table
+import torch
+
+import chunked_ce
+
+from ..providers import BACKEND
+from ..records import Table
+from .stage import ROOT, Context
 
 COLUMNS = ("kernel", "launch", "metric", "value", "unit", "note")
 METRICS = {
@@ -36,7 +42,14 @@ LOGITS = 8192 * 128256  # of every launch of the workload
 def run(context: Context) -> int:
     """Write counters.csv: a row a kernel and metric. Without `ncu` its one row says so."""
     table = Table(context.out / "counters.csv", COLUMNS)
-    workload = [sys.executable, "-m", "bench.gpu.stage", "workload", str(context.out), "999"]
+    workload = [
+        sys.executable,
+        "-m",
+        "bench.gpu.stage",
+        "counters.workload",
+        str(context.out),
+        "999",
+    ]
     ncu = shutil.which("ncu")
     if context.dry or ncu is None:
         why = "a GPU's counters are not there in a dry run" if context.dry else "ncu is not here"
@@ -93,3 +106,20 @@ def parse(lines: Iterable[str]) -> Iterator[dict[str, object]]:
                 "kernel": row["Kernel Name"], "launch": row["ID"],
                 "metric": "instructions per logit", "value": f"{value:.3f}", "unit": "",
             }  # fmt: skip
+
+
+def workload(context: Context) -> int:
+    """Run each main kernel once, over the same bytes of logits: what `ncu` watches."""
+    for vocab, options in (
+        (128256, {}),
+        (128256, dict(grad_in_forward=True)),  # streamed
+        (16032, dict(grad_in_forward=True)),  # on chip
+    ):
+        rows, columns = (2, 300) if context.dry else (LOGITS // vocab, vocab)
+        x = torch.randn(rows, columns, device=context.device, dtype=torch.bfloat16)
+        target = torch.randint(columns, (rows,), device=context.device)
+        loss = chunked_ce.cross_entropy(x.requires_grad_(), target, backend=BACKEND, **options)  # type: ignore[arg-type]
+        loss.backward()
+        context.synchronize()
+        print(f"V={vocab} {options}: loss {float(loss.detach()):.4f}", flush=True)
+    return 0

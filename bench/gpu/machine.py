@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 
 import torch
 
 from .. import measure
-from ..records import cpu_name
-from .context import Context, Table, one_line, read_table
+from ..records import Table, cpu_name, one_line, read_table, version_of
+from .stage import Context
 
 ROUNDS = 10
 
@@ -21,7 +20,7 @@ def run(context: Context) -> int:
         "device": cpu_name() if context.dry else torch.cuda.get_device_name(),
         "driver": "-" if context.dry else _driver(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton") or "-",
     }
     for quantity, value in names.items():
         table.add(quantity=quantity, value=value)
@@ -42,9 +41,9 @@ def ceilings(context: Context) -> dict[str, tuple[float, str]]:
     n = 64 if context.dry else 8192
     matrix = torch.randn(n, n, device=context.device).bfloat16()
     steps = {
-        "copy bandwidth": measure.Step(lambda: target.copy_(source)),
-        "read bandwidth": measure.Step(lambda: source.sum()),
-        "matrix rate": measure.Step(lambda: matrix @ matrix),
+        "copy bandwidth": lambda: target.copy_(source),
+        "read bandwidth": lambda: source.sum(),
+        "matrix rate": lambda: matrix @ matrix,
     }
     clock = measure.clock_of(context.device)
     median = {k: q.median for k, q in measure.interleaved(steps, ROUNDS, clock=clock).items()}
@@ -61,13 +60,6 @@ def measured(context: Context, quantity: str) -> float | None:
         if row["quantity"] == quantity:
             return float(row["value"])
     return None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "-"
 
 
 def _driver() -> str:

@@ -1,4 +1,12 @@
-"""The command `python -m bench gpu`: starts the stages in turn, and stops each in time."""
+"""Check and measure the kernels on a GPU.
+
+    python -m bench gpu                       all stages
+    python -m bench gpu check speed           some
+    python -m bench gpu --dry-run             all, tiny, on the CPU, in Triton's interpreter
+
+Each stage runs in a process of its own with its own time limit. All files go to one folder, and a
+row is in its file as soon as it is known, so a stop loses nothing. Nothing needs a network.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +17,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .context import ROOT, Table, read_table
+from .. import options
+from ..records import Table, read_table
+from .stage import ROOT
 from .versions import installed_interpreter_fault
 
 # Seconds. A stage begins nothing after 90 % of its limit, and is ended at it.
@@ -22,19 +33,16 @@ MACHINE_LIMIT = 60
 STOPPED = 124  # as `timeout` says it
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = options.parser_of("gpu", __doc__)
     add = parser.add_argument
     add("stages", nargs="*", metavar="STAGE",
         help="of " + ", ".join(LIMITS) + "; default: all, in this order")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="default: runs/bench/gpu, or .../gpu-dry-run")
     add("--dry-run", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
-    add("--limit", type=_seconds, metavar="SECONDS",
-        help="of each stage; default: " + ", ".join(map(" ".join, _limits())))  # fmt: skip
-    parser.set_defaults(run=run)
-
-
-def _limits() -> list[tuple[str, str]]:
-    return [(stage, str(seconds)) for stage, seconds in LIMITS.items()]
+    defaults = ", ".join(f"{stage} {seconds}" for stage, seconds in LIMITS.items())
+    add("--limit", type=_seconds, metavar="SECONDS", help=f"of each stage; default: {defaults}")
+    return parser
 
 
 def _seconds(text: str) -> float:
@@ -44,14 +52,15 @@ def _seconds(text: str) -> float:
     return value
 
 
-def run(args: argparse.Namespace) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages. Return 0, or 1 where a kernel was wrong or a stage failed."""
+    args = _parser().parse_args(arguments)
     if unknown := [stage for stage in args.stages if stage not in LIMITS]:
-        raise ValueError(f"gpu has no stage {unknown[0]!r}, expected one of {', '.join(LIMITS)}")
+        raise ValueError(f"no stage {unknown[0]!r}, expected one of {', '.join(LIMITS)}")
     if not args.dry_run and not torch.cuda.is_available():
-        raise ValueError("gpu: there is no GPU here; --dry-run tries the programs on the CPU")
+        raise ValueError("there is no GPU here; --dry-run tries the programs on the CPU")
     if args.dry_run and (fault := installed_interpreter_fault()):
-        raise ValueError(f"gpu --dry-run: {fault}")
+        raise ValueError(fault)
     out: Path = args.out or Path("runs/bench") / ("gpu-dry-run" if args.dry_run else "gpu")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder")
@@ -130,3 +139,7 @@ def _end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         process.kill()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .context import ROOT, Context, Table
+from ..records import Table
+from .stage import ROOT, Context
 
 COLUMNS = ("run", "quantity", "value", "note")
 WAYS: dict[str, tuple[str, ...]] = {

@@ -18,8 +18,10 @@ from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
 from .. import measure
-from .cases import BACKEND
-from .context import Context, Table, dtype_name, one_line
+from ..cases import dtype_name
+from ..providers import BACKEND
+from ..records import Table, one_line
+from .stage import Context
 
 COLUMNS = ("kernel", "V", "dtype", "candidate", "ms", "GB_per_s", "in_table", "note")
 ROUNDS = 9
@@ -116,7 +118,7 @@ def _tune(
         attempt = _patched(candidate, step)
         try:
             attempt()  # compiles
-            steps[candidate] = measure.Step(attempt)
+            steps[candidate] = attempt
         except Exception as error:  # more registers or warps than the GPU has
             table.add(**shared, candidate=candidate.text, note=one_line(error, 120))
         if context.late:
