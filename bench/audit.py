@@ -126,7 +126,7 @@ def recorded(call: Call, on: Gpu) -> list[Launch]:
         mock.patch.object(gpu, "architecture", lambda device: on.target),
         mock.patch.object(gpu, "processors", lambda device: on.processors),
         mock.patch.object(gpu, "l2_bytes", lambda device: on.l2_bytes),
-        mock.patch.object(gpu, "on", lambda device: nullcontext()),
+        mock.patch.object(backend_triton, "on_device", lambda device: nullcontext()),
     ):
         return launches(call)
 

@@ -130,7 +130,6 @@ def _fake(architecture: str) -> Iterator[None]:
         gpu_values = {"architecture": architecture, "processors": 132, "l2_bytes": 50 << 20}
         for name, value in gpu_values.items():
             stack.enter_context(mock.patch.object(gpu, name, lambda device, value=value: value))
-        stack.enter_context(mock.patch.object(gpu, "on", lambda device: nullcontext()))
         for module in (backend_cpu, cpu_binary):
             stack.enter_context(mock.patch.object(module, "_run", lambda *args, **kwargs: None))
         try:
@@ -138,6 +137,9 @@ def _fake(architecture: str) -> Iterator[None]:
         except ImportError:  # no Triton: then nothing asks for its kernels
             pass
         else:
+            stack.enter_context(
+                mock.patch.object(backend_triton, "on_device", lambda device: nullcontext())
+            )
             for name in _KERNELS:
                 stack.enter_context(
                     mock.patch.object(backend_triton, f"{name}_kernel", _NoKernel())

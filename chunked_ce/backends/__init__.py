@@ -28,10 +28,13 @@ def choose_backend(backend: str, device: Device) -> str:
             return "triton"
         return "cpu" if device.type == "cpu" and cpu_library.IS_THERE else "torch"
     if backend == "triton":
-        checks.triton_can_run(device, installed=TRITON_INSTALLED, interpreted=INTERPRETED)
+        on_gpu = device.type in ("cuda", "xpu")
+        if not (TRITON_INSTALLED and (on_gpu or (device.type == "cpu" and INTERPRETED))):
+            checks.triton_cannot_run(installed=TRITON_INSTALLED)
     elif backend == "cpu":
-        checks.cpu_can_run(device, built=cpu_library.IS_THERE)
-    else:
+        if not (cpu_library.IS_THERE and device.type == "cpu"):
+            checks.cpu_cannot_run(device, built=cpu_library.IS_THERE)
+    elif backend != "torch":
         checks.backend_name(backend)
     return backend
 

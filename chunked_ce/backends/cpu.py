@@ -45,8 +45,7 @@ def row_statistics(
         lse, logprob, new(entropy, dtype), new(mean_logprob, dtype),
         new(rank, integers), new(argmax, integers),
     )  # fmt: skip
-    is_weighted = weights.weight is not None or weights.prob is not None
-    mass = new(is_weighted, dtype)
+    mass = new(weights is not UNIFORM, dtype)
     numbers = dict(stats._asdict(), lse_low=lse_low, mass=mass)
     _run(_STATISTICS, input, None, target, ignore_index, vocab_size, head, weights, numbers)
     return RowStatistics(stats, lse_low, mass)

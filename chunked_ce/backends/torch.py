@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.gradient import Coefficients, RowGradient, row_gradient, token_loss_coefficients
-from ..core.head import Head, compute_dtype
+from ..core.head import IDENTITY, Head, compute_dtype
 from ..core.reduction import is_scored, token_loss
 from ..core.row_stats import (
     UNIFORM,
@@ -232,7 +232,7 @@ def block_gradient(
     if rows.u is not None:
         grad.add_(rows.u * weights)
     torch.where(is_target, rows.at_target, grad, out=grad)
-    return grad if head.is_identity else grad.mul_(head.derivative(x))
+    return grad if head == IDENTITY else grad.mul_(head.derivative(x))
 
 
 def _transformed(x: Tensor, head: Head) -> Tensor:

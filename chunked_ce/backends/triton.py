@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.gradient import Coefficients
-from ..core.head import Head, compute_dtype
+from ..core.head import IDENTITY, Head, compute_dtype
 from ..core.row_stats import UNIFORM, ClassWeights, RowStatistics, TokenStats
 from ..kernels import arguments, launch
 from ..kernels.arguments import Options
@@ -61,14 +62,14 @@ def row_statistics(
     )
     if not mean_logprob:
         weights = UNIFORM
-    mass = None if weights.are_one else new(floats)
+    mass = None if weights is UNIFORM else new(floats)
     wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=rank, ARGMAX=argmax)
     sums = launch_sums(input, target, ignore_index, vocab_size, head, weights, **wanted)
     for flat, shared in sums:
         # One not asked for is not touched.
         outputs = [lse if t is None else t for t in (lse, logprob, lse_low, *stats[2:], mass)]
         options = Options(**wanted, **_head_options(head), **weight_presence(weights))
-        with gpu.on(input.device):
+        with on_device(input.device):
             merge_parts_kernel[(-(-shared["rows"] // launch.MERGE_ROWS),)](
                 **shared,
                 out=arguments.Outputs(*[t[flat] for t in outputs]),
@@ -91,7 +92,7 @@ def launch_sums(
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
     """Launch the kernel that sums segments: (which rows, the arguments that merging takes too)."""
     dtype = compute_dtype(input.dtype)
-    tile = _tile(input, vocab_size, plain=head.is_identity and not any(wanted.values()))
+    tile = _tile(input, vocab_size, plain=head == IDENTITY and not any(wanted.values()))
     segments = launch.segments(vocab_size)
     floats, integers = (6, 2) if any(wanted.values()) else (2, 0)
     for flat, (x, *prob) in rows_with_prob(weights, input):
@@ -113,7 +114,7 @@ def launch_sums(
             ignore_index=ignore_index,
             **_numbers(head, weights),
         )
-        with gpu.on(input.device):
+        with on_device(input.device):
             token_stats_kernel[(rows, -(-segments // per_program))](
                 **shared,
                 segments_per_program=per_program,
@@ -146,7 +147,7 @@ def logits_gradient(
     """dL/dinput, in a new tensor or over `input`."""
     grad = input if inplace else torch.empty_like(input)
     target = target.reshape(-1).contiguous()
-    plain = head.is_identity and coefficients.b is None and weights.are_one
+    plain = head == IDENTITY and coefficients.b is None and weights is UNIFORM
     tile = _tile(input, input.shape[-1], plain=plain)
     span = launch.SPAN_TILES * tile.columns
     if coefficients.u is None:
@@ -155,7 +156,7 @@ def logits_gradient(
         # A coefficient that is absent is not touched.
         numbers = [lse[flat] if number is None else number[flat] for number in coefficients]
         addresses = gradient_addresses(x, out)
-        with gpu.on(input.device):
+        with on_device(input.device):
             token_grad_kernel[(x.shape[0] * x.shape[1], -(-input.shape[-1] // span))](
                 **addresses,
                 target_ptr=target[flat],
@@ -207,7 +208,7 @@ def loss_and_gradient(
     for flat, (x, out) in strided_rows(input, grad):
         rows = x.shape[0] * x.shape[1]
         plan = _one_pass(input, rows, head, contiguous, on_clusters)
-        with gpu.on(input.device):
+        with on_device(input.device):
             loss_and_grad_kernel[(plan.programs,)](
                 **gradient_addresses(x, out),
                 target_ptr=target[flat],
@@ -242,7 +243,7 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
     for flat, (rows,) in strided_rows(grad):
         n = rows.shape[0] * rows.shape[1]
         one = upstream.numel() == 1
-        with gpu.on(grad.device):
+        with on_device(grad.device):
             scale_kernel[(n, -(-grad.shape[-1] // block))](
                 grad=rows.address(),
                 upstream_ptr=upstream if one else upstream[flat],
@@ -274,7 +275,7 @@ def _one_pass(
         input.shape[-1],
         input.element_size(),
         contiguous=contiguous,
-        plain=head.is_identity,
+        plain=head == IDENTITY,
         rows=rows,
         processors=gpu.processors(input.device),
         l2_bytes=gpu.l2_bytes(input.device),
@@ -293,3 +294,8 @@ def _numbers(head: Head, weights: ClassWeights) -> dict[str, float]:
 
 def _head_options(head: Head) -> dict[str, bool]:
     return dict(HAS_SOFTCAP=head.softcap is not None, HAS_SCALE=head.logit_scale != 1.0)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -11,6 +11,7 @@ from ..kernels.arguments import BinaryOptions
 from ..kernels.binary import binary_kernel
 from . import gpu
 from .strided_rows import Rows, strided_rows
+from .triton import on_device
 
 
 def total(
@@ -75,7 +76,7 @@ def _launch(
         rows = dict(zip(present, views, strict=True))
         x = rows["x"]
         address = x.address()
-        with gpu.on(input.device):
+        with on_device(input.device):
             binary_kernel[(x.shape[0] * x.shape[1], segments)](
                 x=address,
                 # The logits stand in for what is absent.

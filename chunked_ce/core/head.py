@@ -21,10 +21,6 @@ class Head(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-    @property
-    def is_identity(self) -> bool:
-        return self.softcap is None and self.logit_scale == 1.0
-
     def apply_(self, z: Tensor) -> Tensor:
         if self.logit_scale != 1.0:
             z = z.mul_(self.logit_scale)
@@ -40,3 +36,6 @@ class Head(NamedTuple):
         y = x.to(compute_dtype(x.dtype), copy=True).mul_(2 * self.logit_scale / self.softcap)
         e = y.abs_().neg_().exp_()
         return (e * (4 * self.logit_scale)).div_(e.add_(1.0).square_())
+
+
+IDENTITY = Head(None, 1.0)

@@ -44,10 +44,6 @@ class ClassWeights(NamedTuple):
     scale: float = 1.0
     shift: float = 0.0
 
-    @property
-    def are_one(self) -> bool:
-        return self.weight is None and self.prob is None
-
     def at(self, target: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Those of a class per row [rows]; None: 1."""
         w = None
@@ -61,6 +57,7 @@ class ClassWeights(NamedTuple):
 
 
 UNIFORM = ClassWeights()
+"""All weights are 1. Compared by identity."""
 
 
 class Part(NamedTuple):

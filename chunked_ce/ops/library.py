@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core.row_stats import ClassWeights, TokenStats
+from ..core.row_stats import UNIFORM, ClassWeights, TokenStats
 
 library = torch.library.Library("chunked_ce", "DEF")
 
@@ -72,6 +72,8 @@ class Classes(NamedTuple):
     at: Tensor | None = None  # [..., K]; NO_CLASS where there are fewer
 
     def weights(self, vocab_size: int) -> ClassWeights:
+        if self.weight is None and self.prob is None:
+            return UNIFORM
         return ClassWeights(self.weight, self.prob, vocab_size * self.prob_scale, self.prob_shift)
 
     @property
