@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks
-from .functional.linear import default_chunk_bytes, padded_row_bytes
-from .ops.chunks import PRODUCT_BYTES
+from .ops.chunks import PRODUCT_BYTES, default_chunk_bytes, padded_row_bytes
 
 CHUNKS = (None, 64 << 20, 1 << 30)  # bytes of logits at a time; None: the default
 _MOST_TOKENS = 1 << 40

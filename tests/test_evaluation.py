@@ -171,7 +171,7 @@ def test_no_logits_exist(gpt2, monkeypatch):
     """No tensor as large as [B, T, V] past the probe, whose 8 tokens do have logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from chunked_ce.functional import linear
+    from chunked_ce.ops import chunks
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -183,8 +183,8 @@ def test_no_logits_exist(gpt2, monkeypatch):
                     self.numel = max(self.numel, t.numel())
             return out
 
-    monkeypatch.setattr(linear, "_CPU_CHUNK_BYTES", 16 * 4 * VOCAB)
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 16 * 4 * VOCAB)
+    monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 16 * 4 * VOCAB)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 16 * 4 * VOCAB)
     with Largest() as largest:
         evaluate_perplexity(gpt2, documents(8 * CONTEXT + 1), batch_size=8)
     assert largest.numel < 8 * CONTEXT * VOCAB / 2

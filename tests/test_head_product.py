@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
-from chunked_ce.functional import linear
 from chunked_ce.huggingface.head_product import HeadProduct
+from chunked_ce.ops import chunks
 
 VOCAB, PADDED, CONTEXT = 150, 160, 32
 
@@ -119,8 +119,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", [*DEFERRED, *STORED])
 def test_nll_and_whether_logits_are_stored(name, monkeypatch):
     model, (ids,) = {**DEFERRED, **STORED}[name](), documents(8 * CONTEXT + 1)
-    monkeypatch.setattr(linear, "_CPU_CHUNK_BYTES", 16 * 4 * PADDED)
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 16 * 4 * PADDED)
+    monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 16 * 4 * PADDED)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 16 * 4 * PADDED)
     with Largest() as largest:
         report = evaluate_perplexity(model, ids, context_length=CONTEXT, rank=True)
     logits = model(ids[None, :CONTEXT])

@@ -51,7 +51,7 @@ def row_statistics(
         return torch.empty(target.shape, dtype=dtype, device=input.device)
 
     floats = compute_dtype(input.dtype)
-    lse, logprob, lse_low = new(floats), new(floats), new(floats)
+    lse, logprob, lse_low = (new(floats) for _ in range(3))
     stats = TokenStats(
         lse,
         logprob,
@@ -60,8 +60,7 @@ def row_statistics(
         rank=new(torch.int64) if rank else None,
         argmax=new(torch.int64) if argmax else None,
     )
-    if not mean_logprob:
-        weights = UNIFORM
+    weights = weights if mean_logprob else UNIFORM
     mass = None if weights is UNIFORM else new(floats)
     wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=rank, ARGMAX=argmax)
     sums = launch_sums(input, target, ignore_index, vocab_size, head, weights, **wanted)

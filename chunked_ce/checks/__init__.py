@@ -12,3 +12,4 @@ from .mistakes import *
 from .planner import *
 from .targets import *
 from .values import target_indices as target_indices
+from .weights import *

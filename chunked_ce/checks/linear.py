@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss import target as any_target
+from .loss import check_target as any_target
 from .values import (
     are_probabilities,
     brief,
@@ -20,6 +20,16 @@ from .values import (
     shape,
     target_indices,
 )
+
+
+def linear_input(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Any, *, dims: bool
+) -> None:
+    """Hidden states, head and target that fit one another."""
+    hidden_states(input)
+    linear_weight(weight, input, dims=dims)
+    linear_bias(bias, weight)
+    linear_target(input, weight, target)
 
 
 def hidden_states(input: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from .values import (
     LARGEST,
     are_probabilities,
     brief,
-    dense,
     flag,
     floating,
     integer,
@@ -26,6 +25,7 @@ from .values import (
     target_indices,
     without_classes,
 )
+from .weights import num_items, token_weight
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -99,53 +99,6 @@ def known_options(given: dict[str, Any], known: tuple[str, ...]) -> None:
             raise TypeError(f"{name} is no option of this loss, expected of {names(known)}")
 
 
-def token_weight(weight: Any, rows: torch.Size, input: Tensor) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"token_weight must be a Tensor, got {type(weight).__name__}")
-    dense("token_weight", weight)
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"token_weight has dtype {weight.dtype}, expected a floating dtype: "
-            "use token_weight.float()"
-        )
-    if weight.shape != rows:
-        raise ValueError(
-            f"token_weight has shape {shape(weight)}, expected one weight per target, "
-            f"{list(rows)} (for one weight per class, see weight)"
-        )
-    same_device("token_weight", weight, input)
-
-
-def num_items(value: Any, reduction: str, input: Tensor) -> int | Tensor | None:
-    if value is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"num_items is what reduction='mean' divides by, but reduction is {reduction!r}: "
-            "leave it None"
-        )
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(
-                f"num_items has shape {shape(value)}, expected an int or a 0-dimensional tensor: "
-                "sum it first"
-            )
-        if value.is_meta and not input.is_meta:
-            raise ValueError("num_items is on meta, where it has no value: pass an int")
-        if value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
-        tensor: Tensor = value
-        return tensor
-    count = integer("num_items", value, "an int or a 0-dimensional tensor")
-    if count <= 0:
-        raise ValueError(
-            f"num_items is {count}, expected at least 1: skip a batch that has no tokens"
-        )
-    return count
-
-
 def class_dimension(input: Tensor, dim: object) -> int:
     """Where the classes of `input` are, from 0 on; a single row [V] has them in dimension 0."""
     if not is_int(dim):
@@ -168,7 +121,7 @@ def class_dimension(input: Tensor, dim: object) -> int:
     return dim % n
 
 
-def target(input: Tensor, target: Any, dim: int) -> None:
+def check_target(input: Tensor, target: Any, dim: int) -> None:
     """`target` is one that `input` with its classes in `dim` can have; its values are not read."""
     if isinstance(target, (tuple, list)):
         top_k(input, target, dim)
@@ -224,10 +177,11 @@ def spread_rest(value: object, target: object) -> None:
         )
 
 
-def no_ignore_index(ignore_index: object, target: object) -> None:
-    """As `torch.nn.functional.linear_cross_entropy`: beside probabilities none is given."""
+def linear_ignore_index(ignore_index: Any, target: object) -> Any:
+    """-100 for None; beside probabilities only None, as `F.linear_cross_entropy` has it."""
     if are_probabilities(target) and ignore_index is not None:
         nothing_to_ignore(ignore_index, "leave it None")
+    return -100 if ignore_index is None else ignore_index
 
 
 def deprecated(**values: object) -> None:
@@ -281,6 +235,42 @@ def _overlaps(tensor: Tensor) -> bool:
                 return True
             extent += (size - 1) * stride
     return False
+
+
+def input_and_target(input: Tensor, target: Any, dim: object, ignore_index: Any) -> int:
+    """Return where the classes are, of logits and a target that fit one another."""
+    logits(input)
+    where = class_dimension(input, dim)
+    check_target(input, target, where)
+    no_class_ignored(ignore_index, target)
+    return where
+
+
+class LossOptions(NamedTuple):
+    label_smoothing: float
+    z_loss_weight: float
+    num_items: int | Tensor | None
+
+
+def loss_options(
+    input: Tensor,
+    target: Any,
+    rows: torch.Size,
+    reduction_name: object,
+    label_smoothing_amount: Any,
+    z_loss: Any,
+    spread: object,
+    weights: Any,
+    items: Any,
+) -> LossOptions:
+    """Check what the losses from logits and from hidden states share; `rows`: of the targets."""
+    reduction(reduction_name)
+    spread_rest(spread, target)
+    if weights is not None:
+        token_weight(weights, rows, input)
+    if items is not None:
+        items = num_items(items, str(reduction_name), input)
+    return LossOptions(label_smoothing(label_smoothing_amount), z_loss_weight(z_loss), items)
 
 
 def looks_like_logits(input: Tensor) -> None:

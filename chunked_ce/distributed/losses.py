@@ -21,8 +21,9 @@ from ..checks.values import is_dtensor
 from ..core.head import Head, compute_dtype
 from ..core.reduction import reduction_of, token_loss
 from ..core.row_stats import TokenStats
-from ..functional.linear import CHUNK_BYTES, autocast
+from ..functional.linear import autocast
 from ..ops import transforms
+from ..ops.chunks import CHUNK_BYTES, padded_row_bytes
 from . import checks as shard_checks
 from .autograd import Options, linear_shard_stats, shard_stats
 from .shards import Shard, Wanted, check_agreement, local_parts, placements_of_rows, plain, shard_of
@@ -194,9 +195,6 @@ def vocab_parallel_linear_cross_entropy(
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
     """
     checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.active())
-    checks.reduction(reduction)
-    label_smoothing = checks.label_smoothing(label_smoothing)
-    z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.target_indices(target)
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = local_parts(
@@ -206,30 +204,41 @@ def vocab_parallel_linear_cross_entropy(
     checks.hidden_states(input)
     shard_checks.shard_of_weight(weight, input, target)
     checks.linear_bias(bias, weight)
-    checks.token_weight(token_weight, target.shape, input)
-    num_items = checks.num_items(num_items, reduction, input)
+    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+        input, target, target.shape, reduction, label_smoothing, z_loss_weight, False,
+        token_weight, num_items,
+    )  # fmt: skip
     input, weight, bias = autocast(input, weight, bias)
     shard = shard_of(weight.shape[0], group, vocab_start, vocab_size)
     contents = weight.t() if vocab_start is None else None
-    row_bytes = -(-max(1, shard.columns) * weight.element_size() // 128) * 128
-    rows = checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, CHUNK_BYTES)
+    of_loss = (reduction, label_smoothing, z_loss_weight, token_weight, num_items)
+    call = _Call(input, target, shard, weight.shape[0], contents)
+    chunks = _chunks(call, weight, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype)
+    input_gradient = input.requires_grad and torch.is_grad_enabled()
     options = _options(
-        _Call(input, target, shard, weight.shape[0], contents),
-        Wanted(mean_logprob=label_smoothing > 0),
-        ignore_index, softcap, logit_scale, False, backend,
-        (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
-        input_gradient=input.requires_grad and torch.is_grad_enabled(),
-    )._replace(
-        rows_per_chunk=rows,
-        drop_ignored=checks.drop_ignored(drop_ignored, input.device),
-        acc_dtype=checks.acc_dtype(acc_dtype, weight),
-    )  # fmt: skip
-    how = reduction_of(
-        reduction, target, options.ignore_index, token_weight, num_items,
-        compute_dtype(input.dtype),
-    )  # fmt: skip
+        call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale, False,
+        backend, of_loss, input_gradient,
+    )._replace(**chunks)  # fmt: skip
+    dtype = compute_dtype(input.dtype)
+    how = reduction_of(reduction, target, options.ignore_index, token_weight, num_items, dtype)
     stats = linear_shard_stats(input, weight, bias, target, options)
     return how.of(token_loss(stats, label_smoothing, z_loss_weight))
+
+
+def _chunks(
+    call: _Call,
+    weight: Tensor,
+    chunk_bytes: int | None,
+    token_chunk_size: int | None,
+    drop_ignored: bool | None,
+    acc_dtype: torch.dtype,
+) -> dict[str, Any]:
+    row_bytes = padded_row_bytes(max(1, call.shard.columns), weight.element_size())
+    return dict(
+        rows_per_chunk=checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, CHUNK_BYTES),
+        drop_ignored=checks.drop_ignored(drop_ignored, call.input.device),
+        acc_dtype=checks.acc_dtype(acc_dtype, weight),
+    )
 
 
 class _Call(NamedTuple):

@@ -47,7 +47,7 @@ def from_text(
 ) -> list[Document]:
     """Each string is a document, tokenized with no special tokens but those asked for here."""
     texts = checks.texts(text)
-    checks.tokenizer(tokenizer)
+    checks.check_tokenizer(tokenizer)
     # verbose=False: longer than the model's context is what windows are for
     rows = [
         list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import backend_name, flags
 from ..distributed.checks import process_group
 from . import checks
-from .documents import bos_id, eos_id, from_ids, from_text
+from .documents import Document, bos_id, eos_id, from_ids, from_text
 from .language_model import device_of, evaluating, examine
 from .report import EvaluationInterrupted, EvaluationReport
 from .scoring import Scoring
@@ -99,35 +99,44 @@ def evaluate_perplexity(
     backend_name(backend)
     checks.model(model)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
-    if text is not None:
-        checks.tokenizer(tokenizer)
     where = checks.device(device_of(model) if device is None else device)
     group = None if group is None else process_group(group)
     context_length = checks.context_length(context_length, model, tokenizer)
     stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
-    if text is not None:
-        checks.vocabularies(model, tokenizer)
-        documents = from_text(text, tokenizer, before, after)
-    else:
-        assert input_ids is not None
-        documents = from_ids(input_ids, attention_mask, before, after)
+    documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
     ids = [document.ids for document in documents]
-    checks.ids_known("document", ids, model, None)
-    windows = sliding_windows(
-        [len(d) for d in ids], context_length, stride, full_last_window=full_last_window
+    settings: dict[str, Any] = dict(
+        context_length=context_length, stride=stride, full_last_window=full_last_window
     )
-    if progress:
-        checks.importable("tqdm", "progress=True", "cli")
+    windows = sliding_windows([len(document) for document in ids], **settings)
+    checks.progress_bar(progress)
     with evaluating(model):
         examined = examine(model, "document", ids, context_length, where, backend)
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
-    report = scoring.report(
-        per_document, per_position, per_window, context_length=context_length, stride=stride,
-        full_last_window=full_last_window, bos=before, eos=after, partial=interrupted,
-    )  # fmt: skip
+    settings |= dict(bos=before, eos=after, partial=interrupted)
+    report = scoring.report(per_document, per_position, per_window, **settings)
     if interrupted:
         raise EvaluationInterrupted(report)
     return report
+
+
+def _documents(
+    model: Any,
+    tokenizer: Any,
+    text: str | Sequence[str] | None,
+    input_ids: Any,
+    attention_mask: Tensor | None,
+    before: int | None,
+    after: int | None,
+) -> list[Document]:
+    """Documents from text or from token ids, between BOS and EOS where these are wanted."""
+    if text is not None:
+        checks.vocabularies(model, tokenizer)
+        documents = from_text(text, tokenizer, before, after)
+    else:
+        documents = from_ids(input_ids, attention_mask, before, after)
+    checks.ids_known("document", [document.ids for document in documents], model, None)
+    return documents

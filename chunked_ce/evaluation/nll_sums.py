@@ -19,7 +19,7 @@ def batch_sums(input: Tensor, target: Tensor, ignore_index: int, dim: int, rank:
     checks.logits(input)
     dim = checks.class_dimension(input, dim)
     checks.target_indices(target)
-    checks.target(input, target, dim)
+    checks.check_target(input, target, dim)
     checks.flags(rank=rank)
     logits = input.movedim(dim, -1)
     stats = token_stats(logits, target, ignore_index=ignore_index, rank=rank)

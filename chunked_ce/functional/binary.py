@@ -61,8 +61,7 @@ def binary_cross_entropy_with_logits(
             unless `CHUNKED_CE_CHECK_TARGETS=1`.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        transformed: Tensor = transforms.call(binary_cross_entropy_with_logits, locals())
-        return transformed
+        return transforms.call(binary_cross_entropy_with_logits, locals())
     checks.deprecated(size_average=size_average, reduce=reduce)
     checks.label_logits(input)
     checks.labels(input, target)

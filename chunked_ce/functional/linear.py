@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import choose_backend
-from ..core.head import compute_dtype
-from ..core.reduction import Reduction, reduction_of
+from ..core.reduction import Reduction
 from ..core.row_stats import TokenStats
 from ..ops import transforms
+from ..ops.chunks import default_chunk_bytes, padded_row_bytes
 from ..ops.library import Classes, Outputs
-from .targets import AnyTarget, ClassIndices, Target, target_of, with_token_weight
-
-CHUNK_BYTES = 256 << 20
-"""Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
-
-_CPU_CHUNK_BYTES = 128 << 20
-"""On a CPU, where that is not enough for all: products need workspace of their own."""
+from .targets import AnyTarget, ClassIndices, Target, describe_target, wanted_of
 
 
 def linear_token_stats(
@@ -72,13 +67,9 @@ def linear_token_stats(
             computed.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        stats: TokenStats = transforms.call(linear_token_stats, locals(), rows=("input", "target"))
-        return stats
-    checks.hidden_states(input)
-    checks.linear_weight(linear_weight, input, dims=False)
-    checks.linear_bias(linear_bias, linear_weight)
+        return transforms.call(linear_token_stats, locals(), rows=("input", "target"))
     checks.target_indices(target)
-    checks.linear_target(input, linear_weight, target)
+    checks.linear_input(input, linear_weight, linear_bias, target, dims=False)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
@@ -146,75 +137,79 @@ def linear_cross_entropy(
             computed.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        transformed: Tensor = transforms.call(linear_cross_entropy, locals())
-        return transformed
-    checks.hidden_states(input)
-    checks.linear_weight(linear_weight, input, dims=True)
-    checks.linear_bias(linear_bias, linear_weight)
-    checks.linear_target(input, linear_weight, target)
-    checks.no_ignore_index(ignore_index, target)
-    checks.reduction(reduction)
-    label_smoothing = checks.label_smoothing(label_smoothing)
-    z_loss_weight = checks.z_loss_weight(z_loss_weight)
-    checks.spread_rest(spread_rest, target)
-    checks.token_weight(token_weight, input.shape[:-1] + linear_weight.shape[1:-1], input)
-    num_items = checks.num_items(num_items, reduction, input)
-    ignore_index = -100 if ignore_index is None else ignore_index
+        return transforms.call(linear_cross_entropy, locals())
+    checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
+    ignore_index = checks.linear_ignore_index(ignore_index, target)
+    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+        input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
+        z_loss_weight, spread_rest, token_weight, num_items,
+    )  # fmt: skip
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
     ignore_index, classes, *_ = shared
-    weight = checks.class_weight(weight, linear_weight[..., 0].movedim(0, -1), classes)
-    goal = target_of(target, -1, weight, label_smoothing, ignore_index, classes, spread_rest)
-    dtype = compute_dtype(input.dtype)
-    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight, dtype)
-    index = goal.index
-    how = reduction_of(
-        reduction, index, goal.ignore_index, token_weight, num_items, dtype, goal.counts
-    )
-    shared = (goal.ignore_index, *shared[1:])
-    fused = reduction != "none" and goal.is_plain and how.known_before_backward(input.dtype)
-
-    def of_head(
-        head: Tensor, bias: Tensor | None, index: Tensor, how: Reduction, goal: Target
-    ) -> Tensor:
-        """The loss of one [V, D] head: a sum, or that of each token."""
-        if not fused:
-            wanted = (False, goal.wants_mean_logprob, False, False)
-            outputs = _outputs(input, head, bias, index, goal.classes, shared, wanted)
-            return how.with_z_loss(goal.cross_entropy(outputs), outputs.lse, z_loss_weight)
-        of_tokens = None if how.weight is None else how.weight.reshape(-1)
-        reuse = not torch.compiler.is_compiling()
-        loss: Tensor  # autograd fills in which gradients are wanted
-        loss, *_ = torch.ops.chunked_ce.linear_loss(
-            input.reshape(-1, input.shape[-1]), head, bias, index.reshape(-1), of_tokens,
-            how.divisor, label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
-        )  # fmt: skip
-        return loss
-
+    weight = weight if weight is None else checks.head_class_weight(weight, linear_weight, classes)
+    spec, how = describe_target(
+        input, target, -1, weight, label_smoothing, z_loss_weight, ignore_index, classes,
+        spread_rest, reduction, token_weight, num_items,
+    )  # fmt: skip
+    shared = (spec.ignore_index, *shared[1:])
+    fused = reduction != "none" and spec.is_plain and how.known_before_backward(input.dtype)
+    loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight, fused=fused)
     if linear_weight.dim() == 2:
-        return of_head(linear_weight, linear_bias, index, how, goal)
-    heads = linear_weight.flatten(1, -2).unbind(1)
+        return loss_of(linear_weight, linear_bias, how, spec)
+    heads = _heads(linear_weight, linear_bias, how, spec)
+    losses = torch.stack([loss_of(*head) for head in heads], -1)
+    return losses.view(spec.index.shape) if reduction == "none" else losses.sum()
+
+
+Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
+
+
+def _loss_of_head(
+    input: Tensor,
+    shared: Shared,
+    label_smoothing: float,
+    z_loss_weight: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    how: Reduction,
+    spec: Target,
+    *,
+    fused: bool,
+) -> Tensor:
+    """The loss of one [V, D] head: a sum, or that of each token."""
+    if not fused:
+        outputs = _outputs(input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec))
+        return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    of_tokens = None if how.weight is None else how.weight.reshape(-1)
+    reuse = not torch.compiler.is_compiling()
+    loss: Tensor  # autograd fills in which gradients are wanted
+    loss, *_ = torch.ops.chunked_ce.linear_loss(
+        input.reshape(-1, input.shape[-1]), weight, bias, spec.index.reshape(-1), of_tokens,
+        how.divisor, label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
+    )  # fmt: skip
+    return loss
+
+
+def _heads(
+    weight: Tensor, bias: Tensor | None, how: Reduction, spec: Target
+) -> list[tuple[Tensor, Tensor | None, Reduction, Target]]:
+    """Of a weight [V, d1, ..., D] each head [V, D], with what belongs to it."""
+    heads = weight.flatten(1, -2).unbind(1)
 
     def of_each(t: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
 
-    assert isinstance(goal, ClassIndices)
-    losses = [
-        of_head(head, bias, labels, how._replace(weight=weight), replace(goal, index=labels))
-        for head, bias, labels, weight in zip(
-            heads, of_each(linear_bias), index.flatten(1).unbind(1), of_each(how.weight),
-            strict=True,
+    assert isinstance(spec, ClassIndices)
+    return [
+        (head, of_head, how._replace(weight=of_tokens), replace(spec, index=labels))
+        for head, of_head, labels, of_tokens in zip(
+            heads, of_each(bias), spec.index.flatten(1).unbind(1), of_each(how.weight), strict=True
         )
-    ]  # fmt: skip
-    if reduction == "none":
-        return torch.stack(losses, 1).view(index.shape)
-    return torch.stack(losses).sum()
-
-
-Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
+    ]
 
 
 def _shared(
@@ -245,17 +240,6 @@ def _shared(
         checks.drop_ignored(drop_ignored, input.device),
         checks.acc_dtype(acc_dtype, weight),
     )
-
-
-def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
-    """Of a token's logits in a chunk, whose rows start on 128 bytes."""
-    return -(-vocab_size * itemsize // 128) * 128
-
-
-def default_chunk_bytes(logits_bytes: int, device_type: str) -> int:
-    """Of logits at a time, where all of them take `logits_bytes`."""
-    whole = logits_bytes <= CHUNK_BYTES
-    return CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
 
 
 def _outputs(

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choose_backend
-from ..core.head import compute_dtype
-from ..core.reduction import reduction_of
+from ..core.reduction import Reduction
 from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.library import Classes
 from ..ops.logits import token_stats as token_stats_operator
 from ..ops.one_pass import one_pass_loss
-from .targets import AnyTarget, target_of, with_token_weight
+from .targets import AnyTarget, Target, describe_target, wanted_of
 
 
 def token_stats(
@@ -79,8 +78,7 @@ def token_stats(
             synchronisation.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        stats: TokenStats = transforms.call(token_stats, locals(), rows=("input", "target"))
-        return stats
+        return transforms.call(token_stats, locals(), rows=("input", "target"))
     checks.logits(input)
     checks.class_dimension(input, -1)
     checks.target_indices(target)
@@ -178,49 +176,39 @@ def cross_entropy(
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        loss: Tensor = transforms.call(cross_entropy, locals())
-        return loss
+        return transforms.call(cross_entropy, locals())
     checks.deprecated(size_average=size_average, reduce=reduce)
-    checks.logits(input)
-    dim = checks.class_dimension(input, dim)
-    checks.target(input, target, dim)
-    checks.no_class_ignored(ignore_index, target)
+    dim = checks.input_and_target(input, target, dim, ignore_index)
     input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
-    checks.reduction(reduction)
-    label_smoothing = checks.label_smoothing(label_smoothing)
-    z_loss_weight = checks.z_loss_weight(z_loss_weight)
-    checks.spread_rest(spread_rest, target)
-    checks.token_weight(token_weight, input.shape[:-1], input)
+    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+        input, target, input.shape[:-1], reduction, label_smoothing, z_loss_weight, spread_rest,
+        token_weight, num_items,
+    )  # fmt: skip
     checks.grad_in_forward(grad_in_forward, token_weight, num_items)
-    num_items = checks.num_items(num_items, reduction, input)
     ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
         input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
     )
     weight = None if weight is None else checks.class_weight(weight, input, vocab_size)
     checks.looks_like_logits(input)
-    goal = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
-    dtype = compute_dtype(input.dtype)
-    goal, token_weight = with_token_weight(goal, token_weight, z_loss_weight, dtype)
-    index = goal.index
-    how = reduction_of(
-        reduction, index, goal.ignore_index, token_weight, num_items, dtype, goal.counts
-    )
-    # A tracer plans reads and writes itself.
-    one_pass = grad_in_forward and _wants_gradient(input) and not torch.compiler.is_compiling()
-    if one_pass and goal.is_plain and how.known_before_backward(input.dtype):
-        return one_pass_loss(
-            input, index, how, label_smoothing, z_loss_weight,
-            goal.ignore_index, vocab_size, softcap, logit_scale, backend, inplace_backward,
-        )  # fmt: skip
-    outputs = token_stats_operator(
-        input, index, *goal.classes, goal.ignore_index, vocab_size, softcap, logit_scale, backend,
-        False, goal.wants_mean_logprob, False, False, inplace_backward,
+    spec, how = describe_target(
+        input, target, dim, weight, label_smoothing, z_loss_weight, ignore_index, vocab_size,
+        spread_rest, reduction, token_weight, num_items,
     )  # fmt: skip
-    return how.with_z_loss(goal.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    shared = (spec.ignore_index, vocab_size, softcap, logit_scale, backend)
+    if grad_in_forward and _is_possible_in_forward(input, spec, how):
+        return one_pass_loss(
+            input, spec.index, how, label_smoothing, z_loss_weight, *shared, inplace_backward
+        )
+    outputs = token_stats_operator(
+        input, spec.index, *spec.classes, *shared, *wanted_of(spec), inplace_backward
+    )
+    return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
 
 
-def _wants_gradient(input: Tensor) -> bool:
-    return torch.is_grad_enabled() and input.requires_grad
+def _is_possible_in_forward(input: Tensor, spec: Target, how: Reduction) -> bool:
+    if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
+        return False  # a tracer plans reads and writes itself
+    return spec.is_plain and how.known_before_backward(input.dtype)
 
 
 def _common(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import checks
 from ..core.class_logits import is_first
-from ..core.reduction import is_scored, smoothed, weighted
+from ..core.head import compute_dtype
+from ..core.reduction import Reduction, is_scored, reduction_of, smoothed, weighted
 from ..ops.library import NO_CLASS, Classes, Outputs
 
 AnyTarget = Tensor | tuple[Tensor, Tensor]
@@ -192,6 +193,34 @@ class TopK(_Distribution):
         # What may be the probabilities' own rounding makes no loss infinite.
         rounding = (rest <= torch.finfo(self.prob.dtype).eps) & (mean_logprob == -torch.inf)
         return rest.masked_fill((rest <= 0) | rounding, 0.0)
+
+
+def wanted_of(spec: Target) -> tuple[bool, bool, bool, bool]:
+    """Return which statistics a target needs: entropy, mean_logprob, rank, argmax."""
+    return False, spec.wants_mean_logprob, False, False
+
+
+def describe_target(
+    input: Tensor,
+    target: AnyTarget,
+    dim: int,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss_weight: float,
+    ignore_index: int,
+    vocab_size: int,
+    spread_rest: bool,
+    reduction: str,
+    token_weight: Tensor | None,
+    num_items: int | Tensor | None,
+) -> tuple[Target, Reduction]:
+    """Return what the operators are asked for, and how the tokens' losses become one."""
+    spec = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
+    dtype = compute_dtype(input.dtype)
+    spec, token_weight = with_token_weight(spec, token_weight, z_loss_weight, dtype)
+    return spec, reduction_of(
+        reduction, spec.index, spec.ignore_index, token_weight, num_items, dtype, spec.counts
+    )
 
 
 def target_of(

@@ -16,6 +16,24 @@ PRODUCT_BYTES = 256 << 20
 """Of a product for the weight's gradient that is added up: enough for its full speed."""
 
 
+CHUNK_BYTES = 256 << 20
+"""Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
+
+_CPU_CHUNK_BYTES = 128 << 20
+"""On a CPU, where that is not enough for all: products need workspace of their own."""
+
+
+def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
+    """Of a token's logits in a chunk, whose rows start on 128 bytes."""
+    return -(-vocab_size * itemsize // 128) * 128
+
+
+def default_chunk_bytes(logits_bytes: int, device_type: str) -> int:
+    """Of logits at a time, where all of them take `logits_bytes`."""
+    whole = logits_bytes <= CHUNK_BYTES
+    return CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
+
+
 def chunk_indices(target: Tensor, ignore_index: int, rows: int, drop_ignored: bool) -> list[Index]:
     """Into the tokens [N], so many `rows` a chunk; the chunks are of like size."""
     kept: Tensor | None = None

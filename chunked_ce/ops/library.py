@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..core.head import compute_dtype
 from ..core.row_stats import UNIFORM, ClassWeights, TokenStats
 
 library = torch.library.Library("chunked_ce", "DEF")
@@ -88,3 +89,25 @@ class Classes(NamedTuple):
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:
     checks.double_backward()
+
+
+def new_outputs(
+    input: Tensor,
+    target: Tensor,
+    classes: Classes,
+    entropy: bool,
+    mean_logprob: bool,
+    rank: bool,
+    argmax: bool,
+) -> tuple[Tensor, ...]:
+    floats, integers = compute_dtype(input.dtype), torch.int64
+
+    def new(dtype: torch.dtype, wanted: bool = True) -> Tensor:
+        return input.new_empty(target.shape if wanted else 0, dtype=dtype)
+
+    return (
+        *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
+        new(floats, mean_logprob and classes.are_weighted),
+        input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
+        *(new(integers, rank), new(integers, argmax)),
+    )

@@ -29,9 +29,10 @@ from .library import (
     UPSTREAM_SCHEMA,
     Classes,
     library,
+    new_outputs,
     no_double_backward,
 )
-from .logits import new_outputs, outputs_of, rows_gradient, upstream_of
+from .logits import outputs_of, rows_gradient, upstream_of
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.gradient import Coefficients, coefficients
-from ..core.head import Head, compute_dtype
+from ..core.head import Head
 from ..core.row_stats import UNIFORM, ClassWeights, RowStatistics
 from .classes import check_classes, gradient_at_classes, logits_at_classes, prob_gradient
 from .library import (
@@ -31,6 +31,7 @@ from .library import (
     Classes,
     Outputs,
     library,
+    new_outputs,
     no_double_backward,
 )
 
@@ -117,28 +118,6 @@ def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> Out
         return Outputs(*flat)
     shaped = (out if out is None or out is at else out.view(shape) for out in flat)
     return Outputs(*shaped)  # type: ignore[arg-type]
-
-
-def new_outputs(
-    input: Tensor,
-    target: Tensor,
-    classes: Classes,
-    entropy: bool,
-    mean_logprob: bool,
-    rank: bool,
-    argmax: bool,
-) -> tuple[Tensor, ...]:
-    floats, integers = compute_dtype(input.dtype), torch.int64
-
-    def new(dtype: torch.dtype, wanted: bool = True) -> Tensor:
-        return input.new_empty(target.shape if wanted else 0, dtype=dtype)
-
-    return (
-        *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
-        new(floats, mean_logprob and classes.are_weighted),
-        input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
-        *(new(integers, rank), new(integers, argmax)),
-    )
 
 
 def upstream_of(

@@ -10,7 +10,7 @@ derivative: second derivatives raise, and so does forward mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,16 @@ _WRITES = ("inplace_backward", "grad_in_forward")
 """Options that save memory by writing over tensors which other transforms may still need."""
 
 
+Result = TypeVar("Result")
+
+
 def active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def call(function: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[str] = ()) -> Any:
+def call(
+    function: Callable[..., Result], arguments: dict[str, Any], rows: Sequence[str] = ()
+) -> Result:
     """`function(**arguments)`, for the transforms that are active.
 
     rows: names of the arguments [rows, ...] that may have further dimensions in front, if all
@@ -37,7 +42,8 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], rows: Sequence
     """
     this = _Call(function, arguments, rows)
     outputs = _Forward.apply(this, *this.tensors)  # type: ignore[no-untyped-call]
-    return this.result(outputs)
+    result: Result = this.result(outputs)
+    return result
 
 
 class _Call:

@@ -32,6 +32,8 @@ def one_source(input_ids: Any, text: Any, attention_mask: Any, tokenizer: Any) -
         raise TypeError(
             "tokenizer goes with text, but input_ids were given: they are tokens already"
         )
+    if text is not None:
+        check_tokenizer(tokenizer)
 
 
 def documents_of_ids(input_ids: Any, attention_mask: Any) -> list[Tensor]:
@@ -127,7 +129,7 @@ def texts(text: Any) -> list[str]:
     return list(documents)
 
 
-def tokenizer(value: Any) -> None:
+def check_tokenizer(value: Any) -> None:
     if value is None:
         raise TypeError("text needs its tokenizer: pass tokenizer=, or token ids as input_ids")
     if not callable(value) or not hasattr(value, "decode"):
@@ -213,9 +215,9 @@ def _pair(i: int, pair: Any, context_length: int) -> tuple[Tensor, Tensor]:
     return context, continuation
 
 
-def importable(package: str, what: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def progress_bar(wanted: bool) -> None:
+    if wanted and importlib.util.find_spec("tqdm") is None:
         raise ModuleNotFoundError(
-            f"{what} needs the {package} package, which is not installed: "
-            f"pip install 'chunked-ce[{extra}]'"
+            "progress=True needs the tqdm package, which is not installed: "
+            "pip install 'chunked-ce[cli]'"
         )
