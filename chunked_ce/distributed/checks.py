@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks.linear import linear_bias
 from ..checks.values import LOGIT_DTYPES, floating, integer, same_device, shape
 
 
@@ -184,7 +185,7 @@ def shard_of_logits(input: Tensor, target: Tensor) -> None:
     same_device("target", target, input)
 
 
-def shard_of_weight(weight: Tensor, input: Tensor, target: Tensor) -> None:
+def shard_of_weight(weight: Tensor, bias: Tensor | None, input: Tensor, target: Tensor) -> None:
     """`weight` [C, D], the rows of a head that this rank holds, perhaps none."""
     floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
@@ -199,6 +200,7 @@ def shard_of_weight(weight: Tensor, input: Tensor, target: Tensor) -> None:
             "state per target: give every rank the class index of each, counted over all ranks"
         )
     same_device("target", target, input)
+    linear_bias(bias, weight)
 
 
 def placements(name: str, tensor: Any, dim: int, rows: bool) -> int:

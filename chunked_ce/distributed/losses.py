@@ -202,22 +202,20 @@ def vocab_parallel_linear_cross_entropy(
     )
     input, target = plain("input", input, None), plain("target", target, None)
     checks.hidden_states(input)
-    shard_checks.shard_of_weight(weight, input, target)
-    checks.linear_bias(bias, weight)
+    shard_checks.shard_of_weight(weight, bias, input, target)
     label_smoothing, z_loss_weight, num_items = checks.loss_options(
         input, target, target.shape, reduction, label_smoothing, z_loss_weight, False,
         token_weight, num_items,
     )  # fmt: skip
     input, weight, bias = autocast(input, weight, bias)
     shard = shard_of(weight.shape[0], group, vocab_start, vocab_size)
-    contents = weight.t() if vocab_start is None else None
     of_loss = (reduction, label_smoothing, z_loss_weight, token_weight, num_items)
+    contents = weight.t() if vocab_start is None else None
     call = _Call(input, target, shard, weight.shape[0], contents)
     chunks = _chunks(call, weight, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype)
-    input_gradient = input.requires_grad and torch.is_grad_enabled()
     options = _options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale, False,
-        backend, of_loss, input_gradient,
+        backend, of_loss, input.requires_grad and torch.is_grad_enabled(),
     )._replace(**chunks)  # fmt: skip
     dtype = compute_dtype(input.dtype)
     how = reduction_of(reduction, target, options.ignore_index, token_weight, num_items, dtype)

@@ -107,16 +107,14 @@ def evaluate_perplexity(
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
     documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
     ids = [document.ids for document in documents]
-    settings: dict[str, Any] = dict(
-        context_length=context_length, stride=stride, full_last_window=full_last_window
-    )
-    windows = sliding_windows([len(document) for document in ids], **settings)
+    settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
+    windows = sliding_windows([len(document) for document in ids], context_length, **settings)
     checks.progress_bar(progress)
     with evaluating(model):
         examined = examine(model, "document", ids, context_length, where, backend)
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
-    settings |= dict(bos=before, eos=after, partial=interrupted)
+    settings |= dict(context_length=context_length, bos=before, eos=after, partial=interrupted)
     report = scoring.report(per_document, per_position, per_window, **settings)
     if interrupted:
         raise EvaluationInterrupted(report)
