@@ -1,16 +1,13 @@
 """Whether the one-pass kernel may spread a row over a cluster of CTAs on a GPU.
 
 Triton's reductions across CTAs are young (3.8 has them). So the cluster form is used only on a GPU
-where `check` has run it against the streamed form and found the same:
-
-    python -m chunked_ce.clusters
+where `check` has run it against the streamed form and found the same: `chunked-ce doctor` does so.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -101,20 +98,3 @@ def _read() -> dict[str, bool]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("no GPU here: nothing to check")
-        return 1
-    for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
-        if not supported(device):
-            print(f"{_key(device)}: no clusters (they need sm_90 and Triton 3.8)")
-        else:
-            print(f"{_key(device)}: clusters {'agree' if check(device) else 'DISAGREE: not used'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
