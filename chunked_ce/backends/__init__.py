@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 from torch import Tensor
 from torch import device as Device
 
 from .. import checks
-from ..core.gradient import Coefficients
-from ..core.head import Head
-from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics
+from ..core.row_stats import Part, RowStatistics
 from . import cpu as backend_cpu
 from . import cpu_binary, cpu_library
 from . import torch as backend_torch
@@ -39,120 +38,72 @@ def choose_backend(backend: str, device: Device) -> str:
     return backend
 
 
+def _backend(name: str) -> Any:
+    if name == "triton":
+        from . import triton
+
+        return triton
+    return backend_cpu if name == "cpu" else backend_torch
+
+
 def row_statistics(
     backend: str,
     input: Tensor,  # [..., V]
-    target: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    head: Head,
-    weights: ClassWeights = UNIFORM,
+    *arguments: Any,  # target, ignore_index, vocab_size, head, weights
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> RowStatistics:
-    """The statistics of every row, flat."""
-    if backend == "triton":
-        from . import triton as backend_triton
-
-        return backend_triton.row_statistics(
-            input, target, ignore_index, vocab_size, head, weights, **wanted
-        )
-    if backend == "cpu":
-        return backend_cpu.row_statistics(
-            input, target, ignore_index, vocab_size, head, weights, **wanted
-        )
-    options = backend_torch.Options(vocab_size, head)
-    return backend_torch.row_statistics(input, target, ignore_index, options, weights, **wanted)
+    """Return the statistics of every row, flat."""
+    rows: RowStatistics = _backend(backend).row_statistics(input, *arguments, **wanted)
+    return rows
 
 
 def row_part(
     backend: str,
     input: Tensor,  # [..., C], some classes of a larger vocabulary
     target: Tensor,  # counted from the first of them; outside of [0, vocab_size): not among them
-    ignore_index: int,
-    vocab_size: int,
-    head: Head,
+    *arguments: Any,  # ignore_index, vocab_size, head
     **wanted: bool,  # entropy, mean_logprob, argmax
 ) -> tuple[Part, Tensor]:
-    """Of every row the sums over these classes, and the target's logit, -inf if elsewhere."""
+    """Return every row's sums over these classes, and the target's logit, -inf if elsewhere."""
+    module = _backend(backend)
     if backend == "triton":
-        from . import triton_shard as triton_part
+        from . import triton_shard
 
-        return triton_part.row_part(input, target, ignore_index, vocab_size, head, **wanted)
-    if backend == "cpu":
-        return backend_cpu.row_part(input, target, ignore_index, vocab_size, head, **wanted)
-    options = backend_torch.Options(vocab_size, head)._replace(shard=True)
-    return backend_torch.row_part(input, target, ignore_index, options, rank=False, **wanted)
+        module = triton_shard
+    part: tuple[Part, Tensor] = module.row_part(input, target, *arguments, **wanted)
+    return part
 
 
 def logits_gradient(
     backend: str,
     input: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    logprob: Tensor,
-    lse_low: Tensor,
-    coefficients: Coefficients,
-    ignore_index: int,
-    vocab_size: int,
-    head: Head,
-    weights: ClassWeights = UNIFORM,
-    *,
+    *arguments: Any,  # target, lse, logprob, lse_low, coefficients, ..., vocab_size, head, weights
     inplace: bool,
     shard: bool = False,
 ) -> Tensor:
-    """dL/dinput, in a new tensor or over `input`; `shard`: both given as to `row_part`."""
-    given = (input, target, lse, logprob, lse_low, coefficients, ignore_index)
-    if backend == "triton":
-        from . import triton as backend_triton
-
-        return backend_triton.logits_gradient(*given, vocab_size, head, weights, inplace=inplace)
-    if backend == "cpu":
-        return backend_cpu.logits_gradient(
-            *given, vocab_size, head, weights, inplace=inplace, shard=shard
-        )
-    options = backend_torch.Options(vocab_size, head)._replace(shard=shard)
-    return backend_torch.logits_gradient(*given, options, weights, inplace=inplace)
+    """Return dL/dinput, in a new tensor or over `input`; `shard`: both given as to `row_part`."""
+    options = dict(inplace=inplace) | ({} if backend == "triton" else dict(shard=shard))
+    grad: Tensor = _backend(backend).logits_gradient(input, *arguments, **options)
+    return grad
 
 
 def loss_and_gradient(
     backend: str,
     input: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    divisor: Tensor | None,
-    label_smoothing: float,
-    z_loss_weight: float,
-    ignore_index: int,
-    vocab_size: int,
-    head: Head,
-    *,
+    *arguments: Any,  # target, token_weight, divisor, label_smoothing, ..., vocab_size, head
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+    """Return each token's loss, flat, and the gradient of loss * token_weight / divisor.
 
-    That in a new tensor or over `input`.
+    The losses are those before their weights; the gradient is in a new tensor or over `input`.
     """
-    losses = (token_weight, divisor, label_smoothing, z_loss_weight)
+    options: dict[str, bool] = dict(inplace=inplace)
     if backend == "triton":
         from . import clusters
-        from . import triton as backend_triton
 
-        return backend_triton.loss_and_gradient(
-            input, target, *losses, ignore_index, vocab_size, head,
-            inplace=inplace, on_clusters=clusters.checked(input.device),
-        )  # fmt: skip
-    if backend == "cpu":
-        return backend_cpu.loss_and_gradient(
-            input, target, *losses, ignore_index, vocab_size, head, inplace=inplace
-        )
-    return backend_torch.loss_and_gradient(
-        input,
-        target,
-        *losses,
-        ignore_index,
-        backend_torch.Options(vocab_size, head),
-        inplace=inplace,
-    )
+        options["on_clusters"] = clusters.checked(input.device)
+    both: tuple[Tensor, Tensor] = _backend(backend).loss_and_gradient(input, *arguments, **options)
+    return both
 
 
 def scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:

@@ -47,11 +47,13 @@ def row_statistics(
     input: Tensor,
     target: Tensor,
     ignore_index: int,
-    options: Options,
+    vocab_size: int,
+    head: Head,
     weights: ClassWeights = UNIFORM,
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> RowStatistics:
     """The statistics of every row, flat."""
+    options = Options(vocab_size, head)
     targets = _targets(input, target, ignore_index, options)
     part = _sum_rows(input, targets, options, wanted, weights)
     column = targets.column.clamp(min=0)
@@ -65,12 +67,14 @@ def row_part(
     input: Tensor,
     target: Tensor,
     ignore_index: int,
-    options: Options,
-    **wanted: bool,  # entropy, mean_logprob, rank, argmax
+    vocab_size: int,
+    head: Head,
+    **wanted: bool,  # entropy, mean_logprob, argmax
 ) -> tuple[Part, Tensor]:
     """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
+    options = Options(vocab_size, head, shard=True)
     targets = _targets(input, target, ignore_index, options)
-    return _sum_rows(input, targets, options, wanted), targets.logit
+    return _sum_rows(input, targets, options, wanted | dict(rank=False)), targets.logit
 
 
 def logits_gradient(
@@ -81,12 +85,15 @@ def logits_gradient(
     lse_low: Tensor,
     coefficients: Coefficients,
     ignore_index: int,
-    options: Options,
+    vocab_size: int,
+    head: Head,
     weights: ClassWeights = UNIFORM,
     *,
     inplace: bool,
+    shard: bool = False,
 ) -> Tensor:
     """dL/dinput, in a new tensor or over `input`."""
+    options = Options(vocab_size, head, shard)
     out = input if inplace else torch.empty_like(input)
     column, _, ignored = _targets(input, target, ignore_index, options)
     numbers = row_gradient(logprob, lse_low, coefficients).of((-lse_low).exp())
@@ -108,7 +115,8 @@ def loss_and_gradient(
     label_smoothing: float,
     z_loss_weight: float,
     ignore_index: int,
-    options: Options,
+    vocab_size: int,
+    head: Head,
     *,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +125,7 @@ def loss_and_gradient(
     That in a new tensor or over `input`. In two passes.
     """
     stats, lse_low, _ = row_statistics(
-        input, target, ignore_index, options,
+        input, target, ignore_index, vocab_size, head,
         entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
     )  # fmt: skip
     weight = torch.ones_like(stats.lse)
@@ -125,12 +133,10 @@ def loss_and_gradient(
         weight = weight * token_weight.reshape(-1)
     if divisor is not None:
         weight = weight / divisor
-    numbers = token_loss_coefficients(
-        stats, weight, label_smoothing, z_loss_weight, options.vocab_size
-    )
+    numbers = token_loss_coefficients(stats, weight, label_smoothing, z_loss_weight, vocab_size)
     grad = logits_gradient(
-        input, target, stats.lse, stats.logprob, lse_low, numbers, ignore_index, options,
-        inplace=inplace,
+        input, target, stats.lse, stats.logprob, lse_low, numbers, ignore_index, vocab_size,
+        head, inplace=inplace,
     )  # fmt: skip
     return token_loss(stats, label_smoothing, z_loss_weight), grad
 
