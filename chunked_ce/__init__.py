@@ -1,7 +1,10 @@
 """Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored."""
 
+import sys
+
 from .checks import explain_loss
 from .core.row_stats import TokenStats
+from .evaluation import documents as _documents
 from .evaluation.evaluate import evaluate_perplexity
 from .evaluation.likelihood import Loglikelihood, loglikelihood
 from .evaluation.meter import Perplexity, perplexity
@@ -12,6 +15,8 @@ from .functional.logits import cross_entropy, token_stats
 from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
+
+sys.modules[f"{__name__}.documents"] = _documents  # where it was imported from before
 
 __all__ = [
     "BCEWithLogitsLoss",

@@ -14,7 +14,8 @@ from test_trainer import trainer_of, use
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.huggingface import BATCH, LogitsMade, batch, build
+from bench.huggingface import BATCH, VOCAB, LogitsMade, batch, build
+from chunked_ce import evaluate_perplexity
 from chunked_ce.huggingface import DeferredLogits, enable
 
 
@@ -67,6 +68,23 @@ def evaluated(way: str) -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         trainer = trainer_of(model, folder, per_device_eval_batch_size=10 // dist.get_world_size())
         return float(trainer.evaluate()["eval_loss"])
+
+
+def perplexity_of_sharded() -> None:
+    """Whether a group keeps the head's weight after forward or frees it, the NLL is the same."""
+    ids = torch.arange(3, 40)[None] % VOCAB
+    for name in ("Llama", "Gemma2"):
+        expected = evaluate_perplexity(build(name), ids, context_length=8)
+        for reshard in (True, False):
+            model = build(name)
+            for layer in model.model.layers:
+                fully_shard(layer)
+            if name == "Llama":
+                fully_shard(model.lm_head, reshard_after_forward=reshard)
+            fully_shard(model, reshard_after_forward=reshard)
+            report = evaluate_perplexity(model, ids, context_length=8)
+            assert abs(report.nll_sum / expected.nll_sum - 1) < 1e-6
+            assert report.logits_stored or not reshard
 
 
 def kept_head(gradients, rank: int, expected) -> None:
@@ -153,6 +171,7 @@ def main() -> None:
         else:
             raise AssertionError("a head that is a group of its own was taken")
 
+    perplexity_of_sharded()
     kept_head(gradients, rank, expected)
     prepared(gradients, rank, expected)
     losses = [evaluated(way) for way in ("transformers", "causal_lm_loss", "enable")]

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCAB = 300
+TINY_VOCAB, PADDED_VOCAB = 150, 160
 CONTEXT = 32
 SIZES = dict(
     vocab_size=VOCAB,
@@ -41,6 +42,27 @@ def causal_lm(family: str = "GPT2", **config: Any) -> Any:
     return model
 
 
+class Tiny(nn.Module):
+    """A model of one file without transformers, whose `transform` is given the head's logits.
+
+    `strike`: (at which call, what) to raise.
+    """
+
+    def __init__(self, transform: Any = lambda z: z, head: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mlp = nn.Embedding(PADDED_VOCAB, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, PADDED_VOCAB) if head is None else head
+        self.transform, self.calls, self.strike = transform, 0, None  # type: ignore[var-annotated]
+
+    def forward(self, ids: Tensor) -> Any:
+        if self.strike:
+            self.calls += 1
+            if self.calls == self.strike[0]:
+                raise self.strike[1]
+        return self.transform(self.head(self.mlp(self.table(ids)).tanh() * 4))
+
+
 def byte_tokenizer() -> Any:
     """Byte-level BPE of 300 tokens, its end of text the beginning too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -67,4 +89,15 @@ def brute_force(model: Any, ids: Tensor, context: int, stride: int) -> float:
         losses = F.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="none")
         total += losses[done - start :].sum().item()
         start, done = start + stride, stop
+    return total
+
+
+@torch.no_grad()
+def windows_nll(model: Any, ids: Tensor, context: int) -> float:
+    """NLL of disjoint windows of a model that returns logits, stock cross-entropy in fp64."""
+    total = 0.0
+    for start in range(0, len(ids) - 1, context):
+        target = ids[start + 1 : start + context + 1]
+        logits = model(ids[None, start : start + len(target)])[0].double()
+        total += F.cross_entropy(logits, target, reduction="sum").item()
     return total

@@ -1,15 +1,14 @@
-"""evaluate_perplexity runs the model's own forward with its head deferred, and leaves it as it was."""
+"""evaluate_perplexity with the head deferred: where logits are stored, and what is computed."""
 
-import random
-import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from language_models import PADDED_VOCAB as PADDED
+from language_models import TINY_VOCAB as VOCAB
+from language_models import Tiny, windows_nll
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,25 +17,7 @@ from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
 from chunked_ce.huggingface.head_product import HeadProduct
 from chunked_ce.ops import chunks
 
-VOCAB, PADDED, CONTEXT = 150, 160, 32
-
-
-class Tiny(nn.Module):
-    """A model of one file: no transformers, no configuration, the head as `transform` uses it."""
-
-    def __init__(self, transform=lambda z: z, head=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.mlp = nn.Embedding(PADDED, 16), nn.Linear(16, 16)
-        self.head = nn.Linear(16, PADDED) if head is None else head
-        self.transform, self.calls, self.strike = transform, 0, None
-
-    def forward(self, ids):
-        if self.strike:  # (at which call, what)
-            self.calls += 1
-            if self.calls == self.strike[0]:
-                raise self.strike[1]
-        return self.transform(self.head(self.mlp(self.table(ids)).tanh() * 4))
+CONTEXT = 32
 
 
 class Functional(nn.Linear):
@@ -66,15 +47,8 @@ def documents(*lengths):
     return [torch.randint(3, VOCAB, (n,)) for n in lengths]
 
 
-@torch.no_grad()
 def expected_nll(model, ids):
-    """Windows of CONTEXT, stock cross-entropy in fp64."""
-    total = 0.0
-    for start in range(0, len(ids) - 1, CONTEXT):
-        target = ids[start + 1 : start + CONTEXT + 1]
-        logits = model(ids[None, start : start + len(target)])[0].double()
-        total += F.cross_entropy(logits, target, reduction="sum").item()
-    return total
+    return windows_nll(model, ids, CONTEXT)
 
 
 DEFERRED = {
@@ -138,71 +112,6 @@ def test_report_tells_of_logits_that_only_some_windows_need():
     assert report.nll_sum == pytest.approx(expected_nll(model, ids), rel=1e-6)
 
 
-# The model stays as it was
-
-
-def state(model):
-    """Every attribute of every module, containers by content."""
-    return [
-        {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items() if k != "calls"}
-        for m in model.modules()
-    ]
-
-
-def check_unchanged(model, before):
-    model.strike = None
-    after = state(model)
-    for a, b in zip(after, before, strict=True):
-        assert a.keys() == b.keys() and all(a[k] is b[k] or a[k] == b[k] for k in a)
-    assert type(model(torch.arange(3, 9)[None])) is torch.Tensor
-    assert type(F.linear(torch.ones(2, 16), model.head.weight)) is torch.Tensor
-
-
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-@pytest.mark.parametrize("error", [ValueError("of the model"), KeyboardInterrupt()])
-def test_model_is_unchanged_after_an_exception(call, error):
-    """Calls 1 and 2 try the model; a failure of the second is no reason to give up."""
-    model = Tiny(lambda z: z * 0.5).train()
-    model.mlp.eval()
-    before, model.strike = state(model), (call, error)
-    before[0]["strike"] = None
-    run = lambda: evaluate_perplexity(model, documents(200), context_length=CONTEXT, batch_size=1)  # noqa: E731
-    if call == 2 and isinstance(error, ValueError):
-        assert run().logits_stored
-    else:
-        with pytest.raises(type(error)):
-            run()
-    check_unchanged(model, before)
-    whole = evaluate_perplexity(model, documents(200), context_length=CONTEXT)
-    assert not whole.logits_stored
-
-
-@pytest.mark.struck
-def test_model_is_unchanged_wherever_a_signal_strikes():
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    model, ids = Tiny(lambda z: z * 0.5), documents(20 * CONTEXT)
-    previous, draw, struck = signal.signal(signal.SIGALRM, stop), random.Random(0), 0
-    start = time.monotonic()
-    evaluate_perplexity(model, ids, context_length=CONTEXT, batch_size=1)
-    taken, before = time.monotonic() - start, state(model)
-    try:
-        for _ in range(20):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 0.9) * taken)
-                evaluate_perplexity(model, ids, context_length=CONTEXT, batch_size=1)
-            except KeyboardInterrupt as interruption:  # EvaluationInterrupted is one
-                struck += 1
-                assert not isinstance(interruption, EvaluationInterrupted) or interruption.report
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            check_unchanged(model, before)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-    assert struck
-
-
 def test_logits_that_the_call_itself_uses():
     """They are a tensor, equal to that of a call in which nothing is deferred."""
     model, uses = Tiny(), []
@@ -210,28 +119,6 @@ def test_logits_that_the_call_itself_uses():
     expected = model(torch.arange(3, 9)[None])
     HeadProduct().defer(model.head.weight, lambda: model(torch.arange(3, 9)[None]))
     assert type(uses[1]) is torch.Tensor and torch.equal(uses[1], expected)
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["two models", "one model"])
-def test_two_threads(shared):
-    """A thread's deferral is no other thread's."""
-    first = Tiny(lambda z: z * 0.5).eval()
-    models = [first, first if shared else Tiny(lambda z: z.tanh() * 3).eval()]
-    ids = documents(30 * CONTEXT)
-    expected = [evaluate_perplexity(m, ids, context_length=CONTEXT, batch_size=1) for m in models]
-    barrier, reports, kinds = threading.Barrier(3), [None, None], []
-
-    def evaluate(i):
-        barrier.wait()
-        reports[i] = evaluate_perplexity(models[i], ids, context_length=CONTEXT, batch_size=1)
-
-    threads = [threading.Thread(target=evaluate, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    barrier.wait()
-    while any(thread.is_alive() for thread in threads):
-        kinds.append(type(first(ids[0][None, :9])))
-    assert reports == expected and set(kinds) == {torch.Tensor}
 
 
 def test_hooks_see_the_head():

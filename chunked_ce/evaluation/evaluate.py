@@ -48,7 +48,7 @@ def evaluate_perplexity(
     group: Any = None,
     backend: str = "auto",
 ) -> EvaluationReport:
-    """Perplexity of a causal language model on documents, each token scored once.
+    """Compute the perplexity of a causal language model on documents, each token scored once.
 
     Sliding windows: see :mod:`chunked_ce.evaluation.windows`. The model runs in evaluation mode,
     in its dtype and under the autocast of the caller. Its output head is deferred, so that logits

@@ -89,8 +89,9 @@ def examine(
     except TypeError as error:
         raise checks.not_of_ids_alone(error) from error
     checks.model_logits(logits, probe)
+    # Rounding may depend on the tokens beside, so one pair that differs is no proof.
     others = (_looks_ahead(_logits_of(model, another)) for another in further)
-    checks.causal(not (_looks_ahead(logits) and all(others)))  # one may be another batch's rounding
+    checks.causal(not (_looks_ahead(logits) and all(others)))
     weight = products.last_weight(logits.shape[-1])
     if weight is not None and not _defers(model, weight, probe, logits):
         weight = None

@@ -32,7 +32,7 @@ def loglikelihood(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> list[Loglikelihood]:
-    """Log-probability of each continuation after its context, and whether greedy decoding gives it.
+    """Compute each continuation's log-probability after its context, and whether it is greedy.
 
     What lm-evaluation-harness calls `_loglikelihood_tokens`. A context that is too long loses its
     beginning. Padding is on the right, and changes nothing.

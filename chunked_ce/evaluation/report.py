@@ -130,7 +130,7 @@ class EvaluationReport(PerplexityReport):
     documents_given: int = 0
     windows: int = 0  # planned
     windows_scored: int = 0
-    logits_stored: bool = False  # the head was not recognised: the model's own logits were used
+    logits_stored: bool = False  # the head could not be deferred
     partial: bool = False  # interrupted: some windows are not in it
     per_document: tuple[PerplexityReport, ...] | None = None
     per_position: tuple[PerplexityReport, ...] | None = None

@@ -59,7 +59,7 @@ class DeferredLogits:
         self._loss_taken = False
 
     def tensor(self) -> Tensor:
-        """The logits. Computed at the first call, and part of autograd's graph."""
+        """Return the logits, computed at the first call and part of autograd's graph."""
         if self._real is None:
             with torch.set_grad_enabled(self.head.with_grad):
                 if self._parent is None or self._operation is None:
@@ -187,7 +187,7 @@ class DeferredLogits:
 
 
 def _is_factor(value: object) -> bool:
-    """A number that a loss can fold into `logit_scale` or `softcap`."""
+    """Return whether a loss can fold a number into `logit_scale` or `softcap`."""
     number = isinstance(value, (int, builtins.float)) and not isinstance(value, bool)
     return number and 1e-6 <= abs(value) <= 1e6  # type: ignore[arg-type]
 

@@ -195,7 +195,7 @@ def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
 
 
 def _head_copied(self: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy: enabled as part of a copy of the model, plain where the head alone is copied."""
+    """Make a deep copy: enabled within a copy of the model, plain if copied alone."""
     state: Enabled = vars(self)[_STATE]
     whole = id(state._model) in memo
     mine = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]

@@ -23,7 +23,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy of each position's logits against the next position's label.
+    """Compute the cross-entropy of each position's logits and the next position's label.
 
     Takes the place of transformers' `ForCausalLMLoss`: `model.loss_function = causal_lm_loss`. The
     logits are read as they are: no copy in float32, and none for the shift, which the labels make.
