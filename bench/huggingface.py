@@ -108,12 +108,14 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def step(model: Any) -> tuple[Tensor, dict[str, Tensor], int]:
+def step(
+    model: Any, inputs: dict[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss, gradients, tensors of the logits' size that were made."""
     model.zero_grad()
     torch.manual_seed(0)  # of dropout
     with LogitsMade() as made:
-        loss = model(**batch()).loss
+        loss = model(**(inputs or batch())).loss
         loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}, made.count
 
@@ -157,7 +159,7 @@ class _with_loss:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser_of("huggingface", __doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--csv", type=options.writable, metavar="FILE")
+    options.add_csv(parser)
     args = parser.parse_args(arguments)
     table = Table(args.csv, Difference._fields)
     print(f"{'':14}{'':16}{'loss':>10}{'gradients':>11}{'logits made':>13}")

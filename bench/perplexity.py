@@ -98,6 +98,7 @@ def model_of(sizes: Sizes) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = options.parser_of("perplexity", __doc__)
     options.add_sizes(parser, context=1024, batch_size=4, vocab=50257, hidden=256, threads=2)
+    options.add_csv(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     return parser
 

@@ -8,7 +8,7 @@ interpreter. Where a provider cannot run, `load` raises Unavailable with the rea
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 import chunked_ce
 
-from . import floors
-from .cases import BOTH, LINEAR, LOGITS, MODES, Loss
+from . import floors, options
+from .cases import BOTH, LINEAR, LOGITS, MODES, Case, Loss
 
 EAGER, COMPILED, OURS = "eager", "torch.compile", "chunked_ce"
 INPLACE = "chunked_ce inplace_backward"
@@ -69,6 +69,26 @@ def why_not(provider: Provider, device: str) -> str:
     except Unavailable as why:
         return str(why)
     return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, and why a provider cannot run here."""
+    options.parser_of("providers", __doc__).parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for p in TABLE:
+        print(f"{p.name:52} {p.form:7} {p.computes:46} {why_not(p, device)}".rstrip())
+    return 0
+
+
+def bytes_needed(case: Case, provider: Provider) -> float:
+    """Return the bytes of a step and its batch, from above."""
+    parameters = 3 * (case.V + case.N) * case.D * 4  # themselves, gradients, sums
+    stores_logits = provider.name in (EAGER, COMPILED) or provider.name.startswith(HEAD)
+    if stores_logits or case.form == LOGITS:
+        return parameters + 3 * case.logits_bytes  # log-softmax and two gradients
+    if provider.name in (CUT, CUT_FILTER):  # float32, whatever the dtype
+        return parameters + 4 * case.N * case.V * 4
+    return parameters + (1 << 30)
 
 
 def _module(name: str) -> Any:

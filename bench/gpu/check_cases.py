@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import chunked_ce
 
@@ -157,17 +158,25 @@ def weighted(context: Context, dtype: torch.dtype, vocab: int) -> float:
     )  # fmt: skip
     errors = []
     for given, labels, options in calls:
-        leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        ours = chunked_ce.cross_entropy(leaf, given, backend=BACKEND, **options)
+        exact = {k: v.double() if k == "weight" else v for k, v in options.items()}
         if labels.is_floating_point():
             labels = labels.double()
-        exact = {k: v.double() if k == "weight" else v for k, v in options.items()}
-        truth = F.cross_entropy(wide, labels, **exact)
-        ours.backward()
-        truth.backward()
-        assert leaf.grad is not None and wide.grad is not None
-        errors += [near("loss", ours, truth, 4e-6), near_gradient(leaf.grad, wide.grad, dtype)]
+        ours = partial(chunked_ce.cross_entropy, target=given, backend=BACKEND, **options)
+        truth = partial(F.cross_entropy, target=labels, **exact)
+        errors.append(agree(x, ours, truth, 4e-6))
     return max(errors)
+
+
+def agree(
+    x: Tensor, ours: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor], rtol: float
+) -> float:
+    """Compare a loss of `x` and its gradient with those in fp64."""
+    leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    loss, exact = ours(leaf), truth(wide)
+    loss.backward()
+    exact.backward()
+    assert leaf.grad is not None and wide.grad is not None
+    return max(near("loss", loss, exact, rtol), near_gradient(leaf.grad, wide.grad, x.dtype))
 
 
 def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
@@ -179,13 +188,9 @@ def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
     hot = torch.zeros(x.shape, device=x.device, dtype=torch.float64).scatter(1, index, 1.0)
     errors = []
     for given, labels in ((dense, dense.double()), (index, hot)):
-        leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        ours = chunked_ce.binary_cross_entropy_with_logits(leaf, given, backend=BACKEND)
-        truth = F.binary_cross_entropy_with_logits(wide, labels)
-        ours.backward()
-        truth.backward()
-        assert leaf.grad is not None and wide.grad is not None
-        errors += [near("loss", ours, truth, 2e-6), near_gradient(leaf.grad, wide.grad, dtype)]
+        ours = partial(chunked_ce.binary_cross_entropy_with_logits, target=given, backend=BACKEND)
+        truth = partial(F.binary_cross_entropy_with_logits, target=labels)
+        errors.append(agree(x, ours, truth, 2e-6))
     return max(errors)
 
 
