@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 def small_config(config_class: Any) -> Any:
-    """The default configuration with SMALL sizes; lists with an entry a layer are cut."""
+    """Return the default configuration with SMALL sizes, and lists of an entry per layer cut."""
     default = config_class()
     values = {k: v for k, v in SMALL.items() if hasattr(default, k)}
     for key in list(values):
@@ -82,7 +82,7 @@ def small_config(config_class: Any) -> Any:
 
 
 def build(model_type: str) -> Any:
-    """A small model with random weights, in training."""
+    """Return a small model with random weights, in training."""
     name = NAMES[model_type]
     model_class = getattr(transformers, name if isinstance(name, str) else name[0])
     config = small_config(model_class.config_class)
@@ -96,7 +96,7 @@ def build(model_type: str) -> Any:
 
 @torch.no_grad()
 def mean_nll(model: Any, ids: Tensor) -> float:
-    """Of the model's own logits, a row at a time."""
+    """Return the mean loss of the model's own logits, a row at a time."""
     losses = [
         F.cross_entropy(model(input_ids=row[None]).logits[0, :-1].double(), row[1:]) for row in ids
     ]
@@ -129,7 +129,7 @@ def compare(model_type: str) -> Result:
 def of_training(
     model: Any, inputs: dict[str, Tensor], expected: Tensor, gradients: dict[str, Tensor]
 ) -> tuple[float, float, str]:
-    """(the loss's difference, the largest of a gradient, why `enable` refuses the model or "")."""
+    """Return the differences of loss and gradients, and why `enable` refuses the model or ""."""
     try:
         handle = enable(model)
     except ValueError as error:
@@ -150,7 +150,7 @@ def _child(model_type: str, results: Any) -> None:
 
 
 def apart(model_type: str) -> Result:
-    """`compare` in a process of its own."""
+    """Run `compare` in a process of its own."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(model_type, send))

@@ -112,8 +112,6 @@ def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
             title = f"head and loss, {BOTH}: D = {d}, V = {v}\n{device}"
             path = folder / _new(f"tokens_D{d}_V{v}", names)
             yield _draw(of_size, _of_training(of_size), "N", title, path)
-    if compared := list(_predicted_and_measured(rows)):
-        yield _scatter(compared, folder / "memory_predicted_and_measured.png")
 
 
 def _new(name: str, names: Counter[str]) -> str:
@@ -144,39 +142,12 @@ def _draw(rows: Sequence[Row], panels: Sequence[Panel], x: str, title: str, path
     return _save(figure, axes, path)
 
 
-def _predicted_and_measured(rows: Iterable[Row]) -> Iterator[tuple[str, float, float]]:
-    """(provider, predicted, measured), of all that was both."""
-    found: dict[tuple[str, ...], dict[str, float]] = {}
-    for r in rows:
-        key = tuple(r[c] for c in ("provider", "mode", "N", "D", "V", "dtype", "device"))
-        found.setdefault(key, {})[r["metric"]] = float(r["value"])
-    for (provider, *_), of in found.items():
-        if of.get(PEAK) and of.get(PREDICTED):
-            yield provider, of[PREDICTED] / 2**30, of[PEAK] / 2**30
-
-
-def _scatter(compared: Sequence[tuple[str, float, float]], path: Path) -> Path:
-    figure, (ax,) = _figure(1, "peak extra memory of a step")
-    for provider in dict.fromkeys(p for p, _, _ in compared):
-        of = [(x, y) for p, x, y in compared if p == provider]
-        x, y = zip(*of, strict=True)
-        ax.scatter(x, y, s=22, color=color_of(provider), label=_plain(provider), zorder=3)
-    ends = [
-        min(min(x, y) for _, x, y in compared) / 1.3,
-        max(max(x, y) for _, x, y in compared) * 1.3,
-    ]
-    ax.plot(ends, ends, color="#bbbbbb", linewidth=1, label="equal")
-    ax.set(xscale="log", yscale="log", xlabel="predicted, GiB", ylabel="measured, GiB")
-    ax.grid(alpha=0.3)
-    return _save(figure, [ax], path)
-
-
 def _distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
 
 
 def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Line]:
-    """A line joins what differs in `x` alone; its label says what else there is of others."""
+    """Yield lines that join what differs in `x` alone; labels say what else differs."""
     rows = [r for r in rows if r["metric"] == metric]
     fixed = [c for c in ("N", "D", "V", "dtype", "device") if c != x]
     differing = [c for c in fixed if len(_distinct(rows, c)) > 1]
@@ -212,7 +183,7 @@ def _figure(panels: int, title: str) -> tuple[Any, Sequence[Any]]:
 
 
 def _plain(text: str) -> str:
-    """No formula."""
+    """Escape what would be a formula."""
     return text.replace("$", r"\$")
 
 
@@ -241,7 +212,7 @@ def _decades() -> Any:
 
 
 def _save(figure: Any, axes: Sequence[Any], path: Path) -> Path:
-    """One legend below all panels, each name once."""
+    """Write the figure with one legend below all panels."""
     handles = {
         label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }

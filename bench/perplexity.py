@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def peak(way: str, sizes: Sizes, threads: int) -> tuple[int, float]:
-    """(bytes, mean NLL)"""
+    """Return the peak bytes and the mean NLL."""
     torch.set_num_threads(threads)
     model = model_of(sizes)
     ids = torch.randint(sizes.vocab, (sizes.batch, sizes.context + 1))
@@ -83,7 +83,7 @@ def our_nll(model: Any, ids: torch.Tensor) -> float:
 
 
 def model_of(sizes: Sizes) -> Any:
-    """A GPT-2 of two layers: the head is what is measured."""
+    """Return a GPT-2 of two layers: the head is what is measured."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import chunked_ce
 
-from . import floors, options
+from . import options
 from .cases import BOTH, LINEAR, LOGITS, MODES, Case, Loss
 
 EAGER, COMPILED, OURS = "eager", "torch.compile", "chunked_ce"
@@ -30,7 +30,6 @@ ONE_PASS, ONE_PASS_INPLACE = (
 TORCH, CUT, LIGER = "F.linear_cross_entropy", "cut-cross-entropy", "liger"
 CUT_FILTER = "cut-cross-entropy (filter)"
 QUACK, FLASH = "quack", "flash-attn"
-CALLS, LOOPS = "bare torch calls", "bare compiled loops"
 HEAD = "head + "  # the last layer by F.linear, then the loss from logits
 BACKEND = "triton"  # of the kernels that `python -m bench gpu` measures
 
@@ -103,7 +102,7 @@ def _plain(loss: Loss) -> Callable[[str], Loss]:
 
 
 def _compiled(loss: Loss) -> Callable[[str], Loss]:
-    """In the interpreter the compiler's time is left out."""
+    """Compile, but in the interpreter, where the compiler's time is left out."""
     return lambda device: loss if device == "interpreter" else torch.compile(loss)
 
 
@@ -152,7 +151,7 @@ def _eager_float32(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _our_loss(*schedule: str) -> Provider:
-    """`cross_entropy` with some of `inplace_backward` and `grad_in_forward`."""
+    """Describe `cross_entropy` with some of `inplace_backward` and `grad_in_forward`."""
     one_pass = "grad_in_forward" in schedule
     kernel = " ".join(["cross_entropy", *schedule])
     return Provider(
@@ -173,7 +172,7 @@ def _our_linear(name: str, computes: str, exact: bool = True, **options: Any) ->
 
 
 def _behind_head(provider: Provider) -> Provider:
-    """The loss from logits, after F.linear."""
+    """Describe the loss from logits after F.linear."""
 
     def load(device: str) -> Loss:
         loss = provider.load(device)
@@ -190,9 +189,6 @@ _FROM_LOGITS = (
     Provider(f"{EAGER} float32", LOGITS, _plain(_eager_float32), "the same in float32",
              exact=True, passes=14),
     Provider(COMPILED, LOGITS, _compiled(F.cross_entropy), "eager, compiled", compiles=True),
-    Provider(LOOPS, LOGITS, _plain(floors.bare_loops), "the fewest compiled loops, no check",
-             compiles=True),
-    Provider(CALLS, LOGITS, lambda device: floors.bare_calls(), "the fewest torch calls, no check"),
     Provider(LIGER, LOGITS, _on_gpu(_LIGER, "liger_cross_entropy"), "gradient over the logits",
              overwrites=True, modes=(BOTH,)),
     Provider(QUACK, LOGITS, _on_gpu("quack.cross_entropy", "cross_entropy", reduction="mean"),

@@ -105,7 +105,7 @@ def _rows(context: Context) -> int:
 def statistics(
     context: Context, dtype: torch.dtype, vocab: int, layout: str, head: dict[str, float]
 ) -> float:
-    """Every statistic of `token_stats`, and the gradient of the sum of all."""
+    """Check every statistic of `token_stats`, and the gradient of the sum of all."""
     x, target = logits(context, _rows(context), vocab, dtype, layout)
     wanted = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
     leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
@@ -127,7 +127,7 @@ def loss(
     context: Context, dtype: torch.dtype, vocab: int, layout: str,
     options: dict[str, float], schedule: dict[str, bool],
 ) -> float:  # fmt: skip
-    """`cross_entropy` and its gradient; in place the gradient lies where the logits were."""
+    """Check `cross_entropy` and its gradient, which in place lies where the logits were."""
     x, target = logits(context, _rows(context), vocab, dtype, layout)
     wide = x.detach().double().requires_grad_()
     truth = oracle().cross_entropy(wide, target, **options)
@@ -145,7 +145,7 @@ def loss(
 
 
 def weighted(context: Context, dtype: torch.dtype, vocab: int) -> float:
-    """Class weights with smoothing, class probabilities with weights, a teacher's top-k classes."""
+    """Check class weights with smoothing, class probabilities, a teacher's top-k classes."""
     rows = 2 if context.dry else 16
     x, target = logits(context, rows, vocab, dtype)
     weight = torch.rand(vocab, device=x.device) + 0.5
@@ -180,7 +180,7 @@ def agree(
 
 
 def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
-    """Labels multi-hot, then by index."""
+    """Check multi-hot labels, then labels by index."""
     rows = 2 if context.dry else 8
     x, _ = logits(context, rows, vocab, dtype)
     dense = torch.rand(x.shape, device=x.device)
@@ -195,7 +195,7 @@ def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
 
 
 def linear(context: Context, dtype: torch.dtype, options: dict[str, Any]) -> float:
-    """`linear_cross_entropy` and the gradients of both its matrices."""
+    """Check the gradients of both matrices of `linear_cross_entropy`."""
     n, d, v = (6, 8, 50) if context.dry else (2048, 512, 50257)
     generator = torch.Generator(context.device).manual_seed(0)
     h, w = (
@@ -255,7 +255,7 @@ def same_bits(
 
 
 def rows_alone(context: Context, dtype: torch.dtype, vocab: int) -> float:
-    """Few rows are divided among programs; that changes no bit of a row's results."""
+    """Check that few rows, which are divided among programs, keep every bit."""
     x, target = logits(context, _rows(context), vocab, dtype)
     together = chunked_ce.token_stats(x, target, entropy=True, backend=BACKEND)
     for row in (1, x.shape[0] - 1):
