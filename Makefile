@@ -20,7 +20,7 @@ long: .venv/dev
 # Every kernel with every Triton that is supported, the oldest first, for GPUs that need not be here.
 TRITON ?= 3.6.0 3.7.1 3.9.0
 compile: $(TRITON:%=.venv-triton-%/done)
-	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench.compile; done
+	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench compile; done
 
 .venv-triton-%/done:
 	$(PYTHON) -m venv .venv-triton-$*

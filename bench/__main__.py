@@ -21,6 +21,7 @@ COMMANDS = {  # command: (module, its function, what it does)
     "gpu": ("gpu.runner", "main", "check and measure the kernels on a GPU; --dry-run without one"),
     "audit": ("audit", "main", "instructions, registers and bounds of the compiled kernels"),
     "compile": ("compile", "main", "compile every kernel for GPUs that are not here"),
+    "providers": ("providers", "main", "who is compared, and why one cannot run here"),
     "figures": ("figures", "main", "draw every figure from the CSV files"),
 }
 

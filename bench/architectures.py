@@ -30,7 +30,7 @@ import chunked_ce
 from chunked_ce.huggingface import enable
 
 from . import options
-from .huggingface import largest_difference
+from .huggingface import largest_difference, step
 from .records import Table, one_line
 
 VOCAB, LENGTH, SECONDS, LARGEST = 211, 24, 60, 30_000_000
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
 
 def small_config(config_class: Any) -> Any:
-    """The default configuration with SMALL sizes; lists with an entry a layer are cut."""
+    """Return the default configuration with SMALL sizes, and lists of an entry per layer cut."""
     default = config_class()
     values = {k: v for k, v in SMALL.items() if hasattr(default, k)}
     for key in list(values):
@@ -82,7 +82,7 @@ def small_config(config_class: Any) -> Any:
 
 
 def build(model_type: str) -> Any:
-    """A small model with random weights, in training."""
+    """Return a small model with random weights, in training."""
     name = NAMES[model_type]
     model_class = getattr(transformers, name if isinstance(name, str) else name[0])
     config = small_config(model_class.config_class)
@@ -94,17 +94,9 @@ def build(model_type: str) -> Any:
     return model_class(config).float().train()
 
 
-def step(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(0)
-    loss = model(input_ids=ids, labels=labels).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
-
-
 @torch.no_grad()
 def mean_nll(model: Any, ids: Tensor) -> float:
-    """Of the model's own logits, a row at a time."""
+    """Return the mean loss of the model's own logits, a row at a time."""
     losses = [
         F.cross_entropy(model(input_ids=row[None]).logits[0, :-1].double(), row[1:]) for row in ids
     ]
@@ -116,11 +108,12 @@ def compare(model_type: str) -> Result:
         model = build(model_type)
         ids = torch.randint(3, VOCAB, (2, LENGTH))
         labels = ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)
-        expected, gradients = step(model, ids, labels)
+        inputs = dict(input_ids=ids, labels=labels)
+        expected, gradients, _ = step(model, inputs)
     except Exception as error:  # of any model, for any reason
         return Result(model_type, "not built", reason=one_line(error, 180))
     try:
-        loss_apart, gradient_apart, reason = of_training(model, ids, labels, expected, gradients)
+        loss_apart, gradient_apart, reason = of_training(model, inputs, expected, gradients)
         model.eval()
         report = chunked_ce.evaluate_perplexity(model, ids, context_length=LENGTH)
         perplexity = abs(report.perplexity / math.exp(mean_nll(model, ids)) - 1)
@@ -134,14 +127,14 @@ def compare(model_type: str) -> Result:
 
 
 def of_training(
-    model: Any, ids: Tensor, labels: Tensor, expected: Tensor, gradients: dict[str, Tensor]
+    model: Any, inputs: dict[str, Tensor], expected: Tensor, gradients: dict[str, Tensor]
 ) -> tuple[float, float, str]:
-    """(the loss's difference, the largest of a gradient, why `enable` refuses the model or "")."""
+    """Return the differences of loss and gradients, and why `enable` refuses the model or ""."""
     try:
         handle = enable(model)
     except ValueError as error:
         return 0.0, 0.0, one_line(error, 180)
-    loss, ours = step(model, ids, labels)
+    loss, ours, _ = step(model, inputs)
     handle.disable()
     return abs(float(loss / expected) - 1), largest_difference(ours, gradients), ""
 
@@ -157,7 +150,7 @@ def _child(model_type: str, results: Any) -> None:
 
 
 def apart(model_type: str) -> Result:
-    """`compare` in a process of its own."""
+    """Run `compare` in a process of its own."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(model_type, send))
@@ -176,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 where a model differs or fails."""
     parser = options.parser_of("architectures", __doc__)
     parser.add_argument("--only", nargs="+", choices=sorted(NAMES), default=list(NAMES))
-    parser.add_argument("--csv", type=options.writable, metavar="FILE")
+    options.add_csv(parser)
     args = parser.parse_args(arguments)
     table, counts = Table(args.csv, Result._fields), Counter[str]()
     for model_type in args.only:

@@ -10,10 +10,9 @@ the normal case: `--busy N` measures every section a second time beside N proces
 There the bounds on eager's time are 0.15 higher. The bounds are meant for the default sizes and two
 cores. A missed bound fails nothing; a wrong result is not timed, and the exit code is 1.
 
-time        N x V against torch, eager and compiled, and the fewest compiled loops that could do it;
-            the seconds of the first call, which compiles
+time        N x V against torch, eager and compiled; the seconds of the first call, which compiles
 memory      peak extra memory of a step, each in a fresh process (needs /proc)
-small       few rows, beside the fewest torch calls that could do it; the fixed cost of a call
+small       few rows; the fixed cost of a call
 vocabulary  time per logit from V = 4096 to a million
 masked      half of the classes at -inf, -1e4 or -100, where exp is slow on a CPU
 """
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from . import measure, options
 from .cases import BOTH, DTYPES, FORWARD, LOGITS, MODES, Case, batch_of
-from .providers import CALLS, COMPILED, EAGER, INPLACE, LOOPS, OURS
+from .providers import COMPILED, EAGER, INPLACE, OURS
 from .records import Comparison
 from .runner import Runner, Timed, median_of, ratios, spread
 
@@ -73,7 +72,7 @@ def compare_times(
 
 
 def time(config: Config, runner: Runner) -> None:
-    names = [EAGER, OURS, INPLACE, *((COMPILED, LOOPS) if config.compile else ())]
+    names = [EAGER, OURS, INPLACE, *((COMPILED,) if config.compile else ())]
     for dtype, bounds in TIME_BOUNDS.items():
         case = Case(LOGITS, config.tokens, 0, config.vocab, DTYPES[dtype])
         timed = runner.time(case, names)
@@ -115,7 +114,7 @@ def small(config: Config, runner: Runner) -> None:
 
 def _few_rows(config: Config, runner: Runner, case: Case, bound: float | None, calls: int) -> None:
     runner.report.title(f"{case}")
-    timed = runner.measure(runner.prepare(case, [EAGER, OURS, CALLS]), calls=calls)
+    timed = runner.measure(runner.prepare(case, [EAGER, OURS]), calls=calls)
     runner.print_times(timed, 1e-6, "microseconds")
     if bound:
         modes = MODES if case.V == config.vocab else (BOTH,)

@@ -30,6 +30,7 @@ from .providers import (
 
 Row = dict[str, str]
 Point = tuple[float, float, float, float]  # x, value, q20, q80
+Panel = tuple[str, str, float, str]  # mode, metric, unit, label
 RUNS = Path("runs/bench")
 PEAK, PREDICTED = "peak_extra_bytes", "predicted_peak_extra_bytes"
 COLORS = {
@@ -86,7 +87,7 @@ class Line(NamedTuple):
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
-    """The pictures of one CSV; one for each device, dtype, N and D that it holds."""
+    """Draw the pictures of one CSV; one for each device, dtype, N and D that it holds."""
     folder.mkdir(parents=True, exist_ok=True)
     names: Counter[str] = Counter()
     for device, dtype, n in _distinct(rows, "device", "dtype", "N"):
@@ -98,94 +99,47 @@ def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
             of_head = [r for r in heads if r["D"] == d]
             name = f"vocabulary_{dtype}_N{n}{f'_D{d}' if len(sizes) > 1 else ''}{end}"
             title = f"head and loss, {BOTH}: N = {n}, D = {d}, {dtype}\n{device}"
-            yield _vocabulary(of_head, title, folder / _new(name, names))
+            yield _draw(of_head, _of_training(of_head), "V", title, folder / _new(name, names))
         of_logits = [r for r in here if not r["D"] and r["metric"] == "seconds"]
         if of_logits:
             title = f"the loss alone, from logits: N = {n}, {dtype}\n{device}"
-            yield _logits(of_logits, title, folder / _new(f"logits_{dtype}_N{n}{end}", names))
+            path = folder / _new(f"logits_{dtype}_N{n}{end}", names)
+            panels = [(m, "seconds", 1e-3, f"time of {m}, ms") for m in (FORWARD, BOTH)]
+            yield _draw(of_logits, panels, "V", title, path)
     for device, d, v in _distinct([r for r in rows if r["D"]], "device", "D", "V"):
         of_size = [r for r in rows if (r["device"], r["D"], r["V"]) == (device, d, v)]
         if len(_distinct(of_size, "N")) > 2:
-            yield tokens(of_size, folder / _new(f"tokens_D{d}_V{v}", names))
-    if compared := list(_predicted_and_measured(rows)):
-        yield _scatter(compared, folder / "memory_predicted_and_measured.png")
+            title = f"head and loss, {BOTH}: D = {d}, V = {v}\n{device}"
+            path = folder / _new(f"tokens_D{d}_V{v}", names)
+            yield _draw(of_size, _of_training(of_size), "N", title, path)
 
 
 def _new(name: str, names: Counter[str]) -> str:
-    """Of another device the same name would be taken."""
+    """Return the file's name: of another device the same one would be taken."""
     names[name] += 1
     return f"{name}.png" if names[name] == 1 else f"{name}_{names[name]}.png"
 
 
-def _vocabulary(rows: Sequence[Row], title: str, path: Path) -> Path:
-    """Time and memory of training against the vocabulary."""
+def _of_training(rows: Sequence[Row]) -> list[Panel]:
+    """Return the panels of time, where it was measured, and of peak memory."""
     metrics = {r["metric"] for r in rows}
+    panels = [(BOTH, "seconds", 1e-3, "time, ms")] if "seconds" in metrics else []
     peak = PEAK if PEAK in metrics else PREDICTED
-    of_peak = "measured" if peak == PEAK else "predicted, exact tensor bytes"
-    panels = [("seconds", 1e-3, "time, ms")] if "seconds" in metrics else []
+    how = "measured" if peak == PEAK else "predicted, exact tensor bytes"
     most = max((float(r["value"]) for r in rows if r["metric"] == peak), default=0.0)
     unit, name = (2.0**30, "GiB") if most >= 2**30 else (2.0**20, "MiB")
-    panels.append((peak, unit, f"peak extra memory, {name}\n({of_peak})"))
+    return [*panels, (BOTH, peak, unit, f"peak extra memory, {name}\n({how})")]
+
+
+def _draw(rows: Sequence[Row], panels: Sequence[Panel], x: str, title: str, path: Path) -> Path:
+    """Draw a panel for each mode and metric against N or V."""
     figure, axes = _figure(len(panels), title)
-    for ax, (metric, unit, label) in zip(axes, panels, strict=True):
-        for line in _lines(rows, metric, "V", unit):
+    ticks = sorted({int(r[x]) for r in rows})
+    for ax, (mode, metric, unit, label) in zip(axes, panels, strict=True):
+        for line in _lines([r for r in rows if r["mode"] == mode], metric, x, unit):
             _plot(ax, line)
-        _against_vocabulary(ax, rows, label)
+        _axes(ax, ticks, {"V": "vocabulary V", "N": "tokens N"}[x], label)
     return _save(figure, axes, path)
-
-
-def _logits(rows: Sequence[Row], title: str, path: Path) -> Path:
-    figure, axes = _figure(2, title)
-    for ax, mode in zip(axes, (FORWARD, BOTH), strict=True):
-        for line in _lines([r for r in rows if r["mode"] == mode], "seconds", "V", 1e-3):
-            _plot(ax, line)
-        _against_vocabulary(ax, rows, f"time of {mode}, ms")
-    return _save(figure, axes, path)
-
-
-def tokens(rows: Sequence[Row], path: Path) -> Path:
-    """Time and memory of head and loss in training against N."""
-    rows = [r for r in rows if r["D"] and r["mode"] == BOTH]
-    shape = f"D = {rows[0]['D']}, V = {rows[0]['V']}" if rows else ""
-    panels = [("seconds", 1.0, "time, s"), (PEAK, 2.0**30, "peak extra memory, GiB")]
-    dtypes = [d for (d,) in _distinct(rows, "dtype")]
-    figure, axes = _figure(
-        2, f"head and loss, {BOTH}: {shape}\n{rows[0]['device'] if rows else ''}"
-    )
-    for ax, (metric, unit, label) in zip(axes, panels, strict=True):
-        for dtype, style in zip(dtypes, ("-", "--"), strict=False):
-            of_dtype = [r for r in rows if r["dtype"] == dtype]
-            for line in _lines(of_dtype, metric, "N", unit):
-                _plot(ax, line._replace(label=f"{line.label}, {dtype}", style=style))
-        _axes(ax, sorted({int(r["N"]) for r in rows}), "tokens N", label)
-    return _save(figure, axes, path)
-
-
-def _predicted_and_measured(rows: Iterable[Row]) -> Iterator[tuple[str, float, float]]:
-    """(provider, predicted, measured), of all that was both."""
-    found: dict[tuple[str, ...], dict[str, float]] = {}
-    for r in rows:
-        key = tuple(r[c] for c in ("provider", "mode", "N", "D", "V", "dtype", "device"))
-        found.setdefault(key, {})[r["metric"]] = float(r["value"])
-    for (provider, *_), of in found.items():
-        if of.get(PEAK) and of.get(PREDICTED):
-            yield provider, of[PREDICTED] / 2**30, of[PEAK] / 2**30
-
-
-def _scatter(compared: Sequence[tuple[str, float, float]], path: Path) -> Path:
-    figure, (ax,) = _figure(1, "peak extra memory of a step")
-    for provider in dict.fromkeys(p for p, _, _ in compared):
-        of = [(x, y) for p, x, y in compared if p == provider]
-        x, y = zip(*of, strict=True)
-        ax.scatter(x, y, s=22, color=color_of(provider), label=_plain(provider), zorder=3)
-    ends = [
-        min(min(x, y) for _, x, y in compared) / 1.3,
-        max(max(x, y) for _, x, y in compared) * 1.3,
-    ]
-    ax.plot(ends, ends, color="#bbbbbb", linewidth=1, label="equal")
-    ax.set(xscale="log", yscale="log", xlabel="predicted, GiB", ylabel="measured, GiB")
-    ax.grid(alpha=0.3)
-    return _save(figure, [ax], path)
 
 
 def _distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
@@ -193,7 +147,7 @@ def _distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
 
 
 def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Line]:
-    """A line joins what differs in `x` alone; its label says what else there is of others."""
+    """Yield lines that join what differs in `x` alone; labels say what else differs."""
     rows = [r for r in rows if r["metric"] == metric]
     fixed = [c for c in ("N", "D", "V", "dtype", "device") if c != x]
     differing = [c for c in fixed if len(_distinct(rows, c)) > 1]
@@ -229,7 +183,7 @@ def _figure(panels: int, title: str) -> tuple[Any, Sequence[Any]]:
 
 
 def _plain(text: str) -> str:
-    """No formula."""
+    """Escape what would be a formula."""
     return text.replace("$", r"\$")
 
 
@@ -239,10 +193,6 @@ def _plot(ax: Any, line: Line) -> None:
         x, value, line.style, marker="o", markersize=4, color=line.color, label=_plain(line.label)
     )
     ax.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
-
-
-def _against_vocabulary(ax: Any, rows: Sequence[Row], label: str) -> None:
-    _axes(ax, sorted({int(r["V"]) for r in rows}), "vocabulary V", label)
 
 
 def _axes(ax: Any, ticks: Sequence[int], x_label: str, y_label: str) -> None:
@@ -262,7 +212,7 @@ def _decades() -> Any:
 
 
 def _save(figure: Any, axes: Sequence[Any], path: Path) -> Path:
-    """One legend below all panels, each name once."""
+    """Write the figure with one legend below all panels."""
     handles = {
         label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }

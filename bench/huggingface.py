@@ -67,7 +67,7 @@ class Difference(NamedTuple):
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of an architecture with random weights, in training."""
+    """Return a model of an architecture with random weights, in training."""
     kind, options = MODELS[name]
     torch.manual_seed(0)
     model_class = getattr(transformers, kind)
@@ -75,7 +75,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
-    """Token ids with labels, of which some do not count."""
+    """Return token ids with labels, of which some do not count."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -100)
@@ -108,18 +108,20 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def step(model: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss, gradients, tensors of the logits' size that were made."""
+def step(
+    model: Any, inputs: dict[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Return the loss, the gradients, and how many tensors of the logits' size were made."""
     model.zero_grad()
     torch.manual_seed(0)  # of dropout
     with LogitsMade() as made:
-        loss = model(**batch()).loss
+        loss = model(**(inputs or batch())).loss
         loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}, made.count
 
 
 def differences(name: str) -> list[Difference]:
-    """Of transformers' own way, which is 0 but for the tensors, and of both of ours."""
+    """Return transformers' own row, 0 but for the tensors, and the rows of both of ours."""
     model = build(name)
     expected, gradients, made = step(model)
     found = [Difference(name, "transformers", 0.0, 0.0, made)]
@@ -133,7 +135,7 @@ def differences(name: str) -> list[Difference]:
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference, relative to its parameter's largest gradient.
+    """Return the largest difference, relative to its parameter's largest gradient.
 
     A thousandth of the largest of all at least: what cancels exactly (a key's bias) is noise.
     """
@@ -157,7 +159,7 @@ class _with_loss:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options.parser_of("huggingface", __doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--csv", type=options.writable, metavar="FILE")
+    options.add_csv(parser)
     args = parser.parse_args(arguments)
     table = Table(args.csv, Difference._fields)
     print(f"{'':14}{'':16}{'loss':>10}{'gradients':>11}{'logits made':>13}")

@@ -59,7 +59,7 @@ class Config(NamedTuple):
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """N and V as asked for; with `grid` those along N, then those along V, too."""
+        """Return N and V as asked for; with `grid` those along N, then along V, too."""
         sizes = [(self.tokens, self.vocab)]
         if self.grid:
             sizes += [(n, self.vocab) for n in GRID_TOKENS]

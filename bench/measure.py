@@ -69,7 +69,7 @@ def seconds(step: Step, calls: int = 1, clock: Clock = wall_clock) -> float:
 def interleaved(
     steps: Mapping[Key, Step], repeats: int, calls: int = 1, clock: Clock = wall_clock
 ) -> dict[Key, Quantiles]:
-    """Seconds per call of each step. The steps take turns, in an order that reverses each round."""
+    """Return the seconds per call. The steps take turns, in an order that reverses each round."""
     names = list(steps)
     samples: dict[Key, list[float]] = {name: [] for name in names}
     for step in steps.values():
@@ -131,7 +131,7 @@ def memory_is_measurable() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU's allocator."""
+    """Tell whether a GPU or the CPU's allocator had no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -140,7 +140,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def extra_peak_memory(run: Callable[[], Result]) -> tuple[int, Result]:
-    """Bytes by which the process's peak during `run` exceeds what it held before; run's result.
+    """Return the bytes of the process's peak during `run` beyond those before, and its result.
 
     For a process that has done nothing bigger yet: where the kernel refuses to forget an older,
     higher peak, that one is measured.
@@ -156,7 +156,7 @@ def extra_peak_memory(run: Callable[[], Result]) -> tuple[int, Result]:
 
 
 def extra_peak_cuda_memory(run: Callable[[], Result]) -> tuple[int, Result]:
-    """Bytes that the caching allocator handed out at the peak, beyond those in use before."""
+    """Return the peak bytes of the caching allocator beyond those before, and the result."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -193,6 +193,6 @@ def release() -> None:
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function` by its importable name, in a Python started for it."""
+    """Call `function`, by its importable name, in a Python started for it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

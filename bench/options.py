@@ -24,12 +24,15 @@ def parser_of(command: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """Add an option for each number, and --csv."""
+    """Add an option for each number."""
     for name, default in defaults.items():
         parser.add_argument(
             "--" + name.replace("_", "-"), type=positive, default=default,
             metavar=name[0].upper(), help="default: %(default)s",
         )  # fmt: skip
+
+
+def add_csv(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=writable, metavar="FILE", help="write the figures, one a row")
 
 
@@ -39,6 +42,7 @@ def add_sections(parser: argparse.ArgumentParser, sections: Iterable[str]) -> No
     add("--only", nargs="+", choices=sections, default=sections, metavar="SECTION",
         help="of " + ", ".join(sections))  # fmt: skip
     add("--busy", type=positive, metavar="B", help="again beside B processes that only spin")
+    add_csv(parser)
 
 
 def positive(text: str) -> int:

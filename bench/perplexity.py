@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def peak(way: str, sizes: Sizes, threads: int) -> tuple[int, float]:
-    """(bytes, mean NLL)"""
+    """Return the peak bytes and the mean NLL."""
     torch.set_num_threads(threads)
     model = model_of(sizes)
     ids = torch.randint(sizes.vocab, (sizes.batch, sizes.context + 1))
@@ -83,7 +83,7 @@ def our_nll(model: Any, ids: torch.Tensor) -> float:
 
 
 def model_of(sizes: Sizes) -> Any:
-    """A GPT-2 of two layers: the head is what is measured."""
+    """Return a GPT-2 of two layers: the head is what is measured."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -98,6 +98,7 @@ def model_of(sizes: Sizes) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = options.parser_of("perplexity", __doc__)
     options.add_sizes(parser, context=1024, batch_size=4, vocab=50257, hidden=256, threads=2)
+    options.add_csv(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     return parser
 

@@ -8,7 +8,7 @@ interpreter. Where a provider cannot run, `load` raises Unavailable with the rea
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 import chunked_ce
 
-from . import floors
-from .cases import BOTH, LINEAR, LOGITS, MODES, Loss
+from . import options
+from .cases import BOTH, LINEAR, LOGITS, MODES, Case, Loss
 
 EAGER, COMPILED, OURS = "eager", "torch.compile", "chunked_ce"
 INPLACE = "chunked_ce inplace_backward"
@@ -30,7 +30,6 @@ ONE_PASS, ONE_PASS_INPLACE = (
 TORCH, CUT, LIGER = "F.linear_cross_entropy", "cut-cross-entropy", "liger"
 CUT_FILTER = "cut-cross-entropy (filter)"
 QUACK, FLASH = "quack", "flash-attn"
-CALLS, LOOPS = "bare torch calls", "bare compiled loops"
 HEAD = "head + "  # the last layer by F.linear, then the loss from logits
 BACKEND = "triton"  # of the kernels that `python -m bench gpu` measures
 
@@ -71,6 +70,26 @@ def why_not(provider: Provider, device: str) -> str:
     return ""
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, and why a provider cannot run here."""
+    options.parser_of("providers", __doc__).parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for p in TABLE:
+        print(f"{p.name:52} {p.form:7} {p.computes:46} {why_not(p, device)}".rstrip())
+    return 0
+
+
+def bytes_needed(case: Case, provider: Provider) -> float:
+    """Return the bytes of a step and its batch, from above."""
+    parameters = 3 * (case.V + case.N) * case.D * 4  # themselves, gradients, sums
+    stores_logits = provider.name in (EAGER, COMPILED) or provider.name.startswith(HEAD)
+    if stores_logits or case.form == LOGITS:
+        return parameters + 3 * case.logits_bytes  # log-softmax and two gradients
+    if provider.name in (CUT, CUT_FILTER):  # float32, whatever the dtype
+        return parameters + 4 * case.N * case.V * 4
+    return parameters + (1 << 30)
+
+
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -83,7 +102,7 @@ def _plain(loss: Loss) -> Callable[[str], Loss]:
 
 
 def _compiled(loss: Loss) -> Callable[[str], Loss]:
-    """In the interpreter the compiler's time is left out."""
+    """Compile, but in the interpreter, where the compiler's time is left out."""
     return lambda device: loss if device == "interpreter" else torch.compile(loss)
 
 
@@ -132,7 +151,7 @@ def _eager_float32(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _our_loss(*schedule: str) -> Provider:
-    """`cross_entropy` with some of `inplace_backward` and `grad_in_forward`."""
+    """Describe `cross_entropy` with some of `inplace_backward` and `grad_in_forward`."""
     one_pass = "grad_in_forward" in schedule
     kernel = " ".join(["cross_entropy", *schedule])
     return Provider(
@@ -153,7 +172,7 @@ def _our_linear(name: str, computes: str, exact: bool = True, **options: Any) ->
 
 
 def _behind_head(provider: Provider) -> Provider:
-    """The loss from logits, after F.linear."""
+    """Describe the loss from logits after F.linear."""
 
     def load(device: str) -> Loss:
         loss = provider.load(device)
@@ -170,9 +189,6 @@ _FROM_LOGITS = (
     Provider(f"{EAGER} float32", LOGITS, _plain(_eager_float32), "the same in float32",
              exact=True, passes=14),
     Provider(COMPILED, LOGITS, _compiled(F.cross_entropy), "eager, compiled", compiles=True),
-    Provider(LOOPS, LOGITS, _plain(floors.bare_loops), "the fewest compiled loops, no check",
-             compiles=True),
-    Provider(CALLS, LOGITS, lambda device: floors.bare_calls(), "the fewest torch calls, no check"),
     Provider(LIGER, LOGITS, _on_gpu(_LIGER, "liger_cross_entropy"), "gradient over the logits",
              overwrites=True, modes=(BOTH,)),
     Provider(QUACK, LOGITS, _on_gpu("quack.cross_entropy", "cross_entropy", reduction="mean"),

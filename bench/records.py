@@ -108,13 +108,13 @@ class Report:
             )
             print("  ".join(cells).rstrip(), flush=True)
 
-    def compare(self, comparisons: Iterable[Comparison], header: str = "ratio") -> None:
+    def compare(self, comparisons: Iterable[Comparison]) -> None:
         """Print what is measured beside its bound."""
         comparisons = list(comparisons)
         self.comparisons += comparisons
         if comparisons:
             print()
-            rows = [(header, "measured", "bound", "")]
+            rows = [("ratio", "measured", "bound", "")]
             for c in comparisons:
                 rows.append((c.what, f"{c.measured:.3f}", f"<= {c.bound:g}", c.verdict))
             self.print_table(rows)

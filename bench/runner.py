@@ -12,23 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import measure
-from .cases import (
-    BOTH,
-    LINEAR,
-    MODES,
-    Answer,
-    Batch,
-    Case,
-    Loss,
-    answer,
-    batch_of,
-    check,
-    reference,
-)
+from .cases import BOTH, MODES, Answer, Batch, Case, Loss, answer, batch_of, check, reference
 from .measure import Quantiles
-from .providers import COMPILED, CUT, CUT_FILTER, EAGER, HEAD, OURS, Provider, Unavailable, find
+from .providers import EAGER, HEAD, OURS, Provider, Unavailable, bytes_needed, find
 from .records import Comparison, Report, one_line
 
 # With `leave_out_slow`: what takes more than 4 times eager's time, and 0.1 s, is not timed.
@@ -140,10 +129,9 @@ class Runner:
         loss = self._load(case, provider)
         if provider.overwrites:
             batch = tuple(t.clone() for t in batch)
-        start = time.perf_counter()
-        got = answer(loss, batch, BOTH, provider.overwrites)
-        errors = check(provider.name, got, expected, provider.exact and self.strict)
-        first = time.perf_counter() - start
+        got: list[Tensor] = []
+        first = self.clock(lambda: got.extend(answer(loss, batch, BOTH, provider.overwrites)))
+        errors = check(provider.name, tuple(got), expected, provider.exact and self.strict)
         if provider.compiles and self.device != "interpreter":
             self.report.add(case, provider.name, BOTH, "first_call_seconds", first)
         return Entry(provider, case, loss, batch, errors, variant, first)
@@ -194,13 +182,10 @@ class Runner:
         """Time entries that take turns, `calls` calls at a time, and add the rows."""
         timed = []
         for mode in modes:
-            for t in self._interleaved(
-                [e for e in entries if mode in e.provider.modes], mode, calls
-            ):
-                variant = f", {t.entry.variant}" if t.entry.variant else ""
-                self.report.add(
-                    t.entry.case, t.entry.provider.name, mode + variant, "seconds", t.taken
-                )
+            wanted = [e for e in entries if mode in e.provider.modes]
+            for t in self._interleaved(wanted, mode, calls):
+                entry, where = t.entry, f"{mode}, {t.entry.variant}" if t.entry.variant else mode
+                self.report.add(entry.case, entry.provider.name, where, "seconds", t.taken)
                 self.also(t)
                 timed.append(t)
         return timed
@@ -270,16 +255,6 @@ class Runner:
                 found[provider.name] = extra
                 self.report.add(case, provider.name, mode, "peak_extra_bytes", extra)
         return found
-
-
-def bytes_needed(case: Case, provider: Provider) -> float:
-    """Return the bytes of a step and its batch, from above."""
-    parameters = 3 * (case.V + case.N) * case.D * 4  # themselves, gradients, sums
-    if provider.name in (EAGER, COMPILED) or case.form != LINEAR:
-        return parameters + 3 * case.logits_bytes  # log-softmax and two gradients
-    if provider.name in (CUT, CUT_FILTER):  # float32, whatever the dtype
-        return parameters + 4 * case.N * case.V * 4
-    return parameters + (1 << 30)
 
 
 def peak_bytes(threads: int, case: Case, name: str, mode: str) -> int:

@@ -28,13 +28,13 @@ class Code(NamedTuple):
 
 
 def whole(assembly: str) -> Code:
-    """All instructions but the padding after the last exit."""
+    """Return all instructions but the padding after the last exit."""
     lines = [line for line in assembly.splitlines() if _INSTRUCTION.match(line)]
     return _code(lines)
 
 
 def loops(assembly: str) -> list[Code]:
-    """The innermost loops that touch global memory."""
+    """Return the innermost loops that touch global memory."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in assembly.splitlines():

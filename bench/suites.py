@@ -114,7 +114,7 @@ def cases_of(suite: Suite, extra: bool) -> Iterator[Case]:
 
 
 def names_for(form: str, names: Sequence[str]) -> list[str]:
-    """Of hidden states, head and loss too; from logits alone nothing is computed in place."""
+    """Return the providers of a form; with hidden states those after the head too."""
     if form == LOGITS:
         return [n for n in names if n != INPLACE]
     return [*(n for n in names if n != INPLACE), *(HEAD + n for n in names)]

@@ -86,7 +86,7 @@ class TensorBytes(TorchDispatchMode):
 def predicted_peak(
     make: Callable[[], tuple[Any, ...]], step: Callable[..., Any], architecture: str = "sm_90"
 ) -> int:
-    """Peak bytes of `step(*make())` beyond what `make` made, on fake tensors.
+    """Return the peak bytes of `step(*make())` beyond what `make` made, on fake tensors.
 
     `make` decides on the device: "cpu", or "meta" for a GPU of that architecture, whose kernels
     need Triton installed.
@@ -120,7 +120,7 @@ class _NoKernel:
 
 @contextmanager
 def _fake(architecture: str) -> Iterator[None]:
-    """ "meta" is a GPU of that architecture whose kernels do nothing."""
+    """Take "meta" for a GPU of that architecture whose kernels do nothing."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))

@@ -1,4 +1,4 @@
-"""What `bench.audit` finds in the compiled kernels, held so that no change can lose it."""
+"""What `python -m bench audit` finds in the compiled kernels, held so that no change can lose it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def audit(tmp_path, *arguments):
     """In a process of its own, for an interpreted Triton cannot compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "audit.json"
-    program = [sys.executable, "-m", "bench.audit", *arguments, "--json", str(out)]
+    program = [sys.executable, "-m", "bench", "audit", *arguments, "--json", str(out)]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Lower bounds" in done.stdout and "not measurements" in done.stdout
@@ -61,7 +61,7 @@ def test_against_liger(tmp_path):
 def test_growth(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "growth.csv"
-    program = [sys.executable, "-m", "bench.audit", "--growth", "--csv", str(out)]
+    program = [sys.executable, "-m", "bench", "audit", "--growth", "--csv", str(out)]
     subprocess.run(program, check=True, capture_output=True, env=environment, cwd=ROOT)
     header, *rows = (line.split(",") for line in out.read_text().splitlines())
     table = {(int(r[0]), int(r[1])): dict(zip(header, r, strict=True)) for r in rows}
@@ -74,6 +74,6 @@ def test_growth(tmp_path):
 
 
 def test_errors():
-    program = [sys.executable, "-m", "bench.audit", "--vocab", "none"]
+    program = [sys.executable, "-m", "bench", "audit", "--vocab", "none"]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "expected a number of classes, got 'none'" in done.stderr

@@ -33,7 +33,7 @@ def run(tmp_path: Path, *arguments: str) -> list[dict[str, str]]:
 def test_csv_holds_the_figures_and_the_screen_the_bounds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "VOCABULARIES", (64, 300))
     rows = run(tmp_path, "--only", "time", "small", "vocabulary", "masked")
-    assert {r["provider"] for r in rows} == PROVIDERS | {providers.CALLS}
+    assert {r["provider"] for r in rows} == PROVIDERS
     assert {r["dtype"] for r in rows} == {"float32", "bfloat16"}
     assert {int(r["N"]) for r in rows} >= {16, 64, 8, 128, 1}  # time, small, a call's cost
     assert all(0 < float(r["q20"]) <= float(r["value"]) <= float(r["q80"]) for r in rows)

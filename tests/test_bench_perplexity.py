@@ -1,4 +1,4 @@
-"""python -m bench.perplexity at a size that takes seconds."""
+"""python -m bench perplexity at a size that takes seconds."""
 
 import csv
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def compile_kernels(*arguments, **variables):
     """In a process of its own, for an interpreted Triton cannot compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    program = [sys.executable, "-m", "bench.compile", *arguments]
+    program = [sys.executable, "-m", "bench", "compile", *arguments]
     return subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
+from chunked_ce import evaluate_perplexity, loglikelihood
 from chunked_ce.huggingface.head_product import HeadProduct
 from chunked_ce.ops import chunks
 

@@ -36,7 +36,7 @@ class NotHere(Exception):
 
 
 def oracle() -> Any:
-    """The truth of the tests: eager torch in fp64."""
+    """Return the tests' oracle: eager torch in fp64."""
     folder = str(ROOT / "tests")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -63,7 +63,7 @@ def near(what: str, ours: Tensor, truth: Tensor, rtol: float, atol: float = 0.0)
 
 
 def near_gradient(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """Within one step of the dtype, or fp32's noise on the largest."""
+    """Compare within one step of the dtype, or fp32's noise on the largest gradient."""
     largest = float(truth.abs().max()) if truth.numel() else 0.0
     atol = SUBNORMAL.get(dtype, 2e-9) + (0 if dtype == torch.float64 else FP32_NOISE * largest)
     return near("gradient", ours, truth, STEP[dtype], atol)
@@ -85,7 +85,7 @@ def demand(condition: object, message: str) -> None:
 def logits(
     context: Context, rows: int, vocab: int, dtype: torch.dtype, layout: str = "plain"
 ) -> tuple[Tensor, Tensor]:
-    """Logits [..., vocab] in a layout, and targets of which each fifth is ignored."""
+    """Return logits [..., vocab] in a layout, and targets of which each fifth is ignored."""
     generator = torch.Generator(context.device).manual_seed(rows + vocab)
 
     def normal(*shape: int) -> Tensor:

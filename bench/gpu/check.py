@@ -48,7 +48,7 @@ def run(context: Context) -> int:
 
 
 def _outcome(case: Case) -> tuple[str, float | None, str]:
-    """Result, largest relative error, detail."""
+    """Return the result, the largest relative error, and a detail."""
     try:
         return "right", case.run(), ""
     except NotHere as why:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import chunked_ce
 
@@ -104,7 +105,7 @@ def _rows(context: Context) -> int:
 def statistics(
     context: Context, dtype: torch.dtype, vocab: int, layout: str, head: dict[str, float]
 ) -> float:
-    """Every statistic of `token_stats`, and the gradient of the sum of all."""
+    """Check every statistic of `token_stats`, and the gradient of the sum of all."""
     x, target = logits(context, _rows(context), vocab, dtype, layout)
     wanted = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
     leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
@@ -126,7 +127,7 @@ def loss(
     context: Context, dtype: torch.dtype, vocab: int, layout: str,
     options: dict[str, float], schedule: dict[str, bool],
 ) -> float:  # fmt: skip
-    """`cross_entropy` and its gradient; in place the gradient lies where the logits were."""
+    """Check `cross_entropy` and its gradient, which in place lies where the logits were."""
     x, target = logits(context, _rows(context), vocab, dtype, layout)
     wide = x.detach().double().requires_grad_()
     truth = oracle().cross_entropy(wide, target, **options)
@@ -144,7 +145,7 @@ def loss(
 
 
 def weighted(context: Context, dtype: torch.dtype, vocab: int) -> float:
-    """Class weights with smoothing, class probabilities with weights, a teacher's top-k classes."""
+    """Check class weights with smoothing, class probabilities, a teacher's top-k classes."""
     rows = 2 if context.dry else 16
     x, target = logits(context, rows, vocab, dtype)
     weight = torch.rand(vocab, device=x.device) + 0.5
@@ -157,21 +158,29 @@ def weighted(context: Context, dtype: torch.dtype, vocab: int) -> float:
     )  # fmt: skip
     errors = []
     for given, labels, options in calls:
-        leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        ours = chunked_ce.cross_entropy(leaf, given, backend=BACKEND, **options)
+        exact = {k: v.double() if k == "weight" else v for k, v in options.items()}
         if labels.is_floating_point():
             labels = labels.double()
-        exact = {k: v.double() if k == "weight" else v for k, v in options.items()}
-        truth = F.cross_entropy(wide, labels, **exact)
-        ours.backward()
-        truth.backward()
-        assert leaf.grad is not None and wide.grad is not None
-        errors += [near("loss", ours, truth, 4e-6), near_gradient(leaf.grad, wide.grad, dtype)]
+        ours = partial(chunked_ce.cross_entropy, target=given, backend=BACKEND, **options)
+        truth = partial(F.cross_entropy, target=labels, **exact)
+        errors.append(agree(x, ours, truth, 4e-6))
     return max(errors)
 
 
+def agree(
+    x: Tensor, ours: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor], rtol: float
+) -> float:
+    """Compare a loss of `x` and its gradient with those in fp64."""
+    leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    loss, exact = ours(leaf), truth(wide)
+    loss.backward()
+    exact.backward()
+    assert leaf.grad is not None and wide.grad is not None
+    return max(near("loss", loss, exact, rtol), near_gradient(leaf.grad, wide.grad, x.dtype))
+
+
 def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
-    """Labels multi-hot, then by index."""
+    """Check multi-hot labels, then labels by index."""
     rows = 2 if context.dry else 8
     x, _ = logits(context, rows, vocab, dtype)
     dense = torch.rand(x.shape, device=x.device)
@@ -179,18 +188,14 @@ def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
     hot = torch.zeros(x.shape, device=x.device, dtype=torch.float64).scatter(1, index, 1.0)
     errors = []
     for given, labels in ((dense, dense.double()), (index, hot)):
-        leaf, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-        ours = chunked_ce.binary_cross_entropy_with_logits(leaf, given, backend=BACKEND)
-        truth = F.binary_cross_entropy_with_logits(wide, labels)
-        ours.backward()
-        truth.backward()
-        assert leaf.grad is not None and wide.grad is not None
-        errors += [near("loss", ours, truth, 2e-6), near_gradient(leaf.grad, wide.grad, dtype)]
+        ours = partial(chunked_ce.binary_cross_entropy_with_logits, target=given, backend=BACKEND)
+        truth = partial(F.binary_cross_entropy_with_logits, target=labels)
+        errors.append(agree(x, ours, truth, 2e-6))
     return max(errors)
 
 
 def linear(context: Context, dtype: torch.dtype, options: dict[str, Any]) -> float:
-    """`linear_cross_entropy` and the gradients of both its matrices."""
+    """Check the gradients of both matrices of `linear_cross_entropy`."""
     n, d, v = (6, 8, 50) if context.dry else (2048, 512, 50257)
     generator = torch.Generator(context.device).manual_seed(0)
     h, w = (
@@ -250,7 +255,7 @@ def same_bits(
 
 
 def rows_alone(context: Context, dtype: torch.dtype, vocab: int) -> float:
-    """Few rows are divided among programs; that changes no bit of a row's results."""
+    """Check that few rows, which are divided among programs, keep every bit."""
     x, target = logits(context, _rows(context), vocab, dtype)
     together = chunked_ce.token_stats(x, target, entropy=True, backend=BACKEND)
     for row in (1, x.shape[0] - 1):

@@ -56,7 +56,7 @@ def _vocab(context: Context) -> int:
 
 
 def many_logits(context: Context, schedule: dict[str, bool]) -> float:
-    """Every row holds the same logits, so a few rows tell what all must be."""
+    """Check logits of which every row is the same, so that a few rows tell what all must be."""
     rows, vocab = (6, 300) if context.dry else (43_000, 50_000)
     _demand_memory(context, 2 * rows * vocab * 2.1)
     x = torch.randn(vocab, device=context.device).to(HALF).expand(rows, vocab).contiguous()
@@ -99,7 +99,7 @@ def far_rows(context: Context) -> float:
 
 
 def _problem(context: Context, tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [N, D] and weight [V, D] that want gradients, and targets."""
+    """Return hidden states [N, D] and weight [V, D] that want gradients, and targets."""
     n, d, v = (6, 8, 300) if context.dry else (256, 256, 50257)
     n = tokens or n
     h = torch.randn(n, d, device=context.device, dtype=HALF).requires_grad_()
@@ -114,7 +114,7 @@ def _loss(kernel: str, h: Tensor, w: Tensor, target: Tensor, **options: Any) -> 
 
 
 def _compare(h: Tensor, w: Tensor, target: Tensor, loss: Tensor, grad: Tensor) -> float:
-    """With eager in fp32 from the same logits on."""
+    """Compare with eager in fp32 from the same logits on."""
     eager = h.detach().clone().requires_grad_()
     truth = F.cross_entropy(F.linear(eager, w.detach()).float(), target)
     (expected,) = torch.autograd.grad(truth, eager)
@@ -229,7 +229,7 @@ def second_gpu(context: Context) -> float:
 
 
 def enable(context: Context, name: str) -> float:
-    """One step with the model's own loss, one with ours."""
+    """Compare a step with the model's own loss and one with ours."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
 

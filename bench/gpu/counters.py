@@ -76,7 +76,7 @@ def run(context: Context) -> int:
 
 
 def _output(command: list[str], seconds: float) -> str:
-    """Of a command that is ended in time, with its children."""
+    """Return the output of a command, which is ended in time with its children."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -89,7 +89,7 @@ def _output(command: list[str], seconds: float) -> str:
 
 
 def parse(lines: Iterable[str]) -> Iterator[dict[str, object]]:
-    """Rows of `ncu --csv --page raw`: a header, its units, then a line a launch."""
+    """Yield the rows of `ncu --csv --page raw`: a header, its units, then a line a launch."""
     table = [line for line in lines if line.startswith('"')]
     reader = csv.DictReader(table)
     units = next(reader, {})

@@ -55,7 +55,7 @@ def ceilings(context: Context) -> dict[str, tuple[float, str]]:
 
 
 def measured(context: Context, quantity: str) -> float | None:
-    """A rate that this stage has written, or None where it did not come so far."""
+    """Return a rate that this stage has written, or None where it did not come so far."""
     for row in read_table(context.out / "machine.csv"):
         if row["quantity"] == quantity:
             return float(row["value"])

@@ -93,7 +93,7 @@ def _say_what_is_wrong(out: Path) -> None:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Of a stage's process. The interpreter is chosen before Triton is imported."""
+    """Return a stage's variables. The interpreter is chosen before Triton is imported."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     names = os.environ | {
         "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore",

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_interpreter() -> None:
-    """As the tests do: round as a GPU does, and in half the time."""
+    """Round as a GPU does, and in half the time, as the tests do."""
     sys.path.append(str(ROOT / "tests"))
     helpers = importlib.import_module("helpers")
     helpers.fuse_multiply_add()

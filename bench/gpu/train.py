@@ -80,7 +80,7 @@ def _run(
 
 
 def numbers(report: Any, prefix: str = "") -> dict[str, float]:
-    """All numbers of a report, by their path; of a list the last."""
+    """Return all numbers of a report by their path; of a list the last."""
     if isinstance(report, bool):
         return {}
     if isinstance(report, (int, float)):

@@ -54,7 +54,7 @@ def run(context: Context) -> int:
 def _kernels(
     context: Context, vocab: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], object], int]]:
-    """Name, call, and how often it moves the logits."""
+    """Yield name, call, and how often it moves the logits."""
     n = 4 if context.dry else 8192
     x = torch.randn(n, vocab, device=context.device, dtype=dtype)
     target = torch.randint(vocab, (n,), device=context.device)
@@ -149,6 +149,6 @@ def _patched(candidate: Candidate, step: Callable[[], object]) -> Callable[[], o
 
 
 def ahead(run: Callable[[], object]) -> float:
-    """Seconds of the GPU alone: it sleeps until the host has launched what is timed."""
+    """Return the seconds of the GPU alone: it sleeps until the host has launched the call."""
     torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]
     return measure.cuda_events(run)

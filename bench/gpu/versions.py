@@ -20,7 +20,7 @@ def interpreter_fault(triton: str, numpy: str) -> str:
 
 
 def installed_interpreter_fault() -> str:
-    """`interpreter_fault` of the installed versions; "" without Triton or numpy."""
+    """Return the fault of the installed versions; "" without Triton or numpy."""
     try:
         versions = [importlib.metadata.version(package) for package in ("triton", "numpy")]
     except importlib.metadata.PackageNotFoundError:
