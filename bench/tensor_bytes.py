@@ -51,8 +51,9 @@ class TensorBytes(TorchDispatchMode):
                 return 0.0
             return 1 if hasattr(args[0], "of_all") else 0
         if func.namespace == "chunked_ce":
-            name = "_" + func._schema.name.split("::")[1]
-            body = next(getattr(m, name) for m in _OPERATORS if hasattr(m, name))
+            name = func._schema.name.split("::")[1]
+            bodies = [getattr(m, f"_{name}") for m in _OPERATORS if hasattr(m, f"_{name}")]
+            body = bodies[0] if bodies else getattr(backends, name)  # `scale_` is the backend's
             with self:
                 return body(*args, **kwargs)
         if func.namespace == "aten":
