@@ -7,7 +7,7 @@ new. Two rules see to that, and this file is where they stand:
 - An integer that is an argument by itself has its name in NOT_SPECIALIZED.
 - Triton looks at every field of a tuple, also where `do_not_specialize` names the tuple (found with
   3.6, 3.7, 3.8 and 3.9). So integers in a tuple are passed as 4 n + 3, which is neither 1 nor a
-  multiple of 16: `rows.encode` and `rows.decode`. Pointers in a tuple are specialised on 16 bytes,
+  multiple of 16: `encode` here and `rows.decode`. Pointers in a tuple are specialised on 16 bytes,
   as they should be.
 
 A float in a tuple becomes fp32, so floats are arguments by themselves, of the type "fp64". No field
@@ -29,8 +29,13 @@ NOT_SPECIALIZED = [
 ]
 
 
+def encode(*numbers: int) -> tuple[int, ...]:
+    """Return 4 n + 3 for each number: the same kind of argument whatever the number is."""
+    return tuple([number << 2 | 3 for number in numbers])
+
+
 class Address(NamedTuple):
-    """Rows of a tensor [rows, V]. All but the pointer as `rows.encode` gives it."""
+    """Rows of a tensor [rows, V]. All but the pointer as `encode` gives it."""
 
     ptr: Any  # on 16 bytes
     offset: Any  # of the first logit

@@ -39,7 +39,7 @@ class Factors(NamedTuple):
 
     w_ptr: Any
     q_ptr: Any
-    q_stride_v: Any  # as `rows.encode` gives it
+    q_stride_v: Any  # as `arguments.encode` gives it
     scale: Any
     shift: Any
 

@@ -20,7 +20,7 @@ class Row(NamedTuple):
     """One row, or the rest of one: class v is at ptr + v stride_v."""
 
     ptr: Any
-    stride_v: Any  # as `encode` gives it
+    stride_v: Any  # as `arguments.encode` gives it
 
 
 class Window(NamedTuple):
@@ -29,11 +29,6 @@ class Window(NamedTuple):
     prefix: Any  # logits before the body
     body: Any  # logits of the body
     group: Any  # position of the target's group in the body; -1: not there
-
-
-def encode(*numbers: int) -> tuple[int, ...]:
-    """Return 4 n + 3 for each number: the same kind of argument whatever the number is."""
-    return tuple([number << 2 | 3 for number in numbers])
 
 
 @triton.jit

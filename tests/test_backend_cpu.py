@@ -159,7 +159,7 @@ def test_without_the_library(monkeypatch):
 
 def test_tensors_elsewhere_are_named():
     with pytest.raises(ValueError, match="on the CPU, but input is on cuda:1"):
-        checks.cpu_can_run(torch.device("cuda:1"), built=True)
+        checks.cpu_cannot_run(torch.device("cuda:1"), built=True)
 
 
 @pytest.mark.parametrize(

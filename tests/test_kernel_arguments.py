@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from chunked_ce.kernels.arguments import NOT_SPECIALIZED
-from chunked_ce.kernels.rows import decode, encode
+from chunked_ce.kernels.arguments import NOT_SPECIALIZED, encode
+from chunked_ce.kernels.rows import decode
 
 ROOT = Path(__file__).parent.parent
 KERNELS = (

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..core.row_stats import ClassWeights
-from ..kernels.arguments import Address, Weights
-from ..kernels.rows import encode
+from ..kernels.arguments import Address, Weights, encode
 
 
 class Rows(NamedTuple):
