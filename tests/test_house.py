@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = [p for p in sorted((ROOT / "chunked_ce").rglob("*.py")) if "kernels" not in p.parts]
 # What the interpreter executes in Python and a GPU does not: only their addresses are the host's.
 ON_DEVICE = {
-    f"kernels/{name}.py" for name in ("token_stats", "merge_parts", "token_grad", "online_softmax")
+    f"kernels/{name}.py"
+    for name in ("rows", "online_softmax", "token_stats", "merge_parts", "token_grad")
 }
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
