@@ -149,6 +149,7 @@ stats = token_stats(x, target, softcap=30.0, backend="cpu")
 given = (target, stats.lse, stats.logprob, torch.zeros(400))
 given += (Coefficients(torch.ones(400), None, None, None), -100, 50_000, Head(30.0, 1.0))
 expected = cpu.logits_gradient(x, *given, inplace=False)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
 in_midst = False
 for _ in range(20):
     y = x.clone()
