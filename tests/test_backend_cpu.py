@@ -198,3 +198,49 @@ def test_every_instruction_set_agrees():
         first = first or got
         for a, b in zip(got, first, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as asynchronous collectives return."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        plain = [a.inner if isinstance(a, Wrapped) else a for a in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def test_subclasses_without_memory_are_unwrapped():
+    x, target, weight = torch.randn(6, 11), torch.randint(0, 11, (6,)), torch.rand(11)
+    torch.testing.assert_close(
+        cross_entropy(x, Wrapped(target), backend="cpu"), cross_entropy(x, target)
+    )
+    smoothed = dict(label_smoothing=0.3, backend="cpu")
+    torch.testing.assert_close(
+        cross_entropy(x, target, Wrapped(weight), **smoothed),
+        torch.nn.functional.cross_entropy(x, target, weight, label_smoothing=0.3),
+    )
+
+
+def test_logits_with_a_lazy_sign():
+    x = torch.fft.fft(torch.randn(6, 11)).conj().imag
+    assert x.is_neg()
+    target = torch.randint(0, 11, (6,))
+    expected = torch.nn.functional.cross_entropy(x, target)
+    torch.testing.assert_close(cross_entropy(x, target, backend="cpu"), expected)
+
+
+def test_results_are_where_the_logits_are():
+    x, target = torch.randn(6, 11, requires_grad=True), torch.randint(0, 11, (6,))
+    expected = torch.nn.functional.cross_entropy(x, target)
+    with torch.device("meta"):
+        loss = cross_entropy(x, target, backend="cpu")
+        loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert x.grad.abs().max() > 0

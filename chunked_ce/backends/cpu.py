@@ -37,9 +37,9 @@ def row_statistics(
     rows = target.numel()
 
     def new(wanted: bool, dtype: torch.dtype) -> Tensor | None:
-        return torch.empty(rows, dtype=dtype) if wanted else None
+        return torch.empty(rows, dtype=dtype, device=input.device) if wanted else None
 
-    lse, logprob, lse_low = (torch.empty(rows, dtype=dtype) for _ in range(3))
+    lse, logprob, lse_low = (torch.empty(rows, dtype=dtype, device=input.device) for _ in range(3))
     weights = weights if mean_logprob else UNIFORM
     stats = TokenStats(
         lse, logprob, new(entropy, dtype), new(mean_logprob, dtype),
@@ -64,10 +64,14 @@ def row_part(
 ) -> tuple[Part, Tensor]:
     """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
     dtype, rows = compute_dtype(input.dtype), target.numel()
-    m, s, mass, target_logit = (torch.empty(rows, dtype=dtype) for _ in range(4))
-    weighted = torch.empty(rows, dtype=dtype) if entropy else None
-    total = torch.empty(rows, dtype=dtype) if mean_logprob else None
-    best = torch.empty(rows, dtype=torch.int64) if argmax else None
+
+    def new(dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, dtype=dtype, device=input.device)
+
+    m, s, mass, target_logit = (new(dtype) for _ in range(4))
+    weighted = new(dtype) if entropy else None
+    total = new(dtype) if mean_logprob else None
+    best = new(torch.int64) if argmax else None
     part = Part(m, s, weighted, total, mass if mean_logprob else None, None, best)
     numbers = dict(
         m=m, s=s, weighted=weighted, total=total, mass=mass, argmax=best, target_logit=target_logit
@@ -121,7 +125,7 @@ def loss_and_gradient(
     """
     grad = input if inplace else torch.empty_like(input)
     dtype = compute_dtype(input.dtype)
-    loss, *stats = (torch.empty(target.numel(), dtype=dtype) for _ in range(4))
+    loss, *stats = (torch.empty(target.numel(), dtype=dtype, device=input.device) for _ in range(4))
     names = ("lse", "logprob", "lse_low", "loss", "token_weight")
     numbers = dict(zip(names, (*stats, loss, token_weight), strict=True))
     _run(
@@ -151,6 +155,8 @@ def _run(
     library = cpu_library.LIBRARY
     assert library is not None
     dtype = compute_dtype(input.dtype)
+    if grad is not input:
+        input = input.resolve_neg()
     if target.dtype != torch.int64 or not target.is_contiguous():
         target = target.long().contiguous()
     # Held until the call has ended: what is converted here has no other owner.
@@ -178,9 +184,9 @@ def _run(
 
 def _as_stored(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Dense, integers as they are, other numbers in `dtype`."""
-    if t.dtype in (dtype, torch.int64) and t.is_contiguous():
+    if t.dtype in (dtype, torch.int64) and t.is_contiguous() and not t.is_neg():
         return t
-    return t.detach().to(dtype).contiguous()
+    return t.detach().to(dtype).resolve_neg().contiguous()
 
 
 def _addresses(*tensors: Tensor | None) -> Iterator[tuple[int, tuple[int, int], list[int]]]:

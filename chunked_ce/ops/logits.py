@@ -47,28 +47,36 @@ library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
 
 def token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
     """Call chunked_ce::token_stats."""
-    if is_dispatched(input):
+    if is_dispatched(input, target, *_tensors(arguments)):
         return Outputs(*torch.ops.chunked_ce.token_stats(input, target, *arguments))
     if _wants_gradient(input, arguments[1]):
         return Outputs(*_TokenStats.apply(input, target, *arguments))  # type: ignore[no-untyped-call]
     return _statistics(input, target, *arguments)
 
 
-def is_dispatched(input: Tensor) -> bool:
-    """Return whether a call goes through torch's dispatcher.
+def is_dispatched(*tensors: Tensor | None) -> bool:
+    """Return whether a call on these tensors goes through torch's dispatcher.
 
-    A tracer, a mode, a subclass or a profiler listens there. Where none does, going past it saves
-    40 of 160 us, which counts for a few rows on a CPU.
+    A tracer, a mode, a subclass or a profiler listens there, and a lazy sign is resolved. Else
+    going past it saves 40 of 160 us, which counts for a few rows on a CPU.
     """
     return (
         torch.compiler.is_compiling()
-        or type(input) not in (Tensor, torch.nn.Parameter)
-        or input.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or not all([t is None or _is_plain(t) for t in tensors])
     )
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and not (t.is_meta or t.is_neg())
+
+
+def _tensors(classes: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Of the fields of `Classes`, which come first, those that are tensors."""
+    return classes[0], classes[1], classes[4]
 
 
 def _wants_gradient(input: Tensor, prob: Tensor | None) -> bool:
@@ -230,7 +238,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.classes, ctx.shared = Classes(*given[:5]), given[5:10]
         ctx.wanted, ctx.inplace_backward = given[10:12], given[14]
         outputs: Sequence[Tensor | None]
-        if is_dispatched(input):
+        if is_dispatched(input, target, *_tensors(given)):
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = torch.ops.chunked_ce.token_stats(*arguments)
         else:
@@ -265,7 +273,7 @@ class _TokenStats(torch.autograd.Function):
             return input.detach(), *no_gradient
         if torch.is_grad_enabled():
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
-        if not is_dispatched(input):
+        if not is_dispatched(input, target, *_tensors(arguments[2:7]), *stats, *upstream):
             return _token_grad(*arguments), *no_gradient
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
