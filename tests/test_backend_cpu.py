@@ -244,3 +244,14 @@ def test_results_are_where_the_logits_are():
         loss.backward()
     torch.testing.assert_close(loss, expected)
     assert x.grad.abs().max() > 0
+
+
+def test_upstream_gradients_in_a_batch():
+    x, target = torch.randn(6, 11, requires_grad=True), torch.randint(0, 11, (6,))
+
+    def jacobian(loss, **options):
+        losses = loss(x, target, reduction="none", **options)
+        return torch.autograd.grad(losses, x, torch.eye(6), is_grads_batched=True)[0]
+
+    expected = jacobian(torch.nn.functional.cross_entropy)
+    torch.testing.assert_close(jacobian(cross_entropy, backend="cpu"), expected)

@@ -108,14 +108,11 @@ def loss_and_gradient(
 
 def scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
     """grad [..., V] *= upstream [...] or []; nothing is done where that is 1."""
-    if grad.numel() == 0:
+    # A value is read only where that makes nothing wait; Triton's kernel looks itself.
+    free = backend != "triton" and upstream.is_cpu
+    if grad.numel() == 0 or (free and bool((upstream == 1.0).all())):
         return
-    if backend == "triton":
-        from . import triton as backend_triton
-
-        backend_triton.scale_(grad, upstream)
-    elif not (upstream.device.type == "cpu" and bool((upstream == 1.0).all())):
-        (cpu_binary if backend == "cpu" else backend_torch).scale_(grad, upstream)
+    (cpu_binary if backend == "cpu" else _backend(backend)).scale_(grad, upstream)
 
 
 def check_targets(

@@ -25,7 +25,6 @@ from .library import library, no_double_backward
 _LABELS = "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
 
 library.define(f"binary_loss({_LABELS}int ignore_index, bool by_element, str backend) -> Tensor")
-
 library.define(f"binary_grad({_LABELS}Tensor upstream, int ignore_index, str backend) -> Tensor")
 
 
@@ -173,15 +172,10 @@ def _fake_binary_loss(input: Tensor, *arguments: Any) -> Tensor:
 
 
 library.impl("binary_loss", _binary_loss, "CompositeExplicitAutograd")
-
 library.impl("binary_loss", _differentiable_binary_loss, "Autograd")
-
 library.impl("binary_grad", _binary_grad, "CompositeExplicitAutograd")
-
 torch.library.register_fake("chunked_ce::binary_loss", _fake_binary_loss, lib=library)
-
 torch.library.register_fake(
     "chunked_ce::binary_grad", lambda input, *_: torch.empty_like(input), lib=library
 )
-
 torch.library.register_autograd("chunked_ce::binary_grad", no_double_backward, lib=library)

@@ -9,34 +9,26 @@ from torch import Tensor
 
 from .. import checks
 from ..core.head import compute_dtype
-from ..core.row_stats import UNIFORM, ClassWeights, TokenStats
+from ..core.row_stats import TokenStats
 
 library = torch.library.Library("chunked_ce", "DEF")
-
 SHARED_SCHEMA = (
     "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
 )
-
 CLASSES_SCHEMA = (
     "Tensor? class_weight, Tensor? prob, float prob_scale, float prob_shift, Tensor? classes"
 )
-
 FLAGS = ("entropy", "mean_logprob", "rank", "argmax")
-
 FLAGS_SCHEMA = "bool entropy, bool mean_logprob, bool rank, bool argmax"
-
 OUTPUTS_SCHEMA = (
     "(Tensor lse, Tensor logprob, Tensor lse_low, Tensor entropy, Tensor mean_logprob, "
     "Tensor mass, Tensor at_classes, Tensor rank, Tensor argmax)"
 )
-
 UPSTREAM_SCHEMA = (
     "Tensor lse, Tensor logprob, Tensor lse_low, "
     "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? at_classes"
 )
-
 NO_CLASS = -100
-
 INTEGERS = 7  # outputs from here on have no gradient
 
 
@@ -71,11 +63,6 @@ class Classes(NamedTuple):
     prob_scale: float = 1.0
     prob_shift: float = 0.0
     at: Tensor | None = None  # [..., K]; NO_CLASS where there are fewer
-
-    def weights(self, vocab_size: int) -> ClassWeights:
-        if self.weight is None and self.prob is None:
-            return UNIFORM
-        return ClassWeights(self.weight, self.prob, vocab_size * self.prob_scale, self.prob_shift)
 
     @property
     def are_weighted(self) -> bool:

@@ -32,7 +32,7 @@ from .library import (
     new_outputs,
     no_double_backward,
 )
-from .logits import outputs_of, rows_gradient, upstream_of
+from .logits import class_weights, outputs_of, rows_gradient, upstream_of
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
@@ -122,7 +122,7 @@ def _linear_stats(
         of_chunk, labels = classes.of_rows(index), target[index]
         found = backends.row_statistics(
             backend, logits, labels, ignore_index, vocab_size, head,
-            of_chunk.weights(vocab_size), **wanted,
+            class_weights(of_chunk, vocab_size), **wanted,
         )  # fmt: skip
         at = None
         if of_chunk.at is not None:

@@ -71,7 +71,9 @@ def is_dispatched(*tensors: Tensor | None) -> bool:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and not (t.is_meta or t.is_neg())
+    """Whether its values lie where it says: no subclass, no batch of vmap, no lazy sign."""
+    exact = type(t) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(t)
+    return exact and not (t.is_meta or t.is_neg())
 
 
 def _tensors(classes: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -89,12 +91,10 @@ def _token_stats(*arguments: Any) -> tuple[Tensor, ...]:
     return _as_tensors(_statistics(*arguments))
 
 
-def _as_tensors(outputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _as_tensors(outputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """What an operator returns is a Tensor always; an empty one was not asked for."""
-    lse = outputs[0]
-    assert lse is not None
     return tuple(
-        lse.new_empty(0, dtype=None if i < INTEGERS else torch.int64) if t is None else t
+        outputs[0].new_empty(0, dtype=None if i < INTEGERS else torch.int64) if t is None else t
         for i, t in enumerate(outputs)
     )
 
@@ -110,7 +110,7 @@ def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
     head, wanted = Head(softcap, logit_scale), dict(zip(FLAGS, flags, strict=True))
     input = input.detach()
     rows = backends.row_statistics(
-        backend, input, target, ignore_index, vocab_size, head, _weights(classes, vocab_size),
+        backend, input, target, ignore_index, vocab_size, head, class_weights(classes, vocab_size),
         **wanted,
     )  # fmt: skip
     at = None
@@ -147,17 +147,14 @@ def upstream_of(
     at_target = None
     if weighted:
         existing = target.long().clamp(0, vocab_size - 1)
-        at_target = classes.weights(vocab_size).at(existing.reshape(-1), mass.dtype)
+        at_target = class_weights(classes, vocab_size).at(existing.reshape(-1), mass.dtype)
+        at_target = None if at_target is None else at_target.view(target.shape)
+    of_entropy = of_entropy if wants_entropy else None
+    of_mean_logprob = of_mean_logprob if wants_mean_logprob else None
     numbers = coefficients(
-        lse,
-        logprob,
-        of_entropy if wants_entropy else None,
-        of_mean_logprob if wants_mean_logprob else None,
-        entropy,
-        vocab_size,
-        None if at_target is None else at_target.view(target.shape),
+        lse, logprob, of_entropy, of_mean_logprob, entropy, vocab_size, at_target,
         mass if weighted else None,
-    )
+    )  # fmt: skip
     return *numbers, None if classes.at is None else of_classes
 
 
@@ -203,16 +200,18 @@ def rows_gradient(
         )
     grad = backends.logits_gradient(
         backend, input, target, *stats, numbers, ignore_index, vocab_size, head,
-        _weights(classes, vocab_size), inplace=inplace,
+        class_weights(classes, vocab_size), inplace=inplace,
     )  # fmt: skip
     if at is not None:
         grad.scatter_(-1, *at)
     return grad
 
 
-def _weights(classes: Classes, vocab_size: int) -> ClassWeights:
-    is_uniform = classes.weight is None and classes.prob is None
-    return UNIFORM if is_uniform else classes.weights(vocab_size)
+def class_weights(classes: Classes, vocab_size: int) -> ClassWeights:
+    weight, prob, scale, shift, _ = classes
+    if weight is None and prob is None:
+        return UNIFORM
+    return ClassWeights(weight, prob, vocab_size * scale, shift)
 
 
 def _flat(t: Tensor) -> Tensor:

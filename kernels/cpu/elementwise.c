@@ -3,8 +3,6 @@
 
 #include "elementwise.h"
 
-enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 16 };
-
 /* A task is some short rows, or a segment of a long one, whatever the number of threads. */
 static int64_t rows_per_task(const Elementwise *job)
 {

@@ -7,6 +7,7 @@
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { STATISTICS, PARTS, GRADIENT, LOSS_AND_GRADIENT };
 enum { BLOCK = 2048, SEGMENT = 8 * BLOCK };
+enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 17 }; /* to start one takes some 50 us */
 
 /* [outer, inner, V]: element (i, j, v) is at data + (i stride[0] + j stride[1] + v stride[2]) */
 typedef struct {

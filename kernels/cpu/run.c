@@ -4,8 +4,7 @@
 
 #include "elementwise.h"
 
-enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 17, LAYOUT = 1 };
-enum { MAPPED_BYTES = 32 << 20 }; /* malloc maps what is larger anew each time */
+enum { LAYOUT = 1, MAPPED_BYTES = 32 << 20 }; /* malloc maps what is larger anew each time */
 
 static int64_t rows_per_task(const Job *job)
 {
