@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).parents[1]
 # Relative step of each dtype's rounding; the interpreter truncates where a GPU rounds to nearest.
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2e-6, torch.float64: 1e-12}
 
@@ -104,6 +105,6 @@ def patch_the_language_once() -> None:
 
 def run_snippet(containing: str, names: dict[str, Any]) -> None:
     """Runs the README's one piece of Python that contains a text, with and into `names`."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
     (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if containing in s)
     exec(snippet, names)

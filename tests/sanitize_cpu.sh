@@ -18,7 +18,7 @@ for each in gcc clang; do
 done
 
 echo "CPU kernels with -fsanitize=thread"
-"$compiler" $flags -fsanitize=thread -Ikernels/cpu -o "$folder/threads" tests/cpu_threads.c kernels/cpu/*.c -lm
+"$compiler" $flags -fsanitize=thread -Ikernels/cpu -o "$folder/threads" tests/backends/cpu_threads.c kernels/cpu/*.c -lm
 TSAN_OPTIONS=halt_on_error=1 "$folder/threads"
 
 cp -rL bench chunked_ce tests pyproject.toml "$folder"
@@ -34,6 +34,6 @@ run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
         PYTHONMALLOC=malloc "$python" -m pytest -q -s --tb=short -p no:cacheprovider -p no:xdist "$@")
 }
 
-run address,undefined libasan.so tests/test_backend_cpu.py tests/test_backend_cpu_binary.py tests/test_binary.py \
-    tests/test_token_stats.py tests/test_drop_in.py \
+run address,undefined libasan.so tests/backends/test_backend_cpu.py tests/backends/test_backend_cpu_binary.py tests/functional/test_binary.py \
+    tests/functional/test_token_stats.py tests/functional/test_drop_in.py \
     -k "(backend_cpu or cpu) and not compile and not every_instruction"

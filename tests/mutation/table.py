@@ -1,5 +1,7 @@
 """Which tests decide about a module: a handful that reach all of it, the quickest first."""
 
+from pathlib import Path
+
 STATISTICS = "test_values or head_and or under_a_common or keep_their_digits or confident or infinity or non_finite"
 MORE_STATISTICS = "all_logits_equal or far_apart or ties or ignore_index_any or every_output"
 VIEWS = "test_strides or unbatched or ignored_row or target_dtypes"
@@ -16,7 +18,8 @@ def _triton(tests: str) -> str:
 
 
 def _of(file: str, *expression: str) -> list[str]:
-    return [f"tests/{file}.py", *(["-k", *expression] if expression else [])]
+    (path,) = Path("tests").glob(f"*/{file}.py")
+    return [str(path), *(["-k", *expression] if expression else [])]
 
 
 _EVERYTHING = "everything or low_precision_gradient"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 import chunked_ce
 from chunked_ce.backends import cpu_library
 
-ROOT = Path(__file__).parents[1]
 LIBRARY = [p for p in sorted((ROOT / "chunked_ce").rglob("*.py")) if "kernels" not in p.parts]
 # What the interpreter executes in Python and a GPU does not: only their addresses are the host's.
 ON_DEVICE = {

@@ -11,12 +11,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_snippet
+from helpers import ROOT, run_snippet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chunked_ce
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "nanogpt.py"
+SCRIPT = ROOT / "examples" / "nanogpt.py"
 SMALL = "--steps 30 --batch-size 4 --context 16 --layers 1 --heads 2 --width 16 --sample 5".split()
 
 

@@ -3,17 +3,17 @@
 import contextlib
 import io
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from torch import nn
 
 import chunked_ce
 from chunked_ce.checks import mistakes
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 SECTION = README.split("## Drop-in for torch's losses\n")[1].split("\n## ")[0]
 ROWS = [line.strip("|").split("|") for line in SECTION.splitlines() if line.startswith("| `")]
 CELLS = [[cell.strip().strip("`") for cell in row] for row in ROWS]

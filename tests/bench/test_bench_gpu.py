@@ -1,6 +1,5 @@
 """python -m bench gpu: what it finds wrong, what it then leaves out, what stops it."""
 
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 pytest.importorskip("triton")
 import chunked_ce
 from bench import __main__ as bench

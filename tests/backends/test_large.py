@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from chunked_ce import (
     Perplexity,
     binary_cross_entropy_with_logits,

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
 
 
 def compile_kernels(*arguments, **variables):

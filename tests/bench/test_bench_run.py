@@ -2,7 +2,6 @@
 
 import csv
 import re
-import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -11,7 +10,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import __main__ as bench
 from bench import measure, providers, records, runner, suites
 from bench.cases import LINEAR, LOGITS, Case, dtype_name

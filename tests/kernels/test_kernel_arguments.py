@@ -7,15 +7,14 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytest.importorskip("triton")
 from chunked_ce.kernels.arguments import NOT_SPECIALIZED, encode
 from chunked_ce.kernels.rows import decode
 
-ROOT = Path(__file__).parent.parent
 KERNELS = (
     "token_stats", "merge_parts", "token_grad", "loss_and_grad", "binary", "scale",
 )  # fmt: skip

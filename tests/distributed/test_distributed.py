@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import ROOT
 
 from chunked_ce.distributed import checks
 from chunked_ce.distributed.losses import vocab_parallel_cross_entropy
@@ -29,7 +30,7 @@ def test_every_case_on_ranks_started_by_torchrun(world: int, tmp_path: Path) -> 
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
     }
     done = subprocess.run(
         [*launcher, f"--nproc-per-node={world}", *script],

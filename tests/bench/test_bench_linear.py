@@ -1,13 +1,11 @@
 """python -m bench linear on tiny sizes: it runs, writes what it says, and refuses wrong results."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import linear, measure, providers, records, runner
 from bench.cases import LINEAR
 from bench.providers import CUT, LIGER, TORCH

@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
 
 
 def audit(tmp_path, *arguments):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from helpers import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "policy_gradient.py"
+SCRIPT = ROOT / "examples" / "policy_gradient.py"
 SMALL = "--steps 2 --group 4 --vocab-size 301".split()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import __main__ as bench
 from bench import figures, records
 

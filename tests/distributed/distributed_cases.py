@@ -1,4 +1,4 @@
-"""What every rank runs in tests/test_distributed.py, started by torchrun: all cases in one go.
+"""What every rank runs in tests/distributed/test_distributed.py, started by torchrun: all cases in one go.
 
 Each rank builds the same whole tensors from a seed, and compares with the oracle on all of them.
 """

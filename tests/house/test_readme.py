@@ -1,14 +1,14 @@
 """The README's snippets on integrations, run in order, a section in a namespace of its own."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from bench.huggingface import batch, build
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def snippets(section: str) -> list[str]:

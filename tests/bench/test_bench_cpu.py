@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import ROOT
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import cpu, measure, providers, records
 
 TINY = "--tokens 16 --vocab 300 --repeats 2 --threads 1 --no-compile".split()
@@ -145,7 +145,7 @@ def test_spinning_processes_end_with_the_measurement():
 
 @pytest.mark.parametrize("module", ["bench.cpu", "bench.linear", "bench.perplexity"])
 def test_a_program_runs_by_its_own_name(module):
-    root = Path(__file__).parents[1]
+    root = ROOT
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and f"usage: python -m {module.replace('.', ' ')}" in done.stdout

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 
 for needed in ("matplotlib", "tokenizers", "tqdm", "transformers"):
     pytest.importorskip(needed)
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_gpt.py"
+SCRIPT = ROOT / "examples" / "train_gpt.py"
 SMALL = "--context 32 --vocab-size 300 --layers 1 --width 32 --heads 2 --batch-size 4 --device cpu"
 
 

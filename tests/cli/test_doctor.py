@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from chunked_ce import backends
 from chunked_ce.backends import cpu_library
@@ -129,7 +129,7 @@ def test_ranks_and_the_best_class_are_checked(monkeypatch):
 
 def doctor_in_a_process(code, path="", **variables):
     """(exit code, what it printed)"""
-    root = str(Path(__file__).parents[1])
+    root = str(ROOT)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, (path, root))), **variables}
     program = f"{code}\nfrom chunked_ce.cli import main\nraise SystemExit(main(['doctor']))"

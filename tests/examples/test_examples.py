@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 pytest.importorskip("sklearn")
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = ROOT / "examples"
 NAMES = ["classify_digits", "segmentation", "multilabel"]
 HELPERS = ["digits", "side_by_side"]
 

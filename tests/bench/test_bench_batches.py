@@ -1,14 +1,11 @@
 """Batches, references, free memory and the peers of the benchmarks."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 from bench import cases, measure, providers, runner
 from bench.cases import LINEAR, LOGITS, Case
 from bench.records import Report

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from chunked_ce import backends, cross_entropy
 from chunked_ce.backends import cpu_library
 from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them"),
     pytest.mark.skipif(sys.platform != "linux", reason="/proc, fork"),

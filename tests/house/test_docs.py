@@ -5,13 +5,12 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import chunked_ce
 
-ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
 ]

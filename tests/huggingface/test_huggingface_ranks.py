@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
+from helpers import ROOT
 
 HERE = Path(__file__).parent
 
@@ -17,7 +18,7 @@ def ranks(count: int) -> str:
     program += ["--nproc-per-node", str(count), str(HERE / "huggingface_ranks.py")]
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
