@@ -12,7 +12,7 @@ from torch import device as Device
 from .. import checks
 from ..core.row_stats import Part, RowStatistics
 from . import cpu as backend_cpu
-from . import cpu_binary, cpu_library
+from . import cpu_binary, cpu_library, cpu_pair, torch_pair
 from . import torch as backend_torch
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -44,6 +44,15 @@ def _backend(name: str) -> Any:
 
         return triton
     return backend_cpu if name == "cpu" else backend_torch
+
+
+def pair_backend(name: str) -> Any:
+    """Return the module that has `pair_stats` and `pair_gradient`."""
+    if name == "triton":
+        from . import triton_pair
+
+        return triton_pair
+    return cpu_pair if name == "cpu" else torch_pair
 
 
 def row_statistics(

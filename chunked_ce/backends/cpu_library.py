@@ -58,6 +58,26 @@ class Elementwise(ctypes.Structure):
     ]
 
 
+class Pair(ctypes.Structure):
+    """See kernels/cpu/pair.h."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("x", "teacher", "grad")),
+        *(
+            (name, _POINTER)
+            for name in (
+                "ignored", "loss", "student_kl", "max", "log_sum", "teacher_max",
+                "teacher_log_sum", "shift", "upstream",
+            )
+        ),
+        *((name, _DOUBLE) for name in ("beta", "temperature")),
+        *(
+            (name, _INT)
+            for name in ("outer", "inner", "columns", "vocab_size", "kind", "threads")
+        ),
+    ]  # fmt: skip
+
+
 def built() -> list[Path]:
     """All libraries there are."""
     return sorted(Path(__file__).parent.glob("cpu_*.bin"))
@@ -84,12 +104,15 @@ def load(file: Path | None) -> ctypes.CDLL | None:
         library.chunked_ce_run.argtypes = [ctypes.c_char_p]
         library.chunked_ce_elementwise.argtypes = [ctypes.POINTER(Elementwise)]
         library.chunked_ce_elementwise.restype = _INT
+        library.chunked_ce_pair.argtypes = [ctypes.POINTER(Pair)]
+        library.chunked_ce_pair.restype = None
         library.chunked_ce_run.restype = library.chunked_ce_layout.restype = _INT
         layout = int(library.chunked_ce_layout())
+        sizes = JOB.size + ctypes.sizeof(Elementwise) + ctypes.sizeof(Pair)
     except (OSError, AttributeError) as error:
         reason = str(error)
     else:
-        if layout == _LAYOUT * 10000 + JOB.size + ctypes.sizeof(Elementwise):
+        if layout == _LAYOUT * 10000 + sizes:
             return library
         reason = "it was built from another version"
     warnings.warn(

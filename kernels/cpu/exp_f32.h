@@ -23,6 +23,14 @@ static inline float exp_f32(float r)
     return r < LOWEST_f32 ? 0.0f : e; /* a NaN is not below: it stays */
 }
 
+/* The power k of *value = 2^k f, f within sqrt(1/2) and sqrt(2), which is written there. */
+static inline float split_power_f32(float *value)
+{
+    int32_t power = (int32_t)(as_bits(*value) - 0x3f3504f3u) >> 23;
+    *value = as_float(as_bits(*value) - ((uint32_t)power << 23));
+    return (float)power;
+}
+
 static inline float tanh_f32(float y)
 {
     float size = as_float(as_bits(y) & 0x7fffffffu), q = y * y;

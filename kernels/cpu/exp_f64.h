@@ -44,6 +44,14 @@ static inline double exp_f64(double r)
     return r < LOWEST_f64 ? 0.0 : e;
 }
 
+/* The power k of *value = 2^k f, f within sqrt(1/2) and sqrt(2), which is written there. */
+static inline double split_power_f64(double *value)
+{
+    int64_t power = (int64_t)(as_long_bits(*value) - 0x3fe6a09e667f3bcdull) >> 52;
+    *value = as_double(as_long_bits(*value) - ((uint64_t)power << 52));
+    return (double)power;
+}
+
 static inline double tanh_f64(double y)
 {
     double size = as_double(as_long_bits(y) & 0x7fffffffffffffffull), q = y * y;

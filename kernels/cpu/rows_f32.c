@@ -14,3 +14,4 @@
 #include "gradient.h"
 #include "rows.h"
 #include "elements.h"
+#include "divergence.h"

@@ -15,3 +15,4 @@
 #include "gradient.h"
 #include "rows.h"
 #include "elements.h"
+#include "divergence.h"

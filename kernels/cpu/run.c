@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include "elementwise.h"
+#include "pair.h"
 
 enum { LAYOUT = 1, MAPPED_BYTES = 32 << 20 }; /* malloc maps what is larger anew each time */
 
@@ -88,5 +89,5 @@ int64_t chunked_ce_run(const Job *job)
 /* Which version of the structures this is: a library of another version is not called. */
 int64_t chunked_ce_layout(void)
 {
-    return LAYOUT * 10000 + (int64_t)(sizeof(Job) + sizeof(Elementwise));
+    return LAYOUT * 10000 + (int64_t)(sizeof(Job) + sizeof(Elementwise) + sizeof(Pair));
 }

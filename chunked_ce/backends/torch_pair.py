@@ -1,0 +1,82 @@
+"""Divergences of two rows of logits in plain PyTorch, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.divergence import (
+    Divergence,
+    LogProbs,
+    PairStats,
+    class_slopes,
+    class_terms,
+    log_probs,
+    shift_of,
+)
+from ..core.head import compute_dtype
+from .torch_blocks import blocks
+
+
+def pair_stats(
+    input: Tensor,  # [..., V] logits of the student
+    teacher: Tensor,  # [..., at least vocab_size]
+    ignored: Tensor | None,  # [rows]
+    how: Divergence,
+    vocab_size: int,
+) -> PairStats:
+    """Return the statistics of every pair of rows, flat."""
+    dtype, rows = compute_dtype(input.dtype), input.shape[:-1].numel()
+    maxima = torch.full((2, rows), -torch.inf, dtype=dtype, device=input.device)
+    sums = torch.zeros(2, rows, dtype=torch.float64, device=input.device)
+    for flat, _, views in blocks(vocab_size, input, teacher):
+        for view, most, sum in zip(views, maxima, sums, strict=True):
+            _add_exponentials(view.to(dtype), most[flat], sum[flat], how.temperature)
+    norms = [n for pair in zip(maxima.double(), sums.log(), strict=True) for n in pair]
+    shift = shift_of(*norms, how.temperature)
+    zeros = (torch.zeros(rows, dtype=torch.float64, device=input.device) for _ in range(2))
+    stats = PairStats(*zeros, *(n.to(dtype) for n in (*norms, shift)))
+    for flat, _, views in blocks(vocab_size, input, teacher):
+        terms = class_terms(_log_probs(views, stats, flat, how), how)
+        stats.loss[flat] += terms[0].sum(1)
+        stats.student_kl[flat] += terms[1].sum(1)
+    stats = PairStats(*(t.to(dtype) for t in stats))
+    return stats if ignored is None else PairStats(*(t.masked_fill(ignored, 0.0) for t in stats))
+
+
+def pair_gradient(
+    input: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,  # [rows]
+    stats: PairStats,
+    upstream: Tensor,  # [rows]
+    how: Divergence,
+    vocab_size: int,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """Return dL/dinput, in a new tensor or over `input`."""
+    grad = input if inplace else torch.empty_like(input)
+    weight = upstream / how.temperature
+    for flat, _, (x, y, out) in blocks(vocab_size, input, teacher, grad):
+        logs = _log_probs((x, y), stats, flat, how)
+        value = class_slopes(logs, stats.student_kl[flat, None], how) * weight[flat, None]
+        out.copy_(value if ignored is None else value.masked_fill_(ignored[flat, None], 0.0))
+    grad[..., vocab_size:].zero_()
+    return grad
+
+
+def _add_exponentials(z: Tensor, most: Tensor, sum: Tensor, temperature: float) -> None:
+    """Add a block z [R, C] to the running maxima and sums [R]."""
+    m = torch.maximum(most, z.amax(1))
+    base = m.clamp(min=torch.finfo(z.dtype).min)  # of a row of -inf alone
+    sum.mul_(((most - base) / temperature).exp_())
+    sum.add_(((z - base[:, None]) / temperature).exp_().sum(1))
+    most.copy_(m)
+
+
+def _log_probs(views: Sequence[Tensor], stats: PairStats, flat: slice, how: Divergence) -> LogProbs:
+    z, y = (view.to(stats.max.dtype) for view in views)
+    return log_probs(z, y, PairStats(*(t[flat, None] for t in stats)), how.temperature)

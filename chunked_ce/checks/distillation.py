@@ -1,0 +1,69 @@
+"""The arguments of divergences between a student and a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.divergence import KINDS
+from .loss import logits, one_target_per_row
+from .values import brief, floating, integer, names, number, same_device, shape, target_indices
+
+
+def divergence(kind: object, beta: Any, temperature: Any) -> tuple[float, float]:
+    """Return (beta, temperature)."""
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind is {brief(kind)}, expected one of {names(KINDS)}")
+    share, degree = number("beta", beta), number("temperature", temperature)
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"beta is {share}, expected a number from 0 to 1: the teacher's share of the mixture"
+        )
+    if degree < 1e-6:
+        raise ValueError(f"temperature is {degree}, expected a number above 0 (1 changes nothing)")
+    return share, degree
+
+
+def teacher_logits(input: Tensor, teacher: Any, target: Tensor | None) -> None:
+    logits(input)
+    floating("teacher", teacher, " of logits")
+    if input.shape[-1] == 0:
+        raise ValueError(f"input of shape {shape(input)} has no classes in its last dimension")
+    if teacher.dim() == 0 or teacher.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            f"teacher has shape {shape(teacher)}, but input has shape {shape(input)}: give one row "
+            "of the teacher's logits per row of the student's, vocabulary last"
+        )
+    same_device("teacher", teacher, input)
+    no_teacher_gradient("teacher", teacher)
+    if target is not None:
+        target_indices(target)
+        one_target_per_row(input, target)
+
+
+def no_teacher_gradient(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but a teacher gets none: pass {name}.detach(), or run "
+            "the teacher under torch.no_grad()"
+        )
+
+
+def shared_vocab_size(value: Any, columns: int, teacher_columns: int) -> int:
+    """Return how many classes both models have."""
+    if value is None:
+        if columns != teacher_columns:
+            raise ValueError(
+                f"input has {columns} columns, but teacher has {teacher_columns}: if one of them "
+                "is padded, pass vocab_size, the number of tokens in the tokenizer that both share"
+            )
+        return columns
+    size, fewest = integer("vocab_size", value, "an int or None"), min(columns, teacher_columns)
+    if not 1 <= size <= fewest:
+        raise ValueError(
+            f"vocab_size is {size}, expected a number from 1 to {fewest}: input has {columns} "
+            f"columns, teacher has {teacher_columns}"
+        )
+    return size

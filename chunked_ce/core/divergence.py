@@ -1,0 +1,116 @@
+"""Divergences of two distributions over the vocabulary, from two rows of logits.
+
+With p = softmax(z / T) of the student, q = softmax(y / T) of the teacher and d = log q - log p:
+
+    forward  KL(q‖p) = Σ q f(d)                     gradient in z / T: p - q
+    reverse  KL(p‖q) = Σ p f(-d)                    p (-d - KL(p‖q))
+    jsd      beta KL(q‖m) + (1 - beta) KL(p‖m)      (1 - beta) p (log p - log m - KL(p‖m))
+
+with the mixture m = beta q + (1 - beta) p (Agarwal et al., arXiv:2306.13649). Each class adds
+f(d) = d - 1 + exp(-d) and not d: -1 + exp(-d) sums to 0 over a row, and f is never below 0. So
+nothing cancels, and the divergence of two nearly equal rows keeps its digits.
+"""
+
+from __future__ import annotations
+
+from math import factorial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ("forward", "reverse", "jsd")
+_SERIES = tuple(1.0 / factorial(n) for n in range(2, 14))
+
+
+class Divergence(NamedTuple):
+    """Which divergence: its kind, the teacher's share of the mixture, the temperature."""
+
+    kind: str
+    beta: float
+    temperature: float
+
+
+class PairStats(NamedTuple):
+    """What a loss of two rows and its gradient need, [rows] each. Ignored rows hold 0."""
+
+    loss: Tensor
+    student_kl: Tensor  # KL(p‖q), of "jsd" KL(p‖m); 0 for "forward"
+    max: Tensor  # of z
+    log_sum: Tensor  # log Σ exp((z - max) / T)
+    teacher_max: Tensor
+    teacher_log_sum: Tensor
+    shift: Tensor  # lse of y / T less that of z / T
+
+
+class LogProbs(NamedTuple):
+    """log p, log q and their difference d, which has digits that the two have lost."""
+
+    p: Tensor
+    q: Tensor
+    d: Tensor
+
+
+def shift_of(
+    max: Tensor, log_sum: Tensor, teacher_max: Tensor, teacher_log_sum: Tensor, temperature: float
+) -> Tensor:
+    """Return `PairStats.shift` from numbers in fp64."""
+    return (teacher_max - max) / temperature + (teacher_log_sum - log_sum)
+
+
+def log_probs(
+    z: Tensor,  # [R, C]
+    y: Tensor,  # [R, C]
+    stats: PairStats,  # [R, 1] each
+    temperature: float,
+) -> LogProbs:
+    return LogProbs(
+        (z - stats.max) / temperature - stats.log_sum,
+        (y - stats.teacher_max) / temperature - stats.teacher_log_sum,
+        (y - z) / temperature - stats.shift,
+    )
+
+
+def class_terms(logs: LogProbs, how: Divergence) -> tuple[Tensor, Tensor]:
+    """Return what each class adds to the loss and to `student_kl`."""
+    p, q = logs.p.exp(), logs.q.exp()
+    if how.kind == "forward":
+        return _terms(q, logs.d, p), torch.zeros_like(p)
+    if how.kind == "reverse":
+        loss = _terms(p, -logs.d, q)
+        return loss, loss
+    of_student, of_teacher = _above_mixture(logs.d, how.beta)
+    mixture = how.beta * q + (1.0 - how.beta) * p
+    student_kl = _terms(p, of_student, mixture)
+    loss = how.beta * _terms(q, of_teacher, mixture) + (1.0 - how.beta) * student_kl
+    return loss, student_kl
+
+
+def class_slopes(logs: LogProbs, student_kl: Tensor, how: Divergence) -> Tensor:
+    """Return dL/d(z / T) of each class."""
+    p = logs.p.exp()
+    if how.kind == "forward":  # p - q, without cancellation where they are near
+        near = -torch.expm1(logs.d)
+        return torch.where(logs.d.abs() < 1.0, p * near, p - logs.q.exp())
+    slope = -logs.d - student_kl
+    if how.kind == "jsd":
+        slope = (1.0 - how.beta) * (_above_mixture(logs.d, how.beta)[0] - student_kl)
+    return torch.where(p == 0, 0.0, p * slope)
+
+
+def _above_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return log p - log m and log q - log m."""
+    # m is the larger of p and q times 1 + share (exp(-|d|) - 1); share: of the other one.
+    share = torch.full_like(d, beta).masked_fill_(d > 0, 1.0 - beta)
+    larger = -torch.log1p(share * torch.expm1(-d.abs()))
+    return torch.where(d > 0, larger - d, larger), torch.where(d > 0, larger, larger + d)
+
+
+def _terms(probability: Tensor, d: Tensor, other: Tensor) -> Tensor:
+    """Return probability f(d), `other` being probability exp(-d), where probability is 0 too."""
+    series = torch.full_like(d, _SERIES[-1])
+    for term in _SERIES[-2::-1]:
+        series = term - d * series
+    near = probability * (d * d * series)
+    far = probability * (d - 1.0) + other  # exp(-d) may be too large a number
+    return torch.where(probability == 0, other, torch.where(d.abs() < 0.25, near, far))
