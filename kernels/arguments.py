@@ -142,3 +142,15 @@ class BinaryOptions(NamedTuple):
     UPSTREAM_CONTIGUOUS: bool
     OUT_CONTIGUOUS: bool
     OUT_ALIGNED: bool
+
+
+class PairOptions(NamedTuple):
+    """Compile-time: what the kernels of pairs of rows have to do."""
+
+    KIND: int  # of divergence
+    HAS_IGNORED: bool
+    CONTIGUOUS: bool
+    Y_CONTIGUOUS: bool
+    Y_ALIGNED: bool
+    GRAD_CONTIGUOUS: bool = False
+    GRAD_ALIGNED: bool = False

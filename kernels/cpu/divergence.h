@@ -32,7 +32,7 @@ static inline REAL KIND(log1p_below)(REAL v)
     return power == 0 ? KIND(log1p)(v) : power * (REAL)0.69314718055994531 + KIND(log1p)(scaled - 1);
 }
 
-/* log p - log m; that of q is d more. m is the larger of the two times 1 + share (exp(-|d|) - 1). */
+/* log m less the larger of log p and log q, negated: m is that times 1 + share (exp(-|d|) - 1). */
 static inline REAL KIND(above_mixture)(REAL d, REAL beta)
 {
     REAL share = d > 0 ? 1 - beta : beta, below = d > 0 ? -d : d, series = 0;
@@ -40,8 +40,7 @@ static inline REAL KIND(above_mixture)(REAL d, REAL beta)
         series = (1 + below * series) * (REAL)(1.0 / n);
     series = below * (1 + below * series);
     REAL expm1 = below > (REAL)-0.25 ? series : KIND(exp)(below) - 1;
-    REAL larger = -KIND(log1p_below)(share * expm1);
-    return d > 0 ? larger - d : larger;
+    return -KIND(log1p_below)(share * expm1);
 }
 
 static void KIND(add_exponentials)(
@@ -99,9 +98,9 @@ static void KIND(add_terms)(const Pair *job, const REAL *p, const REAL *q, const
     } else {
 #pragma omp simd reduction(+ : sum, of_student)
         for (int64_t i = 0; i < n; i++) {
-            REAL mixture = beta * q[i] + (1 - beta) * p[i], above = KIND(above_mixture)(d[i], beta);
-            of_student += KIND(excess)(p[i], above, mixture);
-            sum += KIND(excess)(q[i], above + d[i], mixture);
+            REAL mixture = beta * q[i] + (1 - beta) * p[i], larger = KIND(above_mixture)(d[i], beta);
+            of_student += KIND(excess)(p[i], d[i] > 0 ? larger - d[i] : larger, mixture);
+            sum += KIND(excess)(q[i], d[i] > 0 ? larger : larger + d[i], mixture);
         }
         sum = beta * sum + (1 - beta) * of_student;
     }
@@ -130,8 +129,8 @@ static void KIND(slopes)(const Pair *job, REAL student_kl, int64_t n, KIND(PairB
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
-            REAL above = KIND(above_mixture)(d[i], beta) - student_kl;
-            d[i] = p[i] == 0 ? 0 : p[i] * ((1 - beta) * above);
+            REAL larger = KIND(above_mixture)(d[i], beta), above = d[i] > 0 ? larger - d[i] : larger;
+            d[i] = p[i] == 0 ? 0 : p[i] * ((1 - beta) * (above - student_kl));
         }
     }
 }
