@@ -10,7 +10,7 @@ from .evaluation.likelihood import Loglikelihood, loglikelihood
 from .evaluation.meter import Perplexity, perplexity
 from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
 from .functional.binary import binary_cross_entropy_with_logits
-from .functional.distillation import kl_div
+from .functional.distillation import kl_div, linear_kl_div
 from .functional.linear import linear_cross_entropy, linear_token_stats
 from .functional.logits import cross_entropy, token_stats
 from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
@@ -35,6 +35,7 @@ __all__ = [
     "explain_loss",
     "kl_div",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_token_stats",
     "loglikelihood",
     "perplexity",

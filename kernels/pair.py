@@ -228,7 +228,10 @@ def pair_grad_kernel(
         grad, out_start, prefix, TILE.WIDTH, OPTIONS.GRAD_CONTIGUOUS, OPTIONS.GRAD_ALIGNED
     )
     first = tl.program_id(1) * SPAN
-    x_body, y_body = moved(x_body, first, OPTIONS.CONTIGUOUS), moved(y_body, first, OPTIONS.Y_CONTIGUOUS)
+    x_body, y_body = (
+        moved(x_body, first, OPTIONS.CONTIGUOUS),
+        moved(y_body, first, OPTIONS.Y_CONTIGUOUS),
+    )
     out_body = moved(out_body, first, OPTIONS.GRAD_CONTIGUOUS)
     length = tl.minimum(window.body - first, SPAN)
     for i in range(0, length, TILE.GROUPS * TILE.WIDTH):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.divergence import KINDS
+from .linear import hidden_states, linear_bias, linear_weight
 from .loss import logits, one_target_per_row
 from .values import brief, floating, integer, names, number, same_device, shape, target_indices
 
@@ -67,3 +68,43 @@ def shared_vocab_size(value: Any, columns: int, teacher_columns: int) -> int:
             f"columns, teacher has {teacher_columns}"
         )
     return size
+
+
+def distilled_head(name: str, input: Any, weight: Any, bias: Any) -> None:
+    """Check hidden states and the head of a student ("linear") or a teacher ("teacher")."""
+    try:
+        hidden_states(input)
+        linear_weight(weight, input, dims=False)
+        linear_bias(bias, weight)
+    except (TypeError, ValueError) as error:
+        if name != "teacher":
+            raise
+        message = str(error).replace("linear_", "teacher_")
+        raise type(error)(message.replace("input", "teacher_input")) from None
+    if name == "teacher":
+        given = dict(teacher_input=input, teacher_weight=weight, teacher_bias=bias)
+        for argument, tensor in given.items():
+            if tensor is not None:
+                no_teacher_gradient(argument, tensor)
+
+
+def distilled_tokens(
+    input: Tensor, teacher: Tensor, target: Any, cross_entropy_weight: Any
+) -> float:
+    """Return the weight of the cross-entropy."""
+    if teacher.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            f"teacher_input has shape {shape(teacher)}, but input has shape {shape(input)}: give "
+            "one hidden state of the teacher per hidden state of the student"
+        )
+    same_device("teacher_input", teacher, input)
+    weight = number("cross_entropy_weight", cross_entropy_weight)
+    if weight and target is None:
+        raise ValueError(
+            f"cross_entropy_weight is {weight}, but there is no target whose cross-entropy could "
+            "be added: pass target, or leave it 0"
+        )
+    if target is not None:
+        target_indices(target)
+        one_target_per_row(input, target)
+    return weight

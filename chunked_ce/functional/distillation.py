@@ -1,4 +1,4 @@
-"""Distillation: divergences between a student's and a teacher's distribution over the vocabulary."""
+"""Distillation: how far a student's distribution over the vocabulary is from a teacher's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import choose_backend
+from ..backends import check_targets, choose_backend
 from ..core.head import compute_dtype
-from ..core.reduction import is_scored, reduction_of
-from ..ops import pair, transforms  # noqa: F401 (pair registers its operators)
+from ..core.reduction import Reduction, is_scored, reduction_of
+from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
+from ..ops.chunks import default_chunk_bytes, padded_row_bytes
+from .linear import autocast
 
 
 def kl_div(
@@ -87,12 +89,132 @@ def kl_div(
     if kind == "jsd" and beta in (0.0, 1.0):
         kind = "reverse" if beta else "forward"
     ignored = None if target is None else ~is_scored(target, ignore_index)
-    if target is None:
-        target = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
-        ignore_index = -1
     loss, *_ = torch.ops.chunked_ce.pair_stats(
         input, teacher, ignored, kind, beta, temperature, vocab_size, backend
     )
+    labels, skipped = _targets(input, target, ignore_index)
     dtype = compute_dtype(input.dtype)
-    reduce = reduction_of(reduction, target, ignore_index, token_weight, num_items, dtype)
-    return reduce.of(loss)
+    return reduction_of(reduction, labels, skipped, token_weight, num_items, dtype).of(loss)
+
+
+def linear_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    kind: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    cross_entropy_weight: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    acc_dtype: torch.dtype = torch.float32,
+    chunk_bytes: int | None = None,
+    token_chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the divergence of two models given by hidden states and heads, without their logits.
+
+    :func:`kl_div` of `input @ linear_weight.T + linear_bias` and
+    `teacher_input @ teacher_weight.T + teacher_bias`, of which one chunk each exists at a time.
+    Where the loss's weights are known in forward, the student's gradients come with it; with
+    `reduction="none"`, in float16, or where `token_weight` wants a gradient, backward computes the
+    logits again.
+
+    Args:
+        input: the student's hidden states [..., D]; float16, bfloat16, float32 or float64.
+        linear_weight: the student's head [V, D].
+        teacher_input: the teacher's hidden states [..., another D].
+        teacher_weight: the teacher's head [V, another D]. The teacher gets no gradient.
+        linear_bias, teacher_bias: [V] or None.
+        kind, beta, temperature: which divergence; see :func:`kl_div`.
+        target: class indices [...]; tokens that equal `ignore_index` count for nothing.
+        cross_entropy_weight: adds so many times the cross-entropy of `target`, at temperature 1,
+            to each token's loss, from the same chunk of logits.
+        ignore_index, reduction, token_weight, num_items, vocab_size: see :func:`kl_div`.
+        acc_dtype: dtype that the gradient of `linear_weight` is summed in over chunks.
+        chunk_bytes: bytes of both models' logits at a time; None: 256 MiB, 128 MiB on a CPU.
+        token_chunk_size: tokens at a time, instead of `chunk_bytes`.
+        backend: "auto", "cpu", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
+
+    Returns:
+        The loss, a 0-d tensor, or one loss per token for "none"; float32 (float64 for float64
+        `input`).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a
+            teacher that requires a gradient. IndexError: a target out of range, on the CPU.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> hidden, head = torch.randn(2, 5, 16, requires_grad=True), torch.nn.Linear(16, 100)
+        >>> teacher_hidden, teacher_head = torch.randn(2, 5, 32), torch.nn.Linear(32, 100)
+        >>> loss = chunked_ce.linear_kl_div(
+        ...     hidden, head.weight, teacher_hidden, teacher_head.weight.detach()
+        ... )
+        >>> loss.backward()
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return transforms.call(linear_kl_div, locals())
+    beta, temperature = checks.divergence(kind, beta, temperature)
+    student = _checked_head("linear", input, linear_weight, linear_bias)
+    teacher = _checked_head("teacher", teacher_input, teacher_weight, teacher_bias)
+    rows = input.shape[:-1]
+    ce_weight = checks.distilled_tokens(input, teacher_input, target, cross_entropy_weight)
+    checks.reduction(reduction)
+    checks.token_weight(token_weight, rows, input)
+    num_items = checks.num_items(num_items, reduction, input)
+    ignore_index = checks.ignore_index(ignore_index)
+    classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
+    if target is not None and ce_weight:
+        check_targets(target, classes, ignore_index, free=target.is_cpu)
+    if kind == "jsd" and beta in (0.0, 1.0):
+        kind = "reverse" if beta else "forward"
+    row_bytes = sum(padded_row_bytes(classes, w.element_size()) for w in (student[1], teacher[1]))
+    default = default_chunk_bytes(rows.numel() * row_bytes, input.device.type)
+    labels, skipped = _targets(input, target, ignore_index)
+    dtype = compute_dtype(input.dtype)
+    reduce = reduction_of(reduction, labels, skipped, token_weight, num_items, dtype)
+    fused = reduction != "none" and reduce.known_before_backward(student[0].dtype)
+    losses, total, *_ = torch.ops.chunked_ce.linear_pair(
+        *student, *teacher, None if target is None else target.reshape(-1),
+        _token_weights(labels, skipped, reduce, dtype) if fused else None, ignore_index, kind,
+        beta, temperature, ce_weight, classes, choose_backend(backend, input.device),
+        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
+        checks.acc_dtype(acc_dtype, student[1]), [False] * 3,
+    )  # fmt: skip
+    return total if fused else reduce.of(losses.view(rows))
+
+
+def _targets(input: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
+    """Return targets and their `ignore_index`; without any, such that no token is ignored."""
+    if target is not None:
+        return target, ignore_index
+    return torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device), -1
+
+
+def _token_weights(
+    target: Tensor, ignore_index: int, reduce: Reduction, dtype: torch.dtype
+) -> Tensor:
+    """Return what each token's loss is multiplied by, [N]."""
+    weight = reduce.weight
+    if weight is None:
+        weight = is_scored(target, ignore_index).to(dtype)
+    weight = weight if reduce.divisor is None else weight / reduce.divisor
+    return weight.reshape(-1).to(dtype)
+
+
+def _checked_head(
+    name: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden states [N, D] and a head that fit one another."""
+    checks.distilled_head(name, input, weight, bias)
+    hidden, weight, bias = autocast(input, weight, bias)
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias

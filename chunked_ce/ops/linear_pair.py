@@ -1,0 +1,157 @@
+"""Two lm_heads and the divergence of their logits in one, a chunk of tokens at a time.
+
+chunked_ce::linear_pair  each token's loss; and where their weights are known, their weighted sum
+                         and the student's gradients of that
+
+Memory: one chunk of each model's logits and the gradients. The teacher gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..core.divergence import Divergence
+from ..core.head import IDENTITY, compute_dtype
+from ..core.reduction import weighted
+from .chunks import Gradients, Index, gradient_like, walk
+from .library import library
+
+library.define(
+    "linear_pair(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor teacher_input, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? token_weight, "
+    "int ignore_index, str kind, float beta, float temperature, float cross_entropy_weight, "
+    "SymInt vocab_size, str backend, int rows_per_chunk, ScalarType acc_dtype, bool[] wanted) -> "
+    "(Tensor loss, Tensor total, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
+)
+_ARGUMENTS = 18
+
+
+def _linear_pair(
+    input: Tensor,  # [N, D]
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_input: Tensor,  # [N, another D]
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    target: Tensor | None,  # [N]
+    token_weight: Tensor | None,  # [N]
+    ignore_index: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+    cross_entropy_weight: float,
+    vocab_size: int,
+    backend: str,
+    rows_per_chunk: int,
+    acc_dtype: torch.dtype,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    how, n = Divergence(kind, beta, temperature), len(input)
+    ignored = None if target is None else target.long() == ignore_index
+    chunks: list[Index] = [slice(i, i + rows_per_chunk) for i in range(0, n, rows_per_chunk)]
+    input, weight = input.detach(), weight.detach()
+    losses = input.new_zeros(n, dtype=compute_dtype(input.dtype))
+    gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
+    teacher = teacher_input.detach(), teacher_weight.detach(), teacher_bias
+    for (index, x, logits), (_, _, of_teacher) in zip(
+        walk(input, weight, bias, vocab_size, chunks, ignored),
+        walk(*teacher, vocab_size, chunks, ignored),
+        strict=True,
+    ):
+        skip = None if ignored is None else ignored[index]
+        run = backends.pair_backend(backend)
+        stats = run.pair_stats(logits, of_teacher, skip, how, vocab_size)
+        losses[index] = stats.loss
+        of_tokens = None if token_weight is None else token_weight[index]
+        of_labels = None
+        if target is not None and cross_entropy_weight:
+            loss, of_labels = _cross_entropy(
+                backend, logits, target[index],
+                None if of_tokens is None else of_tokens * cross_entropy_weight, ignore_index,
+                vocab_size, any(wanted),
+            )  # fmt: skip
+            losses[index] += cross_entropy_weight * loss
+        if any(wanted):
+            assert of_tokens is not None
+            given = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
+            grad = run.pair_gradient(*given, inplace=True)
+            gradients.add(index, x, grad if of_labels is None else grad.add_(of_labels))
+    total = losses if token_weight is None else weighted(losses, token_weight)
+    return losses, total.sum(), *gradients.finish()
+
+
+def _cross_entropy(
+    backend: str,
+    logits: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    vocab_size: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return each token's cross-entropy and its weighted gradient, in memory of its own."""
+    if with_gradient:
+        return backends.loss_and_gradient(
+            backend, logits, target, token_weight, None, 0.0, 0.0, ignore_index, vocab_size,
+            IDENTITY, inplace=False,
+        )  # fmt: skip
+    nothing = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), False)
+    found = backends.row_statistics(
+        backend, logits, target, ignore_index, vocab_size, IDENTITY, **nothing
+    )
+    return -found.stats.logprob, None
+
+
+def _fake_linear_pair(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    dtype, given = compute_dtype(input.dtype), zip((input, weight, bias), rest[-1], strict=True)
+    losses, total = input.new_empty(input.shape[0], dtype=dtype), input.new_empty((), dtype=dtype)
+    return losses, total, *(gradient_like(t, want) for t, want in given)
+
+
+class _LinearPair(torch.autograd.Function):
+    """With token weights `total` has a gradient, computed in forward; without, each loss has."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.wanted, ctx.options = list(ctx.needs_input_grad[:3]), arguments[8:-1]
+        ctx.is_sum = arguments[7] is not None
+        losses, total, *grads = _call(*arguments[:-1], ctx.wanted if ctx.is_sum else [False] * 3)
+        ctx.save_for_backward(*(grads if ctx.is_sum else arguments[:7]))
+        ctx.mark_non_differentiable(losses if ctx.is_sum else total)
+        return losses, total
+
+    @staticmethod
+    def backward(ctx: Any, of_losses: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            checks.double_backward()
+        if ctx.is_sum:
+            grads = [(grad * of_total).to(grad.dtype) for grad in ctx.saved_tensors]
+        else:
+            given = (*ctx.saved_tensors, of_losses.contiguous(), *ctx.options, ctx.wanted)
+            _, _, *grads = _call(*given)
+        found = (grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
+        return *found, *(None,) * (_ARGUMENTS - 3)
+
+
+def _call(*arguments: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        found: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_pair(*arguments)
+    return found
+
+
+def _differentiable_linear_pair(*arguments: Any) -> Any:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3]):
+        if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
+            checks.compiled_transform()
+        losses, total = _LinearPair.apply(*arguments)  # type: ignore[no-untyped-call]
+        return losses, total, *(losses.new_empty(0) for _ in range(3))
+    return _call(*arguments)
+
+
+library.impl("linear_pair", _linear_pair, "CompositeExplicitAutograd")
+library.impl("linear_pair", _differentiable_linear_pair, "Autograd")
+torch.library.register_fake("chunked_ce::linear_pair", _fake_linear_pair, lib=library)
