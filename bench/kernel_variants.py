@@ -12,6 +12,8 @@ import torch
 from chunked_ce.backends import clusters
 from chunked_ce.backends import triton as backend_triton
 from chunked_ce.backends import triton_binary as binary_triton
+from chunked_ce.backends import triton_pair as pair_triton
+from chunked_ce.core.divergence import KINDS, Divergence, PairStats
 from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
 from chunked_ce.core.row_stats import ClassWeights
@@ -35,6 +37,7 @@ def every_call(target: str, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[
     yield from head_calls(dtypes)
     yield from weighted_calls(dtypes)
     yield from binary_calls(dtypes)
+    yield from pair_calls(dtypes)
     yield from one_pass_calls(dtypes, target)
 
 
@@ -93,6 +96,23 @@ def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         total = partial(binary_triton.total, x, labels, per_class, per_class, left_out)
         yield f"sum {label}", total
         yield f"grad {label}", partial(binary_triton.gradient, x, labels, per_class, per_class, x)
+
+
+def pair_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
+    """Each divergence of a student from a teacher of the same dtype, and of another."""
+    for dtype, view, kind in itertools.product(dtypes, VIEWS, KINDS):
+        if dtype == torch.float16 and (view == "strided" or kind != "forward"):
+            continue  # as bfloat16 but for the conversion
+        x = VIEWS[view](dtype)
+        rows, vocab = x.shape
+        y = torch.empty(rows, vocab) if kind == "reverse" else x
+        vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        ignored = torch.empty(rows, dtype=torch.bool) if kind == "jsd" else None
+        how, stats = Divergence(kind, 0.5, 2.0), PairStats(*[vector] * len(PairStats._fields))
+        given: Any = (x, y, ignored, stats, vector, how, vocab)
+        label = f"{kind} {dtype} {view}"
+        yield f"pair stats {label}", partial(pair_triton.pair_stats, x, y, ignored, how, vocab)
+        yield f"pair grad {label}", partial(pair_triton.pair_gradient, *given)
 
 
 def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Call]:

@@ -172,7 +172,7 @@ def pair_stats_kernel(
 @triton.jit
 def write_slopes(x, y, grad, columns, valid, readable, row, weight, inverse, beta,
                  DTYPE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
-    """Write the gradient at columns, 0 where not readable. x, y and grad start at column 0 of them."""
+    """Write the gradient at columns of x, y and grad; 0 where not readable."""
     z, t = load_pair(x, y, columns, readable, DTYPE, OPTIONS)
     at = probabilities(z, t, row, inverse)
     value = class_slopes(at, row.student_kl, beta, OPTIONS.KIND) * weight

@@ -34,8 +34,9 @@ def pair_stats(
     for flat, _, views in blocks(vocab_size, input, teacher):
         for view, most, sum in zip(views, maxima, sums, strict=True):
             _add_exponentials(view.to(dtype), most[flat], sum[flat], how.temperature)
-    norms = [n for pair in zip(maxima.double(), sums.log(), strict=True) for n in pair]
-    shift = shift_of(*norms, how.temperature)
+    (most, of_teacher), (log_sum, teacher_log_sum) = maxima.double(), sums.log()
+    norms = (most, log_sum, of_teacher, teacher_log_sum)
+    shift = shift_of(*norms, temperature=how.temperature)
     zeros = (torch.zeros(rows, dtype=torch.float64, device=input.device) for _ in range(2))
     stats = PairStats(*zeros, *(n.to(dtype) for n in (*norms, shift)))
     for flat, _, views in blocks(vocab_size, input, teacher):

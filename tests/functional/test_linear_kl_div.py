@@ -85,7 +85,8 @@ def test_weights_num_items_and_no_target(backend, device):
         truth.sum().backward()
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-7)
         for a, b in zip(grads, of_truth, strict=True):
-            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
+            worst = (a.grad.double() - b.grad).abs().max() / b.grad.abs().max()
+            assert worst < 3 * ULP[torch.float32]
 
 
 def test_padded_heads_and_batches():
