@@ -139,7 +139,7 @@ def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
                 continue  # a few numbers a row
             if name == "one pass, clusters" and not (
                 target in CLUSTERED
-                and clusters.triton_has_them()
+                and clusters.triton_supports_clusters()
                 and launch.arguments.get("num_ctas", 1) > 1
             ):
                 continue  # no other than "one pass", or not to be had

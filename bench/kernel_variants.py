@@ -90,14 +90,14 @@ def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         per_class = torch.empty(x.shape[-1]).expand(x.shape) if everything else None
         left_out = None if everything else torch.empty(x.shape[0], 5, dtype=torch.int32)
         label = f"binary {dtype} {view} {'everything' if everything else 'by index'}"
-        total = partial(binary_triton.total, x, labels, per_class, per_class, left_out)
+        total = partial(binary_triton.loss_sum, x, labels, per_class, per_class, left_out)
         yield f"sum {label}", total
         yield f"grad {label}", partial(binary_triton.gradient, x, labels, per_class, per_class, x)
 
 
 def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Call]:
     """Loss and gradient at once, in each of the forms that hold a row."""
-    has_clusters = target in ("sm_90", "sm_100") and clusters.triton_has_them()
+    has_clusters = target in ("sm_90", "sm_100") and clusters.triton_supports_clusters()
     for dtype, form, everything in itertools.product(dtypes, ONE_PASS, (False, True)):
         vocab, on_clusters = ONE_PASS[form]
         if on_clusters and (dtype == torch.float64 or not has_clusters):

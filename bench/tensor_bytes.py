@@ -123,7 +123,7 @@ class _NoKernel:
 def _fake(architecture: str) -> Iterator[None]:
     """Take "meta" for a GPU of that architecture whose kernels do nothing."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
+        stack.enter_context(mock.patch.object(clusters, "is_verified", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))
         for module in (logits, linear):

@@ -25,14 +25,14 @@ def choose_backend(backend: str, device: Device) -> str:
     if backend == "auto":
         if device.type in ("cuda", "xpu") and TRITON_INSTALLED:
             return "triton"
-        return "cpu" if device.type == "cpu" and cpu_library.IS_THERE else "torch"
+        return "cpu" if device.type == "cpu" and cpu_library.IS_AVAILABLE else "torch"
     if backend == "triton":
         on_gpu = device.type in ("cuda", "xpu")
         if not (TRITON_INSTALLED and (on_gpu or (device.type == "cpu" and INTERPRETED))):
             checks.triton_cannot_run(installed=TRITON_INSTALLED)
     elif backend == "cpu":
-        if not (cpu_library.IS_THERE and device.type == "cpu"):
-            checks.cpu_cannot_run(device, built=cpu_library.IS_THERE)
+        if not (cpu_library.IS_AVAILABLE and device.type == "cpu"):
+            checks.cpu_cannot_run(device, built=cpu_library.IS_AVAILABLE)
     elif backend != "torch":
         checks.backend_name(backend)
     return backend
@@ -101,7 +101,7 @@ def loss_and_gradient(
     if backend == "triton":
         from . import clusters
 
-        options["on_clusters"] = clusters.checked(input.device)
+        options["on_clusters"] = clusters.is_verified(input.device)
     both: tuple[Tensor, Tensor] = _backend(backend).loss_and_gradient(input, *arguments, **options)
     return both
 
@@ -109,15 +109,15 @@ def loss_and_gradient(
 def scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
     """grad [..., V] *= upstream [...] or []; nothing is done where that is 1."""
     # A value is read only where that makes nothing wait; Triton's kernel looks itself.
-    free = backend != "triton" and upstream.is_cpu
-    if grad.numel() == 0 or (free and bool((upstream == 1.0).all())):
+    on_host = backend != "triton" and upstream.is_cpu
+    if grad.numel() == 0 or (on_host and bool((upstream == 1.0).all())):
         return
     (cpu_binary if backend == "cpu" else _backend(backend)).scale_(grad, upstream)
 
 
 def check_targets(
-    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False, per_row: int = 1
+    target: Tensor, vocab_size: int, ignore_index: int, *, on_host: bool = False, per_row: int = 1
 ) -> None:
     """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
-    if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
+    if on_host or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
         checks.targets_in_range(target, vocab_size, ignore_index, per_row)

@@ -26,21 +26,21 @@ def record_path() -> Path:
 
 
 @cache
-def checked(device: torch.device) -> bool:
+def is_verified(device: torch.device) -> bool:
     """Whether the record says that clusters are right on this GPU, with these versions."""
-    if not supported(device):
+    if not is_supported(device):
         return False
     return _read().get(_key(device)) is True
 
 
-def supported(device: torch.device) -> bool:
+def is_supported(device: torch.device) -> bool:
     """Clusters need sm_90 or later and Triton 3.8 or later."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return triton_has_them() and torch.cuda.get_device_capability(device) >= (9, 0)
+    return triton_supports_clusters() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def triton_has_them() -> bool:
+def triton_supports_clusters() -> bool:
     """Up to 3.7 the compiler fails on a reduction across CTAs."""
     import triton
 
@@ -50,7 +50,7 @@ def triton_has_them() -> bool:
 
 def check(device: torch.device) -> bool:
     """Runs clusters of 2, 4 and 8 CTAs against the streamed form; records whether they agree."""
-    if not supported(device):
+    if not is_supported(device):
         return False
     right = all(
         _agrees(columns, dtype, device)
@@ -60,7 +60,7 @@ def check(device: torch.device) -> bool:
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_read() | {_key(device): right}, indent=1))
-    checked.cache_clear()
+    is_verified.cache_clear()
     return right
 
 

@@ -45,10 +45,10 @@ def row_statistics(
         lse, logprob, new(entropy, dtype), new(mean_logprob, dtype),
         new(rank, integers), new(argmax, integers),
     )  # fmt: skip
-    mass = new(weights is not UNIFORM, dtype)
-    numbers = dict(stats._asdict(), lse_low=lse_low, mass=mass)
+    weight_sum = new(weights is not UNIFORM, dtype)
+    numbers = dict(stats._asdict(), lse_low=lse_low, weight_sum=weight_sum)
     _run(_STATISTICS, input, None, target, ignore_index, vocab_size, head, weights, numbers)
-    return RowStatistics(stats, lse_low, mass)
+    return RowStatistics(stats, lse_low, weight_sum)
 
 
 def row_part(
@@ -68,14 +68,15 @@ def row_part(
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, dtype=dtype, device=input.device)
 
-    m, s, mass, target_logit = (new(dtype) for _ in range(4))
-    weighted = new(dtype) if entropy else None
-    total = new(dtype) if mean_logprob else None
-    best = new(torch.int64) if argmax else None
-    part = Part(m, s, weighted, total, mass if mean_logprob else None, None, best)
+    m, s, weight_sum, target_logit = (new(dtype) for _ in range(4))
+    ez_sum = new(dtype) if entropy else None
+    logit_sum = new(dtype) if mean_logprob else None
+    best_class = new(torch.int64) if argmax else None
+    part = Part(m, s, ez_sum, logit_sum, weight_sum if mean_logprob else None, None, best_class)
     numbers = dict(
-        m=m, s=s, weighted=weighted, total=total, mass=mass, argmax=best, target_logit=target_logit
-    )
+        m=m, s=s, ez_sum=ez_sum, logit_sum=logit_sum, weight_sum=weight_sum, argmax=best_class,
+        target_logit=target_logit,
+    )  # fmt: skip
     _run(_PARTS, input, None, target, ignore_index, vocab_size, head, UNIFORM, numbers, shard=True)
     return part, target_logit
 

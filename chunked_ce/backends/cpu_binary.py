@@ -15,7 +15,7 @@ from .strided_rows import strided_rows
 _SUM, _LOSS, _GRADIENT, _SCALE = range(4)
 
 
-def total(
+def loss_sum(
     input: Tensor,
     labels: Tensor | None,  # as input
     weight: Tensor | None,
@@ -91,5 +91,5 @@ def _run(
             job.left_out = left_out.data_ptr() + 4 * flat.start * left_out.shape[-1]
         if library.chunked_ce_elementwise(ctypes.byref(job)):
             raise MemoryError("no memory for the sums of the tasks of a binary cross-entropy")
-        sum += job.total
+        sum += job.loss_sum
     return sum

@@ -29,8 +29,8 @@ class Rows(ctypes.Structure):
 # The fields of `Job` in kernels/cpu/job.h, 8 bytes each. Packed at once they take 2 us, as fields
 # of a ctypes.Structure 16.
 POINTERS = (  # behind that of the class weights, and of one number a row each
-    "target", "lse", "logprob", "lse_low", "entropy", "mean_logprob", "mass",
-    "rank", "argmax", "m", "s", "weighted", "total", "target_logit",
+    "target", "lse", "logprob", "lse_low", "entropy", "mean_logprob", "weight_sum",
+    "rank", "argmax", "m", "s", "ez_sum", "logit_sum", "target_logit",
     "a", "b", "c", "u", "token_weight", "loss",
 )  # fmt: skip
 _DOUBLES = (
@@ -50,7 +50,7 @@ class Elementwise(ctypes.Structure):
         *((name, Rows) for name in ("x", "out", "label", "weight", "pos_weight", "upstream")),
         ("left_out", _POINTER),
         ("sums", _POINTER),
-        ("total", _DOUBLE),
+        ("loss_sum", _DOUBLE),
         *(
             (name, _INT)
             for name in ("outer", "inner", "columns", "left_out_per_row", "kind", "threads")
@@ -58,7 +58,7 @@ class Elementwise(ctypes.Structure):
     ]
 
 
-def built() -> list[Path]:
+def built_libraries() -> list[Path]:
     """All libraries there are."""
     return sorted(Path(__file__).parent.glob("cpu_*.bin"))
 
@@ -112,4 +112,4 @@ def _is_cut_off(file: Path) -> bool:
 
 
 LIBRARY = load(path())  # at import: a compiler that traces callers must not meet it
-IS_THERE = LIBRARY is not None
+IS_AVAILABLE = LIBRARY is not None

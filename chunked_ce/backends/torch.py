@@ -21,10 +21,10 @@ from ..core.row_stats import (
     ClassWeights,
     Part,
     RowStatistics,
-    blank,
     concatenate,
     finish,
     merge,
+    zero_ignored,
 )
 from .torch_blocks import blocks
 
@@ -57,10 +57,10 @@ def row_statistics(
     targets = _targets(input, target, ignore_index, options)
     part = _sum_rows(input, targets, options, wanted, weights)
     column = targets.column.clamp(min=0)
-    at_target = weights.at(column, part.s.dtype) if wanted["mean_logprob"] else None
-    rows = finish(part, targets.logit, column, options.vocab_size, at_target)
+    target_weight = weights.gather(column, part.s.dtype) if wanted["mean_logprob"] else None
+    rows = finish(part, targets.logit, column, options.vocab_size, target_weight)
     low = rows.lse_low.masked_fill(targets.ignored, 0.0)
-    return rows._replace(stats=blank(rows.stats, targets.ignored), lse_low=low)
+    return rows._replace(stats=zero_ignored(rows.stats, targets.ignored), lse_low=low)
 
 
 def row_part(
@@ -96,7 +96,7 @@ def logits_gradient(
     options = Options(vocab_size, head, shard)
     out = input if inplace else torch.empty_like(input)
     column, _, ignored = _targets(input, target, ignore_index, options)
-    numbers = row_gradient(logprob, lse_low, coefficients).of((-lse_low).exp())
+    numbers = row_gradient(logprob, lse_low, coefficients).rescale((-lse_low).exp())
     for rows, columns, (x, grad, prob) in blocks(options.vocab_size, input, out, weights.prob):
         of_rows = RowGradient(*(None if n is None else n[rows] for n in numbers))  # type: ignore[arg-type]
         w = 1.0 if numbers.u is None else _class_weights(x, columns, weights, prob)
@@ -200,7 +200,7 @@ def _block_part(
     argmax: bool,
 ) -> Part:
     """The block's sums over all classes but the target, relative to their maximum."""
-    num_better = best = weighted = total = mass = None
+    num_better = best_class = ez_sum = logit_sum = weight_sum = None
     is_target = _is_target(column, columns)
     z = _transformed(x, head).masked_fill_(is_target, -math.inf)
     if rank:  # what is greater, NaN, or equal with a lower index; the target itself is not
@@ -209,16 +209,16 @@ def _block_part(
         num_better = (better & ~is_target).sum(1)
     m = z.amax(1)
     if argmax:
-        best = z.max(1).indices + columns.start
+        best_class = z.max(1).indices + columns.start
     # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
     z.sub_(m.clamp(min=torch.finfo(z.dtype).min)[:, None])
     if mean_logprob:
         w = torch.ones_like(z).mul_(weights).masked_fill_(is_target, 0.0)
-        mass, total = w.sum(1), (w * z).masked_fill_(w == 0, 0.0).sum(1)
+        weight_sum, logit_sum = w.sum(1), (w * z).masked_fill_(w == 0, 0.0).sum(1)
     e = z.exp() if entropy else z.exp_()
     if entropy:
-        weighted = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
-    return Part(m, e.sum(1), weighted, total, mass, num_better, best)
+        ez_sum = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
+    return Part(m, e.sum(1), ez_sum, logit_sum, weight_sum, num_better, best_class)
 
 
 def block_gradient(

@@ -16,7 +16,7 @@ from ..core.head import compute_dtype
 from .torch_blocks import blocks
 
 
-def total(
+def loss_sum(
     input: Tensor,
     labels: Tensor | None,  # as input
     weight: Tensor | None,

@@ -61,12 +61,12 @@ def row_statistics(
         argmax=new(torch.int64) if argmax else None,
     )
     weights = weights if mean_logprob else UNIFORM
-    mass = None if weights is UNIFORM else new(floats)
+    weight_sum = None if weights is UNIFORM else new(floats)
     wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=rank, ARGMAX=argmax)
     sums = launch_sums(input, target, ignore_index, vocab_size, head, weights, **wanted)
     for flat, shared in sums:
         # One not asked for is not touched.
-        outputs = [lse if t is None else t for t in (lse, logprob, lse_low, *stats[2:], mass)]
+        outputs = [lse if t is None else t for t in (lse, logprob, lse_low, *stats[2:], weight_sum)]
         options = Options(**wanted, **_head_options(head), **weight_presence(weights))
         with on_device(input.device):
             merge_parts_kernel[(-(-shared["rows"] // launch.MERGE_ROWS),)](
@@ -77,7 +77,7 @@ def row_statistics(
                 num_warps=max(1, launch.MERGE_ROWS // 32),
                 **launch.COMPILER,
             )
-    return RowStatistics(stats, lse_low, mass)
+    return RowStatistics(stats, lse_low, weight_sum)
 
 
 def launch_sums(

@@ -14,7 +14,7 @@ from .strided_rows import Rows, strided_rows
 from .triton import on_device
 
 
-def total(
+def loss_sum(
     input: Tensor,
     labels: Tensor | None,  # as input
     weight: Tensor | None,

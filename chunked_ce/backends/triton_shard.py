@@ -52,7 +52,7 @@ def row_part(
             part = segment if part is None else merge(part, segment)
         assert part is not None
         if mean_logprob:
-            part = _with_total(part, floats, origin[flat], vocab_size - here[flat].to(dtype))
+            part = _add_logit_sum(part, floats, origin[flat], vocab_size - here[flat].to(dtype))
         parts.append(part)
     return concatenate(parts), target_logit
 
@@ -66,16 +66,16 @@ def _natural(floats: Tensor, integers: Tensor, entropy: bool, argmax: bool) -> P
     base_2, s = floats[0].double(), floats[1].double()
     log2_e = _LOG2_E[floats.dtype]
     m = (base_2 / log2_e).masked_fill(s == 0, -math.inf).to(floats.dtype)
-    best = None
+    best_class = None
     if argmax:  # the kernel's maxima are of groups of classes, its keys those of single ones
         m = floats[4].masked_fill(s.isnan(), math.nan)
-        best = integers[1].long()
+        best_class = integers[1].long()
     shift = (_less_product(base_2, m.double(), log2_e) / log2_e).masked_fill(m == -math.inf, 0.0)
     scale = shift.exp()
-    weighted = None
+    ez_sum = None
     if entropy:
-        weighted = (scale * (floats[2].double() * math.log(2) + s * shift)).to(m.dtype)
-    return Part(m, (s * scale).to(m.dtype), weighted, None, None, None, best)
+        ez_sum = (scale * (floats[2].double() * math.log(2) + s * shift)).to(m.dtype)
+    return Part(m, (s * scale).to(m.dtype), ez_sum, None, None, None, best_class)
 
 
 def _less_product(x: Tensor, a: Tensor, b: float) -> Tensor:
@@ -91,9 +91,9 @@ def _high(a: Number) -> Number:
     return c - (c - a)
 
 
-def _with_total(part: Part, floats: tuple[Tensor, ...], origin: Tensor, columns: Tensor) -> Part:
+def _add_logit_sum(part: Part, floats: tuple[Tensor, ...], origin: Tensor, columns: Tensor) -> Part:
     """`part` with the sum of z - m, from the kernel's sums of z - origin."""
     assert part.m is not None
     shift = (origin - part.m).masked_fill(part.m == -math.inf, 0.0)  # a sum of -inf, or of nothing
-    total = torch.stack([f[3] for f in floats]).sum(0)
-    return part._replace(total=total + columns * shift, mass=columns)
+    logit_sum = torch.stack([f[3] for f in floats]).sum(0)
+    return part._replace(logit_sum=logit_sum + columns * shift, weight_sum=columns)

@@ -12,21 +12,21 @@ from .gradient import Coefficients
 from .head import Head, compute_dtype
 
 
-def logits_at(input: Tensor, classes: Tensor, head: Head) -> Tensor:
+def gather_logits(input: Tensor, classes: Tensor, head: Head) -> Tensor:
     """[..., K] z of `classes` [..., K], which exist."""
     return head.apply_(input.gather(-1, classes).to(compute_dtype(input.dtype)))
 
 
-def gradient_at(
+def gather_gradient(
     x: Tensor,  # [rows, K] logits before the head
     classes: Tensor,
-    upstream: Tensor,  # [rows, K] of `logits_at`
+    upstream: Tensor,  # [rows, K] of `gather_logits`
     target: Tensor,  # [rows], as those that follow
     lse: Tensor,
     logprob: Tensor,
     lse_low: Tensor,
     coefficients: Coefficients,
-    weights_at: Tensor | None,  # [rows, K] of `mean_logprob`; None: 1
+    weights: Tensor | None,  # [rows, K] of `mean_logprob`; None: 1
     scored: Tensor,
     head: Head,
 ) -> Tensor:
@@ -39,7 +39,7 @@ def gradient_at(
     is_target = classes == target
     log_p = torch.where(is_target, logprob, (z - lse) - lse_low)
     p = log_p.exp()
-    grad = _sum_of_equal(classes, upstream.to(lse.dtype))
+    grad = _sum_duplicates(classes, upstream.to(lse.dtype))
     if a is not None:
         grad = grad + a * p
     if b is not None:
@@ -47,11 +47,11 @@ def gradient_at(
     if c is not None:
         grad = grad + c * torch.where(is_target, -log_p.expm1(), -p)
     if u is not None:
-        grad = grad + (u if weights_at is None else u * weights_at).masked_fill(is_target, 0.0)
+        grad = grad + (u if weights is None else u * weights).masked_fill(is_target, 0.0)
     return (grad * head.derivative(x)).masked_fill(~scored, 0.0)
 
 
-def _sum_of_equal(classes: Tensor, values: Tensor) -> Tensor:
+def _sum_duplicates(classes: Tensor, values: Tensor) -> Tensor:
     """[rows, K] of each entry, the sum over all entries of its row that name the same class."""
     ordered, order = classes.sort(-1)
     run = torch.zeros_like(ordered)
@@ -60,7 +60,7 @@ def _sum_of_equal(classes: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, sums.gather(-1, run))
 
 
-def is_first(indices: Tensor) -> Tensor:
+def is_first_occurrence(indices: Tensor) -> Tensor:
     """[..., K] whether no earlier entry of its row names the same class."""
     ordered, order = indices.sort(dim=-1, stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)

@@ -32,22 +32,22 @@ def coefficients(
     entropy: Tensor,
     vocab_size: int,
     target_weight: Tensor | None = None,
-    mass: Tensor | None = None,
+    weight_sum: Tensor | None = None,
 ) -> Coefficients:
     """What each upstream gradient [rows] adds to a, b, c, u."""
     a, b, c, u = lse_grad, None, logprob_grad, None
     if entropy_grad is not None:
         b = -entropy_grad
-        a = _plus(a, -entropy_grad * entropy)
+        a = _add(a, -entropy_grad * entropy)
     if mean_logprob_grad is not None:
         # The target's share goes into c, which does not cancel where p is near 1.
         u = mean_logprob_grad / vocab_size
-        a = _plus(a, -u * (vocab_size - 1 if mass is None else mass))
-        c = _plus(c, u if target_weight is None else u * target_weight)
+        a = _add(a, -u * (vocab_size - 1 if weight_sum is None else weight_sum))
+        c = _add(c, u if target_weight is None else u * target_weight)
     return Coefficients(a, b, c, u)
 
 
-def _plus(x: Tensor | None, y: Tensor) -> Tensor:
+def _add(x: Tensor | None, y: Tensor) -> Tensor:
     return y if x is None else x + y
 
 
@@ -76,7 +76,7 @@ class RowGradient(NamedTuple):
     u: Tensor | None
     at_target: Tensor
 
-    def of(self, factor: Tensor) -> RowGradient:
+    def rescale(self, factor: Tensor) -> RowGradient:
         """With e = p / factor."""
         slope = None if self.slope is None else self.slope * factor
         return self._replace(scale=self.scale * factor, slope=slope)
@@ -95,10 +95,10 @@ def row_gradient(logprob: Tensor, lse_low: Tensor, coefficients: Coefficients) -
     if a is not None or b is not None:
         p_target = logprob.exp()
         if a is not None:
-            scale, at_target = _plus(scale, a), _plus(at_target, a * p_target)
+            scale, at_target = _add(scale, a), _add(at_target, a * p_target)
         if b is not None:
-            at_target = _plus(at_target, (b * p_target * logprob).masked_fill(p_target == 0, 0.0))
-            scale = _plus(scale, -b * lse_low)  # what the backends' z - lse lacks
+            at_target = _add(at_target, (b * p_target * logprob).masked_fill(p_target == 0, 0.0))
+            scale = _add(scale, -b * lse_low)  # what the backends' z - lse lacks
     if scale is None or at_target is None:
         scale = at_target = torch.zeros_like(logprob)
     return RowGradient(scale, b, u, at_target)

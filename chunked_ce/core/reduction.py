@@ -17,11 +17,11 @@ def is_scored(target: Tensor, ignore_index: int) -> Tensor:
 
 def token_loss(stats: TokenStats, label_smoothing: float, z_loss_weight: float) -> Tensor:
     """Each token's loss, before its weight. Label smoothing wants `mean_logprob`."""
-    loss = smoothed(-stats.logprob, stats.mean_logprob, label_smoothing)
-    return with_z_loss(loss, stats.lse, z_loss_weight)
+    loss = smooth_labels(-stats.logprob, stats.mean_logprob, label_smoothing)
+    return add_z_loss(loss, stats.lse, z_loss_weight)
 
 
-def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) -> Tensor:
+def smooth_labels(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) -> Tensor:
     """Label smoothing, Szegedy et al., arXiv:1512.00567."""
     if label_smoothing == 0:
         return loss
@@ -31,7 +31,7 @@ def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) 
     return (1.0 - label_smoothing) * loss - label_smoothing * mean_logprob
 
 
-def with_z_loss(loss: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
+def add_z_loss(loss: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
     """PaLM, arXiv:2204.02311, section 5."""
     return loss + z_loss_weight * lse.square() if z_loss_weight > 0 else loss
 
@@ -42,22 +42,24 @@ class Reduction(NamedTuple):
     divisor: Tensor | None  # of the sum, []; None: 1
     z_divisor: Tensor | None = None  # of the z-losses' sum; None: as `divisor`
 
-    def of(self, loss: Tensor) -> Tensor:
+    def reduce(self, loss: Tensor) -> Tensor:
         """The loss, from those of the tokens (0 where ignored)."""
         if self.weight is not None:
-            loss = weighted(loss, self.weight)
+            loss = apply_weight(loss, self.weight)
         if self.name == "none":
             return loss + 0.0  # an ignored token's -0 becomes 0
         return loss.sum() if self.divisor is None else loss.sum() / self.divisor
 
-    def with_z_loss(self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
+    def reduce_with_z_loss(
+        self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float
+    ) -> Tensor:
         """The loss. Class weights do not change what its z-loss is divided by."""
         if self.z_divisor is None or z_loss_weight == 0:
-            return self.of(with_z_loss(cross_entropy, lse, z_loss_weight))
-        of_z = self._replace(divisor=self.z_divisor)
-        return self.of(cross_entropy) + of_z.of(z_loss_weight * lse.square())
+            return self.reduce(add_z_loss(cross_entropy, lse, z_loss_weight))
+        z_reduction = self._replace(divisor=self.z_divisor)
+        return self.reduce(cross_entropy) + z_reduction.reduce(z_loss_weight * lse.square())
 
-    def known_before_backward(self, dtype: torch.dtype) -> bool:
+    def allows_grad_in_forward(self, dtype: torch.dtype) -> bool:
         """Whether gradients of logits of `dtype` may be rounded when their weights are known.
 
         Not for float16, whose small ones only the loss scale saves, which comes with backward; nor
@@ -67,12 +69,12 @@ class Reduction(NamedTuple):
         return dtype != torch.float16 and not any(t is not None and t.requires_grad for t in given)
 
 
-def weighted(loss: Tensor, weight: Tensor) -> Tensor:
+def apply_weight(loss: Tensor, weight: Tensor) -> Tensor:
     """Their product; what has no weight costs nothing, even if that is infinite."""
     return (loss * weight).masked_fill((weight == 0) & loss.isinf(), 0.0)
 
 
-def reduction_of(
+def make_reduction(
     name: str,
     target: Tensor,
     ignore_index: int,

@@ -2,7 +2,7 @@
 
 Over the classes of a row other than its target, a part of the vocabulary contributes
 
-    m = max z    s = sum exp(z - m)    weighted = sum exp(z - m) (z - m)    total = sum (z - m)
+    m = max z    s = sum exp(z - m)    ez_sum = sum exp(z - m) (z - m)    logit_sum = sum (z - m)
 
 Two parts merge by moving both to the larger maximum (Milakov & Gimelshein, arXiv:1805.02867). The
 target joins at the end: with d = m + log s - z_target the loss is log(1 + exp(d)), which keeps a
@@ -10,7 +10,7 @@ confident token's 1e-8. All gradients then have one form, with four numbers a ro
 
     dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u w_j [j != target]
 
-w_j is 1, or what :class:`ClassWeights` say; then total = sum w_j (z_j - m).
+w_j is 1, or what :class:`ClassWeights` say; then logit_sum = sum w_j (z_j - m).
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class ClassWeights(NamedTuple):
     scale: float = 1.0
     shift: float = 0.0
 
-    def at(self, target: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def gather(self, target: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Those of a class per row [rows]; None: 1."""
         w = None
         if self.prob is not None:
             w = self.prob.gather(-1, target.view(*self.prob.shape[:-1], 1)).view(-1).to(dtype)
             w = w * self.scale + self.shift
         if self.weight is not None:
-            of_class = self.weight[target].to(dtype)
-            w = of_class if w is None else w * of_class
+            class_weight = self.weight[target].to(dtype)
+            w = class_weight if w is None else w * class_weight
         return w
 
 
@@ -65,38 +65,49 @@ class Part(NamedTuple):
 
     m: Tensor
     s: Tensor
-    weighted: Tensor | None
-    total: Tensor | None
-    mass: int | Tensor | None  # sum of the w_j in `total`
-    beaten_by: Tensor | None
-    argmax: Tensor | None
+    ez_sum: Tensor | None
+    logit_sum: Tensor | None
+    weight_sum: int | Tensor | None  # sum of the w_j in `logit_sum`
+    num_better: Tensor | None
+    best_class: Tensor | None
 
 
 def merge(left: Part, right: Part) -> Part:
     """The sums over both parts; `left` holds the lower class indices."""
-    beaten_by = None
-    if left.beaten_by is not None and right.beaten_by is not None:
-        beaten_by = left.beaten_by + right.beaten_by
+    num_better = None
+    if left.num_better is not None and right.num_better is not None:
+        num_better = left.num_better + right.num_better
     m = torch.maximum(left.m, right.m)
-    shift_left, scale_left = _move(left.m, m)
-    shift_right, scale_right = _move(right.m, m)
-    weighted = total = mass = argmax = None
-    if left.weighted is not None and right.weighted is not None:
-        weighted = scale_left * (left.weighted + left.s * shift_left)
-        weighted = weighted + scale_right * (right.weighted + right.s * shift_right)
-    if left.total is not None and right.total is not None:
-        assert left.mass is not None and right.mass is not None
-        mass = left.mass + right.mass
-        total = left.total + left.mass * shift_left + right.total + right.mass * shift_right
-    if left.argmax is not None and right.argmax is not None:
+    shift_left, scale_left = _rebase(left.m, m)
+    shift_right, scale_right = _rebase(right.m, m)
+    ez_sum = logit_sum = weight_sum = best_class = None
+    if left.ez_sum is not None and right.ez_sum is not None:
+        ez_sum = scale_left * (left.ez_sum + left.s * shift_left)
+        ez_sum = ez_sum + scale_right * (right.ez_sum + right.s * shift_right)
+    if left.logit_sum is not None and right.logit_sum is not None:
+        assert left.weight_sum is not None and right.weight_sum is not None
+        weight_sum = left.weight_sum + right.weight_sum
+        logit_sum = (
+            left.logit_sum
+            + left.weight_sum * shift_left
+            + right.logit_sum
+            + right.weight_sum * shift_right
+        )
+    if left.best_class is not None and right.best_class is not None:
         right_wins = (right.m > left.m) | (right.m.isnan() & ~left.m.isnan())
-        argmax = torch.where(right_wins, right.argmax, left.argmax)
+        best_class = torch.where(right_wins, right.best_class, left.best_class)
     return Part(
-        m, left.s * scale_left + right.s * scale_right, weighted, total, mass, beaten_by, argmax
+        m,
+        left.s * scale_left + right.s * scale_right,
+        ez_sum,
+        logit_sum,
+        weight_sum,
+        num_better,
+        best_class,
     )
 
 
-def _move(m: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+def _rebase(m: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
     """(shift, exp(shift)) that carries sums relative to `m` over to `to`.
 
     An empty part (-inf) adds nothing.
@@ -123,7 +134,7 @@ class RowStatistics(NamedTuple):
 
     stats: TokenStats
     lse_low: Tensor  # what rounding took from lse: 0.0005 when all logits are near 1e4
-    mass: Tensor | None = None  # sum of w_j over classes but the target; None: w_j = 1
+    weight_sum: Tensor | None = None  # sum of w_j over classes but the target; None: w_j = 1
 
 
 def finish(
@@ -151,33 +162,35 @@ def finish(
     lse = torch.where(d > 0, part.m + above_m, target_logit + loss)
     lse_low = torch.where(d > 0, (part.m - lse) + above_m, (target_logit - lse) + loss)
     entropy = mean_logprob = rank = argmax = None
-    if part.weighted is not None:
+    if part.ez_sum is not None:
         # -sum p log p, the target apart: no term is negative.
-        others = (-above_m).exp() * (part.s * above_m - part.weighted)
+        others = (-above_m).exp() * (part.s * above_m - part.ez_sum)
         p_log_p = (-loss).exp() * loss
         entropy = others.masked_fill(part.m == float("-inf"), 0.0) + p_log_p.masked_fill(
             loss == float("inf"), 0.0
         )
-    if part.total is not None:
-        assert part.mass is not None
-        of_others = part.total - part.mass * above_m if vocab_size > 1 else 0.0
-        of_target = loss
+    if part.logit_sum is not None:
+        assert part.weight_sum is not None
+        other_terms = part.logit_sum - part.weight_sum * above_m if vocab_size > 1 else 0.0
+        target_term = loss
         if target_weight is not None:
-            if isinstance(part.mass, Tensor) and isinstance(of_others, Tensor):
-                of_others = of_others.masked_fill((part.mass == 0) & above_m.isinf(), 0.0)
-            of_target = (target_weight * loss).masked_fill(target_weight == 0, 0.0)
-        mean_logprob = (of_others - of_target) / vocab_size
-    if part.beaten_by is not None:
-        rank = part.beaten_by.where(~target_logit.isnan(), vocab_size - 1)
-    if part.argmax is not None:
-        ahead = (target_logit > part.m) | ((target_logit == part.m) & (target < part.argmax))
-        argmax = torch.where(ahead, target, part.argmax)
-    mass = None if target_weight is None else part.mass
-    assert not isinstance(mass, int)
-    return RowStatistics(TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low, mass)
+            if isinstance(part.weight_sum, Tensor) and isinstance(other_terms, Tensor):
+                other_terms = other_terms.masked_fill((part.weight_sum == 0) & above_m.isinf(), 0.0)
+            target_term = (target_weight * loss).masked_fill(target_weight == 0, 0.0)
+        mean_logprob = (other_terms - target_term) / vocab_size
+    if part.num_better is not None:
+        rank = part.num_better.where(~target_logit.isnan(), vocab_size - 1)
+    if part.best_class is not None:
+        ahead = (target_logit > part.m) | ((target_logit == part.m) & (target < part.best_class))
+        argmax = torch.where(ahead, target, part.best_class)
+    weight_sum = None if target_weight is None else part.weight_sum
+    assert not isinstance(weight_sum, int)
+    return RowStatistics(
+        TokenStats(lse, -loss, entropy, mean_logprob, rank, argmax), lse_low, weight_sum
+    )
 
 
-def blank(stats: TokenStats, ignored: Tensor) -> TokenStats:
+def zero_ignored(stats: TokenStats, ignored: Tensor) -> TokenStats:
     """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
     return TokenStats(
         *(

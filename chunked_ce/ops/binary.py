@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from .. import backends, checks
 from ..backends import cpu_binary
 from ..backends import torch_binary as binary_torch
-from ..core.class_logits import is_first
+from ..core.class_logits import is_first_occurrence
 from ..core.head import compute_dtype
 from .library import library, no_double_backward
 
@@ -46,9 +46,9 @@ def _binary_loss(
         loss = run.elementwise(x, labels, w, v)
         return loss.view(input.shape)
     if labels is not None:
-        loss = run.total(x, labels, w, v, None)
+        loss = run.loss_sum(x, labels, w, v, None)
         return loss
-    backends.check_targets(target, x.shape[-1], ignore_index, free=target.device.type == "cpu")
+    backends.check_targets(target, x.shape[-1], ignore_index, on_host=target.device.type == "cpu")
     classes, given = _positives(target, x, ignore_index)
     z = x.gather(-1, classes).to(compute_dtype(x.dtype))
     factors = _factors(classes, z, w, v)
@@ -58,7 +58,7 @@ def _binary_loss(
         return _put(loss, classes, given, terms).view(input.shape)
     # Padding and repetitions go where nothing is left out: past the last class.
     left_out = classes.masked_fill(~given, x.shape[-1]).flatten(0, -2).int().sort(-1).values
-    loss = run.total(x, None, w, None, left_out)
+    loss = run.loss_sum(x, None, w, None, left_out)
     return loss + terms.masked_fill(~given, 0.0).sum(dtype=torch.float64).to(loss.dtype)
 
 
@@ -114,7 +114,7 @@ def _rows(
 def _positives(target: Tensor, x: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """([..., K] classes, which of them count): not padding, nor named before in their row."""
     target = target.long() if target.dim() == x.dim() else target.long()[None]
-    given = (target != ignore_index) & is_first(target)
+    given = (target != ignore_index) & is_first_occurrence(target)
     return target.masked_fill(~given, 0).clamp(0, x.shape[-1] - 1), given
 
 

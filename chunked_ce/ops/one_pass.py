@@ -29,27 +29,27 @@ library.define("scale_(Tensor(a!) grad, Tensor upstream, str backend) -> ()")
 def one_pass_loss(
     input: Tensor,
     target: Tensor,
-    how: Reduction,
+    reduction: Reduction,
     *options: Any,  # label_smoothing, ..., backend, inplace_backward
 ) -> Tensor:
     """The reduced loss; its gradient is ready, in new memory or over `input`."""
-    loss: Tensor = _OnePass.apply(input, target, how, *options)  # type: ignore[no-untyped-call]
+    loss: Tensor = _OnePass.apply(input, target, reduction, *options)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        input, target, how, *options, inplace = arguments
+        input, target, reduction, *options, inplace = arguments
         ctx.backend, ctx.spent = options[-1], False
-        given = (input, target, how.weight, how.divisor, *options)
+        given = (input, target, reduction.weight, reduction.divisor, *options)
         with torch._C._AutoDispatchBelowAutograd():
             if inplace:
                 loss, grad = torch.ops.chunked_ce.loss_and_grad_(*given), input
             else:
                 loss, grad = torch.ops.chunked_ce.loss_and_grad(*given)
         ctx.save_for_backward(grad)
-        reduced: Tensor = how.of(loss)
+        reduced: Tensor = reduction.reduce(loss)
         return reduced
 
     @staticmethod
@@ -85,8 +85,8 @@ def _loss_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
     target, *_, ignore_index, vocab_size, _, _, backend = arguments
-    free = backend != "triton" and target.device.type == "cpu"
-    backends.check_targets(target, vocab_size, ignore_index, free=free)
+    on_host = backend != "triton" and target.device.type == "cpu"
+    backends.check_targets(target, vocab_size, ignore_index, on_host=on_host)
     # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
     torch.autograd.graph.increment_version(input)
     loss, _ = _loss_and_gradient(True, input, *arguments)

@@ -28,7 +28,7 @@ _WRITES = ("inplace_backward", "grad_in_forward")
 Result = TypeVar("Result")
 
 
-def active() -> bool:
+def is_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 

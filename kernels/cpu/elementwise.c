@@ -36,7 +36,7 @@ int64_t chunked_ce_elementwise(Elementwise *job)
         return -1;
     run_tasks((const Job *)(const void *)job, NULL, task, tasks, threads);
     for (int64_t i = 0; job->sums && i < tasks; i++)
-        job->total += job->sums[i];
+        job->loss_sum += job->sums[i];
     free(job->sums);
     return 0;
 }

@@ -11,7 +11,7 @@ typedef struct {
     Rows x, out, label, weight, pos_weight, upstream;
     const int32_t *left_out; /* [rows, left_out_per_row] ascending classes that are not summed */
     double *sums;            /* one a task, of this library */
-    double total;
+    double loss_sum;
     int64_t outer, inner, columns, left_out_per_row, kind, threads;
 } Elementwise;
 

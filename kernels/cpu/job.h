@@ -22,9 +22,9 @@ typedef struct {
     const void *class_weight; /* [V] real */
     const int64_t *target;
     void *lse, *logprob, *lse_low; /* real; of GRADIENT what comes in */
-    void *entropy, *mean_logprob, *mass;
+    void *entropy, *mean_logprob, *weight_sum;
     int64_t *rank, *argmax;
-    void *m, *s, *weighted, *total, *target_logit; /* of PARTS */
+    void *m, *s, *ez_sum, *logit_sum, *target_logit; /* of PARTS */
     const void *a, *b, *c, *u;                     /* of GRADIENT */
     const void *token_weight;                      /* of LOSS_AND_GRADIENT, as the rest */
     void *loss;
@@ -36,8 +36,8 @@ typedef struct {
 
 /* Sums over some classes of a row but its target; see chunked_ce/core/row_stats.py. */
 typedef struct {
-    double m, s, weighted, total, mass;
-    int64_t beaten_by, argmax, first_nan; /* -1: none */
+    double m, s, ez_sum, logit_sum, weight_sum;
+    int64_t num_better, best_class, first_nan; /* -1: none */
 } Part;
 
 /* The finished statistics of a row, in double whatever the logits are. */

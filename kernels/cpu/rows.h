@@ -31,7 +31,7 @@ static void KIND(put_blank)(const Job *job, int64_t row)
     PUT(lse_low, row, 0);
     PUT(entropy, row, 0);
     PUT(mean_logprob, row, 0);
-    PUT(mass, row, 0);
+    PUT(weight_sum, row, 0);
     PUT(loss, row, 0);
     if (job->rank)
         job->rank[row] = -1;
@@ -43,12 +43,12 @@ static void KIND(put_part)(const Job *job, int64_t row, const Part *part, REAL z
 {
     PUT(m, row, part->m);
     PUT(s, row, part->s);
-    PUT(weighted, row, part->weighted);
-    PUT(total, row, part->total);
-    PUT(mass, row, part->mass);
+    PUT(ez_sum, row, part->ez_sum);
+    PUT(logit_sum, row, part->logit_sum);
+    PUT(weight_sum, row, part->weight_sum);
     PUT(target_logit, row, z == INFINITY ? NAN : z);
     if (job->argmax) {
-        job->argmax[row] = part->argmax < 0 ? 0 : part->argmax;
+        job->argmax[row] = part->best_class < 0 ? 0 : part->best_class;
         if (part->first_nan >= 0) {
             job->argmax[row] = part->first_nan;
             PUT(m, row, NAN);
@@ -61,8 +61,8 @@ static int64_t KIND(winner)(const Part *part, REAL z, int64_t target)
     if (part->first_nan >= 0 || z != z)
         return part->first_nan < 0 || (z != z && target < part->first_nan) ? target : part->first_nan;
     double logit = (double)z;
-    int ahead = part->argmax < 0 || logit > part->m || (logit == part->m && target < part->argmax);
-    return ahead ? target : part->argmax;
+    int ahead = part->best_class < 0 || logit > part->m || (logit == part->m && target < part->best_class);
+    return ahead ? target : part->best_class;
 }
 
 static void KIND(put_row)(const Job *job, int64_t row, const Part *part, REAL z)
@@ -79,10 +79,10 @@ static void KIND(put_row)(const Job *job, int64_t row, const Part *part, REAL z)
     PUT(logprob, row, out.logprob);
     PUT(entropy, row, out.entropy);
     PUT(mean_logprob, row, out.mean_logprob);
-    PUT(mass, row, part->mass);
+    PUT(weight_sum, row, part->weight_sum);
     PUT(loss, row, token_loss(&out, job->label_smoothing, job->z_loss_weight));
     if (job->rank)
-        job->rank[row] = z != z || z == INFINITY ? job->vocab_size - 1 : part->beaten_by;
+        job->rank[row] = z != z || z == INFINITY ? job->vocab_size - 1 : part->num_better;
     if (job->argmax)
         job->argmax[row] = KIND(winner)(part, z, target);
 }

@@ -55,7 +55,7 @@ static double KIND(sum)(const REAL *z, int64_t n, REAL m)
     return (double)s;
 }
 
-static double KIND(weighted_sum)(const REAL *z, const REAL *w, int64_t n, REAL m, double *mass)
+static double KIND(weighted_sum)(const REAL *z, const REAL *w, int64_t n, REAL m, double *weight_sum)
 {
     REAL s = 0, total = 0;
 #pragma omp simd reduction(+ : s, total)
@@ -64,7 +64,7 @@ static double KIND(weighted_sum)(const REAL *z, const REAL *w, int64_t n, REAL m
         s += w[i] == 0 ? 0 : term;
         total += w[i];
     }
-    *mass = (double)total;
+    *weight_sum = (double)total;
     return (double)s;
 }
 
@@ -89,7 +89,7 @@ static void KIND(find_best)(
 {
     for (int64_t i = 0; leads && i < n; i++)
         if (z[i] == top) {
-            part->argmax = start + i;
+            part->best_class = start + i;
             break;
         }
     for (int64_t i = 0; part->s != part->s && part->first_nan < 0 && i < n; i++)
@@ -104,24 +104,24 @@ static void KIND(add_range)(const Job *job, int64_t row, const char *x, int64_t 
     REAL buffer[BLOCK];
     const REAL *z = KIND(logits)(job, x, start, n, buffer);
     const REAL top = KIND(maximum)(z, n);
-    const int leads = part->argmax < 0 || (double)top > part->m;
+    const int leads = part->best_class < 0 || (double)top > part->m;
     if ((double)top > part->m)
         move_part(part, (double)top);
     const REAL m = part->m == -INFINITY ? LOWEST_FINITE : (REAL)part->m;
     part->s += KIND(sum_exp)(z, n, m);
-    if (job->entropy || job->weighted)
-        part->weighted += KIND(sum_exp_times)(z, n, m);
-    double mass = (double)n;
-    if ((job->mean_logprob || job->total || job->label_smoothing > 0) && !KIND(is_weighted)(job)) {
-        part->total += KIND(sum)(z, n, m);
-    } else if (job->mean_logprob || job->total) {
+    if (job->entropy || job->ez_sum)
+        part->ez_sum += KIND(sum_exp_times)(z, n, m);
+    double weight_sum = (double)n;
+    if ((job->mean_logprob || job->logit_sum || job->label_smoothing > 0) && !KIND(is_weighted)(job)) {
+        part->logit_sum += KIND(sum)(z, n, m);
+    } else if (job->mean_logprob || job->logit_sum) {
         REAL w[BLOCK];
         KIND(weights)(job, row, start, n, w);
-        part->total += KIND(weighted_sum)(z, w, n, m, &mass);
+        part->logit_sum += KIND(weighted_sum)(z, w, n, m, &weight_sum);
     }
-    part->mass += mass;
+    part->weight_sum += weight_sum;
     if (job->rank)
-        part->beaten_by += KIND(beaten)(z, n, target_logit, ties);
+        part->num_better += KIND(beaten)(z, n, target_logit, ties);
     if (job->argmax)
         KIND(find_best)(z, start, n, top, leads, part);
 }

@@ -12,7 +12,7 @@ from chunked_ce import checks, cross_entropy, token_stats
 from chunked_ce.backends import cpu_library
 
 ALL = dict(entropy=True, mean_logprob=True, rank=True, argmax=True)
-pytestmark = pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them")
+pytestmark = pytest.mark.skipif(not cpu_library.IS_AVAILABLE, reason="no C compiler built them")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -149,7 +149,7 @@ def test_a_library_of_another_version_is_not_used(tmp_path, monkeypatch):
 
 def test_without_the_library(monkeypatch):
     x, target = torch.randn(3, 5), torch.tensor([1, 2, 3])
-    monkeypatch.setattr(cpu_library, "IS_THERE", False)
+    monkeypatch.setattr(cpu_library, "IS_AVAILABLE", False)
     with pytest.raises(ValueError, match="install a C compiler"):
         cross_entropy(x, target, backend="cpu")
     torch.testing.assert_close(

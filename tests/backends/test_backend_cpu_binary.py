@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from chunked_ce import backends, binary_cross_entropy_with_logits, cross_entropy
 from chunked_ce.backends import cpu_library
 
-pytestmark = pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them")
+pytestmark = pytest.mark.skipif(not cpu_library.IS_AVAILABLE, reason="no C compiler built them")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -17,7 +17,7 @@ from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
 
 pytestmark = [
-    pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them"),
+    pytest.mark.skipif(not cpu_library.IS_AVAILABLE, reason="no C compiler built them"),
     pytest.mark.skipif(sys.platform != "linux", reason="/proc, fork"),
 ]
 

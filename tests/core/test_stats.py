@@ -20,8 +20,8 @@ def part_of(z: torch.Tensor, start: int) -> Part:
     m = z.amax(1)
     shifted = z - torch.where(m == -math.inf, 0.0, m)[:, None]
     e = shifted.exp()
-    weighted = torch.where(z == -math.inf, 0.0, e * shifted).sum(1)
-    return Part(m, e.sum(1), weighted, shifted.sum(1), z.shape[1], None, z.argmax(1) + start)
+    ez_sum = torch.where(z == -math.inf, 0.0, e * shifted).sum(1)
+    return Part(m, e.sum(1), ez_sum, shifted.sum(1), z.shape[1], None, z.argmax(1) + start)
 
 
 def assert_parts_equal(ours: Part, truth: Part) -> None:
@@ -49,16 +49,16 @@ def test_an_empty_part_adds_nothing(empty):
     z[:, (5 if empty == "right" else 10) :] = -math.inf
     z = torch.full_like(z, -math.inf) if empty == "both" else z
     ours, truth = merge(part_of(z[:, :5], 0), part_of(z[:, 5:], 5)), part_of(z, 0)
-    for name in ("m", "s", "weighted"):
+    for name in ("m", "s", "ez_sum"):
         torch.testing.assert_close(getattr(ours, name), getattr(truth, name))
-    assert ours.mass == 10
+    assert ours.weight_sum == 10
 
 
 def test_the_argmax_is_the_first_nan():
     left, right = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     left[0, 2] = left[1, 1] = right[1, 0] = right[2, 3] = math.nan
     both = merge(part_of(left, 0), part_of(right, 4))
-    assert both.argmax.tolist() == [2, 1, 7]
+    assert both.best_class.tolist() == [2, 1, 7]
 
 
 def test_parts_of_rows_one_after_another():
@@ -99,7 +99,7 @@ def test_shards_of_a_vocabulary_in_one_process(backend, leading, head, device):
             entropy=True, mean_logprob=True, argmax=True,
         )  # fmt: skip
         assert torch.equal(logit == -math.inf, (local < 0) | (local >= stop - start))
-        parts.append(part._replace(argmax=part.argmax + start))
+        parts.append(part._replace(best_class=part.best_class + start))
         logits.append(logit)
     part = merge(merge(parts[0], parts[1]), parts[2])
     stats = finish(part, torch.stack(logits).amax(0), flat_target, vocab).stats
@@ -129,11 +129,13 @@ def test_a_shard_whose_first_class_is_masked(backend, device):
         backend, x, torch.tensor([-1, -1, 2], device=device), NEVER, 9, Head(None, 1.0),
         entropy=False, mean_logprob=True, argmax=False,
     )  # fmt: skip
-    assert part.total[0] == -math.inf
-    total = part.total + (part.m - x.amax(1)) * part.mass  # where the target is the maximum
+    assert part.logit_sum[0] == -math.inf
+    logit_sum = (
+        part.logit_sum + (part.m - x.amax(1)) * part.weight_sum
+    )  # where the target is the maximum
     exact = (x - x.amax(1, keepdim=True)).sum(1)
     exact[2] -= x[2, 2] - x[2].amax()
-    torch.testing.assert_close(total[1:], exact[1:])
+    torch.testing.assert_close(logit_sum[1:], exact[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

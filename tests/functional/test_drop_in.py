@@ -559,7 +559,7 @@ def test_a_teachers_top_k_is_never_dense(device):
     n, d, vocab, k = 64, 8, 5000, 10
     x = torch.randn(n, vocab, device=device)
     indices, prob = torch.randint(0, vocab, (n, k), device=device), torch.rand(n, k, device=device)
-    classes = ops.Classes(at=indices)
+    classes = ops.Classes(indices=indices)
     with Sizes(x) as of_logits:
         ops._token_stats(x, indices[:, 0], *classes, -100, vocab, None, 1.0, "torch", *[False] * 5)
     assert max(of_logits.seen) < n * vocab // 4

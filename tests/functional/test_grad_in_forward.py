@@ -29,7 +29,7 @@ def backend(request, monkeypatch):
     if request.param != "on_chip":
         monkeypatch.setattr(launch, "ON_CHIP_GROUPS", 8)
         monkeypatch.setattr(launch, "STREAMED", launch.Row(groups=8, num_warps=1))
-    monkeypatch.setattr(clusters, "checked", lambda device: request.param == "cluster")
+    monkeypatch.setattr(clusters, "is_verified", lambda device: request.param == "cluster")
     return "triton"
 
 

@@ -179,7 +179,7 @@ def operators(device: str, drop_ignored: bool) -> None:
     h, w, b, target = head(device)
     shared = (-100, V, 30.0, 0.5, "torch")
     x = h @ w.t()
-    classes = ops.Classes(weight=w[:, 0], at=target.clamp(min=0)[:, None])
+    classes = ops.Classes(weight=w[:, 0], indices=target.clamp(min=0)[:, None])
     lse, logprob, low, entropy, *_ = ops._token_stats(
         x, target, *classes, *shared, True, True, True, True, False
     )
@@ -222,7 +222,7 @@ def test_no_kernel_launch_reads_a_value(device: str, monkeypatch: pytest.MonkeyP
     """The Triton backend in the interpreter, told that looking is not free, as on a GPU."""
     pytest.importorskip("triton")
     checked = backends.check_targets
-    monkeypatch.setattr(backends, "check_targets", lambda *a, free: checked(*a, free=False))
+    monkeypatch.setattr(backends, "check_targets", lambda *a, on_host: checked(*a, on_host=False))
     h, w, b, target = head(device)
     tensors = [t.requires_grad_() for t in (h, w, b)]
     for reduction in ("mean", "none"):

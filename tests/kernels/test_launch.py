@@ -98,21 +98,21 @@ def test_clusters_where_they_were_checked(columns, ctas):
 
 def test_clusters_need_a_record(monkeypatch, tmp_path):
     monkeypatch.setenv("CHUNKED_CE_CACHE", str(tmp_path))
-    monkeypatch.setattr(clusters, "supported", lambda device: True)
+    monkeypatch.setattr(clusters, "is_supported", lambda device: True)
     monkeypatch.setattr(clusters, "_key", lambda device: "a GPU")
     device = torch.device("cuda", 7)
-    clusters.checked.cache_clear()
-    assert clusters.checked(device) is False
+    clusters.is_verified.cache_clear()
+    assert clusters.is_verified(device) is False
     for agrees in (True, False):
         monkeypatch.setattr(clusters, "_agrees", lambda *_, agrees=agrees: agrees)
         assert clusters.check(device) is agrees
-        assert clusters.checked(device) is agrees
+        assert clusters.is_verified(device) is agrees
     (tmp_path / "clusters.json").write_text("not json")
-    clusters.checked.cache_clear()
-    assert clusters.checked(device) is False
-    clusters.checked.cache_clear()
+    clusters.is_verified.cache_clear()
+    assert clusters.is_verified(device) is False
+    clusters.is_verified.cache_clear()
 
 
 def test_no_clusters_on_a_cpu():
-    assert clusters.supported(torch.device("cpu")) is False
+    assert clusters.is_supported(torch.device("cpu")) is False
     assert clusters.check(torch.device("cpu")) is False
