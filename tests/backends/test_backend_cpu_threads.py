@@ -125,7 +125,7 @@ with multiprocessing.get_context("{method}").Pool(2) as pool:
     assert run(tmp_path, program) == "[True, True, True]"
 
 
-def test_several_callers_at_once(tmp_path):
+def test_concurrent_callers(tmp_path):
     program = """
 torch.set_num_threads(3)
 expected, right = [results(seed) for seed in range(4)], [False] * 4
@@ -138,7 +138,7 @@ print(right)
     assert run(tmp_path, program) == "[True, True, True, True]"
 
 
-def test_ctrl_c_waits_for_the_end_of_the_call(tmp_path):
+def test_ctrl_c_during_call(tmp_path):
     """It comes when the first row is written and the last is not; then all of them are."""
     program = """
 from chunked_ce.core.gradient import Coefficients
@@ -194,7 +194,7 @@ def test_number_of_threads_from_the_environment(tmp_path, threads):
     assert found == wanted < threads
 
 
-def test_small_calls_start_no_thread(tmp_path):
+def test_number_of_threads_small_calls(tmp_path):
     program = """
 torch.set_num_threads(4)
 x, target = batch(1, 8, 1000)
@@ -203,7 +203,7 @@ print(most_threads(lambda: [token_stats(x, target, backend="cpu") for _ in range
     assert run(tmp_path, program) == "0"
 
 
-def test_threads_that_cannot_start(tmp_path):
+def test_thread_start_failure(tmp_path):
     """No address space for their stacks: the caller's own thread does everything."""
     program = """
 torch.set_num_threads(1)
@@ -241,7 +241,7 @@ def damage(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["of another architecture", "cut off", "no library"])
-def test_a_library_that_cannot_be_loaded(tmp_path, how):
+def test_library_load_failure(tmp_path, how):
     """One warning that names it; "auto" runs in plain PyTorch; "cpu" says what to do."""
     shutil.copytree(ROOT / "chunked_ce", tmp_path / "chunked_ce", dirs_exist_ok=True)
     for file in (tmp_path / "chunked_ce" / "backends").glob("cpu_*.bin"):
@@ -278,13 +278,13 @@ except ValueError as error:
     assert "install a C compiler" in done.stdout
 
 
-def test_tensors_without_memory_are_named():
+def test_fake_tensors_error():
     x, target = torch.empty(3, 5, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
     with pytest.raises(ValueError, match="on the CPU, but input is on meta"):
         cross_entropy(x, target, backend="cpu")
 
 
-def test_a_gradient_writes_nothing_over_what_it_is_given():
+def test_gradient_keeps_saved_inputs():
     x, target = torch.randn(3, 50), torch.tensor([1, -100, 4])
     given = [torch.full((3,), 7.0) for _ in range(4)]
     grad = backends.logits_gradient(

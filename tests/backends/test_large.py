@@ -59,7 +59,7 @@ print("equal")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_rows_two_to_the_31_logits_apart(backend, inplace, device):
+def test_large_row_stride(backend, inplace, device):
     command = [sys.executable, "-c", PROGRAM, backend, str(inplace), device]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
@@ -73,7 +73,7 @@ def memory_mib() -> float:
 
 @pytest.mark.long
 @pytest.mark.real_sizes
-def test_more_than_two_to_the_31_logits_that_exist():
+def test_large_logits():
     """43 000 x 50 000 in bfloat16, 4 GiB, the gradient written over them."""
     rows, vocab = 43_000, 50_000
     assert rows * vocab > 2**31
@@ -118,7 +118,7 @@ class WithoutCopy(torch.autograd.Function):
 
 @pytest.mark.long
 @pytest.mark.real_sizes
-def test_a_million_tokens():
+def test_large_token_count():
     """N = 1 M, of logits and of a head whose logits, 2^31 and more, never exist."""
     n, d, v, times = 1_000_000, 4, 2200, 50  # 50 times the same 20 000
     few = torch.arange(n // times) % v
@@ -152,7 +152,7 @@ def test_a_million_tokens():
 
 @pytest.mark.long
 @pytest.mark.real_sizes
-def test_a_vocabulary_of_more_than_a_million():
+def test_large_vocabulary():
     n, d, v = 6, 8, 1_200_001
     hidden, weight = torch.randn(n, d), torch.randn(v, d)
     # All scored: chunks of two. A product with 1.2 M has an error of 1e-3 in some BLAS, in eager's hands too.
@@ -196,7 +196,7 @@ def every_function(x, hidden, weight, target, meter):
 
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("calls", [800, pytest.param(10_000, marks=pytest.mark.long)])
-def test_calls_leave_nothing_behind(calls):
+def test_memory_after_many_calls(calls):
     """Not even to the collector of cycles, which is off."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads /proc")

@@ -77,7 +77,7 @@ def _arguments(names, tokens, classes):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_tokens_and_classes_are_dynamic(name):
+def test_dynamic_tokens_and_classes(name):
     function = FUNCTIONS[name]
     names = list(inspect.signature(function).parameters)
     torch._dynamo.reset()
