@@ -1,4 +1,5 @@
-/* The mathematics of a row once its sums are known, in double; chunked_ce/core/row_stats.py says the same. */
+/* From the sums of a row to its statistics, in double. chunked_ce/core/row_stats.py has the same
+   formulas. */
 #include <math.h>
 #include <stddef.h>
 
@@ -9,14 +10,14 @@ Part empty_part(void)
     return (Part){.m = -INFINITY, .best_class = -1, .first_nan = -1};
 }
 
-/* The sums of `part` relative to m, which is not less than its own maximum. */
+/* Make the sums of `part` relative to m, which is at least its own maximum. */
 void move_part(Part *part, double m)
 {
     if (part->m == m)
         return;
     if (part->m == -INFINITY) {
         part->m = m;
-        return; /* s is 0; logit_sum is 0, or -inf for good */
+        return; /* s is 0, and logit_sum is 0 or stays -inf */
     }
     double shift = part->m - m, scale = exp(shift);
     part->ez_sum = scale == 0 ? part->ez_sum * 0 : scale * (part->ez_sum + part->s * shift);
@@ -26,7 +27,7 @@ void move_part(Part *part, double m)
     part->m = m;
 }
 
-/* `left` holds the lower class indices. */
+/* Add `right` to `left`, which holds the lower class indices. */
 void merge_part(Part *left, const Part *right)
 {
     Part moved = *right;
@@ -44,11 +45,11 @@ void merge_part(Part *left, const Part *right)
     left->num_better += moved.num_better;
 }
 
-/* `target_logit` is finite, -inf or NaN. */
+/* Return the statistics of a whole row. `target_logit` is finite, -inf or NaN. */
 Finished finish(const Part *part, double target_logit, double target_weight, int64_t vocab_size)
 {
     double gap = part->m - target_logit, log_s = log(part->s), d = gap + log_s;
-    double back = gap - part->m; /* Knuth's TwoSum: what rounding took from gap */
+    double back = gap - part->m; /* Knuth's TwoSum: gap_low is the rounding error of gap */
     double gap_low = (part->m - (gap - back)) - (target_logit + back);
     gap_low = isfinite(gap_low) ? gap_low : 0.0;
     double tail = log1p(d < 0 ? part->s * exp(gap) * (1.0 + gap_low) : exp(-d));
@@ -65,13 +66,13 @@ Finished finish(const Part *part, double target_logit, double target_weight, int
     }
     out.logprob = -loss;
     double others = exp(-above_m) * (part->s * above_m - part->ez_sum);
-    double own = exp(-loss) * loss;
-    out.entropy = (part->m == -INFINITY ? 0.0 : others) + (loss == INFINITY ? 0.0 : own);
-    double of_others = vocab_size > 1 ? part->logit_sum - part->weight_sum * above_m : 0.0;
+    double target_entropy = exp(-loss) * loss;
+    out.entropy = (part->m == -INFINITY ? 0.0 : others) + (loss == INFINITY ? 0.0 : target_entropy);
+    double other_terms = vocab_size > 1 ? part->logit_sum - part->weight_sum * above_m : 0.0;
     if (part->weight_sum == 0 && isinf(above_m))
-        of_others = 0.0;
-    double of_target = target_weight == 0 ? 0.0 : target_weight * loss;
-    out.mean_logprob = (of_others - of_target) / (double)vocab_size;
+        other_terms = 0.0;
+    double target_term = target_weight == 0 ? 0.0 : target_weight * loss;
+    out.mean_logprob = (other_terms - target_term) / (double)vocab_size;
     return out;
 }
 
