@@ -1,6 +1,6 @@
-"""Logits of a few classes of each row, and the gradient there.
+"""Logits of a few classes of each row, and their gradient.
 
-A teacher's top-k classes, the labels of an example: K of V, by index, so that nothing is dense.
+The K classes are given by index, for example a teacher's top-k classes. No tensor has V columns.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from .head import Head, compute_dtype
 
 
 def gather_logits(input: Tensor, classes: Tensor, head: Head) -> Tensor:
-    """[..., K] z of `classes` [..., K], which exist."""
+    """Return the logits z [..., K] of `classes` [..., K], all of which exist."""
     return head.apply_(input.gather(-1, classes).to(compute_dtype(input.dtype)))
 
 
 def gather_gradient(
     x: Tensor,  # [rows, K] logits before the head
     classes: Tensor,
-    upstream: Tensor,  # [rows, K] of `gather_logits`
-    target: Tensor,  # [rows], as those that follow
+    upstream: Tensor,  # [rows, K] gradient of the result of `gather_logits`
+    target: Tensor,  # [rows], like lse, logprob, lse_low and scored
     lse: Tensor,
     logprob: Tensor,
     lse_low: Tensor,
     coefficients: Coefficients,
-    weights: Tensor | None,  # [rows, K] of `mean_logprob`; None: 1
+    weights: Tensor | None,  # [rows, K] class weights of `mean_logprob`; None: 1
     scored: Tensor,
     head: Head,
 ) -> Tensor:
-    """[rows, K] the whole of dL/dx at `classes`, to be rounded once; equal where classes are."""
+    """Return dL/dx [rows, K] at `classes`, not yet rounded. Equal classes have equal values."""
     target, lse, logprob, lse_low, scored = (
         t[:, None] for t in (target, lse, logprob, lse_low, scored)
     )
@@ -52,7 +52,7 @@ def gather_gradient(
 
 
 def _sum_duplicates(classes: Tensor, values: Tensor) -> Tensor:
-    """[rows, K] of each entry, the sum over all entries of its row that name the same class."""
+    """Return for each entry [rows, K] the sum over the entries of its row with the same class."""
     ordered, order = classes.sort(-1)
     run = torch.zeros_like(ordered)
     run[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(-1)
@@ -61,7 +61,7 @@ def _sum_duplicates(classes: Tensor, values: Tensor) -> Tensor:
 
 
 def is_first_occurrence(indices: Tensor) -> Tensor:
-    """[..., K] whether no earlier entry of its row names the same class."""
+    """Return for each entry [..., K] whether no earlier entry of its row has the same class."""
     ordered, order = indices.sort(dim=-1, stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]

@@ -1,16 +1,17 @@
-"""The statistics of a row of logits, how two parts of a row merge, and the gradient's four numbers.
+"""Statistics of rows of logits, computed from parts of the vocabulary that merge.
 
-Over the classes of a row other than its target, a part of the vocabulary contributes
+A part of a row has these sums over its classes, the target left out:
 
     m = max z    s = sum exp(z - m)    ez_sum = sum exp(z - m) (z - m)    logit_sum = sum (z - m)
 
 Two parts merge by moving both to the larger maximum (Milakov & Gimelshein, arXiv:1805.02867). The
-target joins at the end: with d = m + log s - z_target the loss is log(1 + exp(d)), which keeps a
-confident token's 1e-8. All gradients then have one form, with four numbers a row:
+target is added at the end. With d = m + log s - z_target the loss is log(1 + exp(d)), so a
+confident token's loss of 1e-8 is not rounded to 0. All gradients have one form, with four numbers a
+row:
 
     dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u w_j [j != target]
 
-w_j is 1, or what :class:`ClassWeights` say; then logit_sum = sum w_j (z_j - m).
+w_j is 1, or the weight from :class:`ClassWeights`. Then logit_sum = sum w_j (z_j - m).
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ from torch import Tensor
 class TokenStats(NamedTuple):
     """Statistics of rows of logits, each of shape [...].
 
-    float32 (float64 for float64 logits) or int64. Rows whose target is `ignore_index` hold 0, and
-    -1 in `rank` and `argmax`. What was not asked for is None.
+    The dtype is float32 (float64 for float64 logits), or int64 for `rank` and `argmax`. Rows with
+    the target `ignore_index` have 0, or -1 in `rank` and `argmax`. Statistics not requested are
+    None.
     """
 
     lse: Tensor  # log sum exp z
     logprob: Tensor  # z_target - lse
     entropy: Tensor | None = None  # -sum p log p, in nats
     mean_logprob: Tensor | None = None  # mean over the vocabulary of z_j - lse
-    rank: Tensor | None = None  # classes that beat the target; on a tie the lower index wins
+    rank: Tensor | None = None  # number of classes that beat the target; the lower index wins a tie
     argmax: Tensor | None = None  # the winning class
 
 
 class ClassWeights(NamedTuple):
-    """w_j of `mean_logprob` = (1/V) sum w_j (z_j - lse): weight_j (scale prob_j + shift)."""
+    """Weights w_j = weight_j (scale prob_j + shift) in `mean_logprob` (1/V) sum w_j (z_j - lse)."""
 
     weight: Tensor | None = None  # [V]; None: 1
-    prob: Tensor | None = None  # [..., V], as the logits; None: scale prob + shift is 1
+    prob: Tensor | None = None  # [..., V], the shape of the logits; None: scale prob + shift is 1
     scale: float = 1.0
     shift: float = 0.0
 
     def gather(self, target: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Those of a class per row [rows]; None: 1."""
+        """Return the weight of each row's target class, [rows], or None if all weights are 1."""
         w = None
         if self.prob is not None:
             w = self.prob.gather(-1, target.view(*self.prob.shape[:-1], 1)).view(-1).to(dtype)
@@ -57,23 +59,23 @@ class ClassWeights(NamedTuple):
 
 
 UNIFORM = ClassWeights()
-"""All weights are 1. Compared by identity."""
+"""Weights that are all 1. Compare with `is`."""
 
 
 class Part(NamedTuple):
-    """Sums over some of the classes of each row, the target left out. All [rows]."""
+    """Sums over some classes of each row, the target left out. All fields are [rows]."""
 
     m: Tensor
     s: Tensor
     ez_sum: Tensor | None
     logit_sum: Tensor | None
-    weight_sum: int | Tensor | None  # sum of the w_j in `logit_sum`
-    num_better: Tensor | None
-    best_class: Tensor | None
+    weight_sum: int | Tensor | None  # sum of w_j
+    num_better: Tensor | None  # number of classes that beat the target
+    best_class: Tensor | None  # class of the largest logit
 
 
 def merge(left: Part, right: Part) -> Part:
-    """The sums over both parts; `left` holds the lower class indices."""
+    """Return the sums over both parts. `left` has the lower class indices."""
     num_better = None
     if left.num_better is not None and right.num_better is not None:
         num_better = left.num_better + right.num_better
@@ -107,18 +109,18 @@ def merge(left: Part, right: Part) -> Part:
     )
 
 
-def _rebase(m: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-    """(shift, exp(shift)) that carries sums relative to `m` over to `to`.
+def _rebase(m: Tensor, new_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (shift, exp(shift)) that makes sums relative to `m` relative to `new_m`.
 
-    An empty part (-inf) adds nothing.
+    An empty part (m = -inf) has scale 0.
     """
     empty = m == float("-inf")
-    shift = (m - to).masked_fill(empty, 0.0)
+    shift = (m - new_m).masked_fill(empty, 0.0)
     return shift, shift.exp().masked_fill(empty, 0.0)
 
 
 def concatenate(parts: list[Part]) -> Part:
-    """The sums of all rows, from those of some rows after another."""
+    """Return one Part from the parts of consecutive groups of rows."""
     if len(parts) == 1:
         return parts[0]
     return Part(
@@ -130,11 +132,11 @@ def concatenate(parts: list[Part]) -> Part:
 
 
 class RowStatistics(NamedTuple):
-    """What a backend finds out about rows; the gradient wants more of it than users do."""
+    """Results of a backend: the statistics, and numbers that the gradient needs."""
 
     stats: TokenStats
-    lse_low: Tensor  # what rounding took from lse: 0.0005 when all logits are near 1e4
-    weight_sum: Tensor | None = None  # sum of w_j over classes but the target; None: w_j = 1
+    lse_low: Tensor  # rounding error of lse: 0.0005 when all logits are near 1e4
+    weight_sum: Tensor | None = None  # sum of w_j without the target; None: w_j = 1
 
 
 def finish(
@@ -144,15 +146,15 @@ def finish(
     vocab_size: int,
     target_weight: Tensor | None = None,
 ) -> RowStatistics:
-    """The statistics of whole rows.
+    """Return the statistics of whole rows.
 
-    `part` covers every class but the target, whose logit is finite, -inf or NaN.
+    `part` covers every class but the target. The target's logit is finite, -inf or NaN.
     """
     gap = part.m - target_logit
     log_s = part.s.log()
     d = gap + log_s
-    # exp(d) from its factors where it is small, for rounding d would cost |d| ulp; and with what
-    # rounding took from gap (Knuth's TwoSum).
+    # A small exp(d) is computed from its factors, because rounding d would cost |d| ulp. gap_low is
+    # the rounding error of gap (Knuth's TwoSum).
     back = gap - part.m
     gap_low = (part.m - (gap - back)) - (target_logit + back)
     ratio = part.s * gap.exp() * (1.0 + gap_low.nan_to_num(0.0))
@@ -163,7 +165,7 @@ def finish(
     lse_low = torch.where(d > 0, (part.m - lse) + above_m, (target_logit - lse) + loss)
     entropy = mean_logprob = rank = argmax = None
     if part.ez_sum is not None:
-        # -sum p log p, the target apart: no term is negative.
+        # -sum p log p with a separate term for the target. No term is negative.
         others = (-above_m).exp() * (part.s * above_m - part.ez_sum)
         p_log_p = (-loss).exp() * loss
         entropy = others.masked_fill(part.m == float("-inf"), 0.0) + p_log_p.masked_fill(
@@ -191,7 +193,7 @@ def finish(
 
 
 def zero_ignored(stats: TokenStats, ignored: Tensor) -> TokenStats:
-    """Rows that are ignored hold 0; -1 where 0 would be a rank or a class."""
+    """Set ignored rows to 0, or to -1 in `rank` and `argmax`."""
     return TokenStats(
         *(
             s if s is None else s.masked_fill(ignored, 0 if s.is_floating_point() else -1)

@@ -1,4 +1,4 @@
-"""Logits of the few classes that a target names, [..., K], and the gradients through them."""
+"""Logits [..., K] of the classes that a target names, and their gradients."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_classes(indices: Tensor, vocab_size: int) -> None:
 def class_logits(
     input: Tensor, target: Tensor, indices: Tensor, ignore_index: int, vocab_size: int, head: Head
 ) -> Tensor:
-    """Return [..., K], 0 in rows that are ignored, NaN where there is no such class."""
-    existing, broken = _existing_classes(indices, vocab_size)
+    """Return the logits [..., K] of classes: 0 in ignored rows, NaN for classes out of range."""
+    existing, out_of_range = _existing_classes(indices, vocab_size)
     ignored = ~is_scored(target, ignore_index)
-    z = gather_logits(input, existing, head).masked_fill_(broken, float("nan"))
+    z = gather_logits(input, existing, head).masked_fill_(out_of_range, float("nan"))
     return z.masked_fill_(ignored[..., None], 0.0)
 
 
@@ -38,15 +38,15 @@ def class_gradient(
     logprob: Tensor,
     lse_low: Tensor,
     coefficients: Coefficients,
-    upstream: Tensor,  # [..., K]
+    upstream: Tensor,  # [..., K] gradient of the logits of the classes
     ignore_index: int,
     vocab_size: int,
     head: Head,
 ) -> tuple[Tensor, Tensor]:
-    """Return the classes [..., K] and the whole gradient of the logits there."""
+    """Return (classes, gradient of their logits before the head), both [..., K]."""
     assert classes.indices is not None and classes.prob is None
     k = classes.indices.shape[-1]
-    existing, broken = _existing_classes(classes.indices, vocab_size)
+    existing, out_of_range = _existing_classes(classes.indices, vocab_size)
     weights = None
     if coefficients.u is not None and classes.weight is not None:
         weights = classes.weight.to(lse.dtype)[existing].view(-1, k)
@@ -55,7 +55,7 @@ def class_gradient(
         target.long().reshape(-1), lse, logprob, lse_low, coefficients, weights,
         is_scored(target, ignore_index).reshape(-1), head,
     )  # fmt: skip
-    values = values.view(existing.shape).masked_fill(broken, float("nan"))
+    values = values.view(existing.shape).masked_fill(out_of_range, float("nan"))
     return existing, values.to(input.dtype)
 
 
@@ -69,7 +69,7 @@ def prob_gradient(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """d mean_logprob / d prob = weight scale (z - lse) / V, for targets that are learned."""
+    """Return the gradient of `prob`: d mean_logprob / d prob = weight scale (z - lse) / V."""
     assert classes.prob is not None
     x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
     z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None]).sub_(lse_low[..., None])
@@ -79,6 +79,6 @@ def prob_gradient(
 
 
 def _existing_classes(indices: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(classes to read, which entries name none that exists, and are no padding)."""
+    """Return (classes clamped to the vocabulary, which entries are out of range and no padding)."""
     existing = indices.clamp(0, vocab_size - 1)
     return existing, (indices != existing) & (indices != NO_CLASS)

@@ -1,4 +1,4 @@
-"""The library that the operators are registered in, and what their schemas share."""
+"""The torch.library of the operators, and the common parts of their schemas."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ UPSTREAM_SCHEMA = (
     "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? class_logits_grad"
 )
 NO_CLASS = -100
-NUM_FLOATING = 7  # outputs from here on have no gradient
+NUM_FLOATING = 7  # number of floating outputs; the integer outputs after them have no gradient
 
 
 class Outputs(NamedTuple):
-    """What the statistics' operators return, [...] each; None or empty where not asked for."""
+    """Outputs of the statistics' operators, [...] each. Those not requested are None or empty."""
 
     lse: Tensor
     logprob: Tensor
     lse_low: Tensor
     entropy: Tensor | None
     mean_logprob: Tensor | None
-    weight_sum: Tensor | None  # sum of the class weights but the target's
-    class_logits: Tensor | None  # [..., K] logits
+    weight_sum: Tensor | None  # sum of the class weights without the target's
+    class_logits: Tensor | None  # [..., K]
     rank: Tensor | None
     argmax: Tensor | None
 
     def to_token_stats(self, wanted: tuple[bool, ...]) -> TokenStats:
-        """`wanted`: entropy, mean_logprob, rank, argmax."""
+        """Return the TokenStats. wanted: include entropy, mean_logprob, rank, argmax?"""
         others = (self.entropy, self.mean_logprob, self.rank, self.argmax)
-        asked = (out if want else None for out, want in zip(others, wanted, strict=True))
-        return TokenStats(self.lse, self.logprob, *asked)
+        included = (out if want else None for out, want in zip(others, wanted, strict=True))
+        return TokenStats(self.lse, self.logprob, *included)
 
 
 class Classes(NamedTuple):
-    """What an operator is told about classes: weights of `mean_logprob`, and which to read.
+    """Class arguments of an operator: weights of `mean_logprob`, and indices of classes to read.
 
     `mean_logprob` is sum_j weight_j (prob_scale prob_j + prob_shift / V) (z_j - lse).
     """
@@ -62,19 +62,21 @@ class Classes(NamedTuple):
     prob: Tensor | None = None  # [..., V]
     prob_scale: float = 1.0
     prob_shift: float = 0.0
-    indices: Tensor | None = None  # [..., K]; NO_CLASS where there are fewer
+    indices: Tensor | None = None  # [..., K], padded with NO_CLASS
 
     @property
     def has_weights(self) -> bool:
+        """Return whether the weights of `mean_logprob` are not all 1."""
         return self.weight is not None or self.prob is not None
 
     def select_rows(self, index: slice | Tensor) -> Classes:
-        """Those of some of the rows [N]."""
+        """Return the Classes of some of the rows [N]."""
         prob, indices = (None if t is None else t[index] for t in (self.prob, self.indices))
         return self._replace(prob=prob, indices=indices)
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """Raise the error of a double backward."""
     checks.double_backward()
 
 
@@ -87,6 +89,7 @@ def new_outputs(
     rank: bool,
     argmax: bool,
 ) -> tuple[Tensor, ...]:
+    """Return new memory for the outputs of a statistics' operator."""
     floats, integers = compute_dtype(input.dtype), torch.int64
 
     def new(dtype: torch.dtype, wanted: bool = True) -> Tensor:
