@@ -94,10 +94,12 @@ def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[C
     numbers = torch.empty(rows, device="meta")
     divisor = torch.empty((), device="meta")
     plain = Head(None, 1.0)
-    nothing = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), False)
+    no_statistics = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), False)
 
     def statistics() -> Any:
-        return backend_triton.row_statistics(x, target, -100, vocab, plain, UNIFORM, **nothing)
+        return backend_triton.row_statistics(
+            x, target, -100, vocab, plain, UNIFORM, **no_statistics
+        )
 
     def gradient() -> Any:
         only_c = Coefficients(None, None, numbers, None)
@@ -273,17 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for target in args.target:
         for dtype in args.dtype:
             for vocab in args.vocab:
-                here = list(audit(target, dtype, vocab))
+                target_findings = list(audit(target, dtype, vocab))
                 if args.against:
-                    here += liger(target, dtype, vocab)
-                found += here
+                    target_findings += liger(target, dtype, vocab)
+                found += target_findings
                 print(f"\n## {target}, {dtype}, V = {vocab}\n")
                 _table(
                     ("provider", "kernel", "part", "regs", "spills", "shared", "CTAs", "in flight",
                      "instr", "ex2", "bytes", "accesses"),
-                    [_row(f) for f in here],
+                    [_row(f) for f in target_findings],
                 )  # fmt: skip
-                ours = [f for f in here if f.provider == "chunked_ce"]
+                ours = [f for f in target_findings if f.provider == "chunked_ce"]
                 if lines := list(bounds(ours)):
                     print(f"\nLower bounds for N = {ROWS}, not measurements:\n")
                     _table(("GPU", "kernel", "ms", "bound by"), lines)

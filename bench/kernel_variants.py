@@ -54,10 +54,10 @@ def head_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         only_c = Coefficients(None, None, vector, None)
         numbers = Coefficients(*[vector] * 4) if everything else only_c
-        given: Any = (x, target, vector, vector, vector, numbers, -100, vocab, head)
+        arguments: Any = (x, target, vector, vector, vector, numbers, -100, vocab, head)
         statistics = partial(backend_triton.row_statistics, x, target, -100, vocab, head, **wanted)
         yield f"stats {label}", statistics
-        yield f"grad {label}", partial(backend_triton.logits_gradient, *given, inplace=False)
+        yield f"grad {label}", partial(backend_triton.logits_gradient, *arguments, inplace=False)
 
 
 def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
@@ -73,11 +73,14 @@ def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         for prob in (x, torch.empty(rows, vocab)):
             weights = ClassWeights(torch.empty(vocab), prob, 0.9, 0.1)
             label = f"weighted {dtype} {view} {prob.dtype}"
-            given: Any = (x, target, -100, vocab, PLAIN, weights)
-            yield f"stats {label}", partial(backend_triton.row_statistics, *given, **wanted)
+            arguments: Any = (x, target, -100, vocab, PLAIN, weights)
+            yield f"stats {label}", partial(backend_triton.row_statistics, *arguments, **wanted)
             numbers = Coefficients(vector, None, vector, vector)
-            given = (x, target, vector, vector, vector, numbers, -100, vocab, PLAIN, weights)
-            yield f"grad {label}", partial(backend_triton.logits_gradient, *given, inplace=False)
+            arguments = (x, target, vector, vector, vector, numbers, -100, vocab, PLAIN, weights)
+            yield (
+                f"grad {label}",
+                partial(backend_triton.logits_gradient, *arguments, inplace=False),
+            )
 
 
 def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
@@ -105,12 +108,12 @@ def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Cal
         if dtype == torch.float16 and everything:
             continue
         x, numbers = torch.empty(8, vocab, dtype=dtype), torch.empty(8)
-        options: Any = (None, None, 0.0, 0.0)
+        loss_options: Any = (None, None, 0.0, 0.0)
         head = PLAIN
         if everything:
-            options, head = (numbers, torch.empty(()), 0.1, 1e-4), CAPPED
+            loss_options, head = (numbers, torch.empty(()), 0.1, 1e-4), CAPPED
             vocab -= 7
-        given: Any = (x, numbers.long(), *options, -100, vocab, head)
-        how: Any = dict(inplace=False, on_clusters=on_clusters)
+        arguments: Any = (x, numbers.long(), *loss_options, -100, vocab, head)
+        options: Any = dict(inplace=False, on_clusters=on_clusters)
         label = f"one pass {dtype} {form} {'everything' if everything else ''}"
-        yield label, partial(backend_triton.loss_and_gradient, *given, **how)
+        yield label, partial(backend_triton.loss_and_gradient, *arguments, **options)

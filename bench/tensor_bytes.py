@@ -94,13 +94,13 @@ def predicted_peak(
     """
     with _fake(architecture), FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        given = make()
+        arguments = make()
         with TensorBytes() as counter:
-            for leaf in tree_leaves(given):
+            for leaf in tree_leaves(arguments):
                 if isinstance(leaf, torch.Tensor):  # a view or an alias of it is nothing new
                     counter._follow(leaf.untyped_storage())
             before = counter.peak = counter.now
-            kept = step(*given)
+            kept = step(*arguments)
             del kept
     peak: int = counter.peak - before
     return peak

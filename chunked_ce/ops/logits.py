@@ -141,20 +141,20 @@ def upstream_coefficients(
 
     An output that was not requested is empty, and a tracer may give it an empty gradient.
     """
-    lse, logprob, _, of_entropy, of_mean_logprob, _, of_classes, *_ = grads
+    lse, logprob, _, entropy_grad, mean_logprob_grad, _, class_grad, *_ = grads
     weighted = wants_mean_logprob and classes.has_weights
     target_weight = None
     if weighted:
         existing = target.long().clamp(0, vocab_size - 1).reshape(-1)
         target_weight = class_weights(classes, vocab_size).gather(existing, weight_sum.dtype)
         target_weight = None if target_weight is None else target_weight.view(target.shape)
-    of_entropy = of_entropy if wants_entropy else None
-    of_mean_logprob = of_mean_logprob if wants_mean_logprob else None
+    entropy_grad = entropy_grad if wants_entropy else None
+    mean_logprob_grad = mean_logprob_grad if wants_mean_logprob else None
     numbers = coefficients(
-        lse, logprob, of_entropy, of_mean_logprob, entropy, vocab_size, target_weight,
+        lse, logprob, entropy_grad, mean_logprob_grad, entropy, vocab_size, target_weight,
         weight_sum if weighted else None,
     )  # fmt: skip
-    return *numbers, None if classes.indices is None else of_classes
+    return *numbers, None if classes.indices is None else class_grad
 
 
 def _fake_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -232,11 +232,11 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Sequence[Tensor | None]:
-        input, target, *given = arguments
-        ctx.classes, ctx.shared = Classes(*given[:5]), given[5:10]
-        ctx.wanted, ctx.inplace_backward = given[10:12], given[14]
+        input, target, *options = arguments
+        ctx.classes, ctx.shared = Classes(*options[:5]), options[5:10]
+        ctx.wanted, ctx.inplace_backward = options[10:12], options[14]
         outputs: Sequence[Tensor | None]
-        if is_dispatched(input, target, *_class_tensors(given)):
+        if is_dispatched(input, target, *_class_tensors(options)):
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = torch.ops.chunked_ce.token_stats(*arguments)
         else:
@@ -257,13 +257,13 @@ class _TokenStats(torch.autograd.Function):
             grads, entropy, weight_sum, target, classes, vocab_size, *ctx.wanted
         )
         arguments = (input, target, *classes, *stats, *upstream, *ctx.shared)
-        of_prob = None
+        prob_grad = None
         if ctx.needs_input_grad[3] and grads[4] is not None:
             if torch.is_grad_enabled():
                 checks.double_backward()
             lse, _, lse_low = stats
-            of_prob = prob_gradient(input, classes, lse, lse_low, grads[4], *ctx.shared[1:4])
-        no_gradient = (None, None, of_prob, *(None,) * 13)
+            prob_grad = prob_gradient(input, classes, lse, lse_low, grads[4], *ctx.shared[1:4])
+        no_gradient = (None, None, prob_grad, *(None,) * 13)
         if not ctx.needs_input_grad[0]:
             return None, *no_gradient
         if ctx.inplace_backward:

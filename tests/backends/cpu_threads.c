@@ -105,13 +105,13 @@ static void ask_for_part(const Batch *batch, Results *out, Job *job)
 
 static void ask_for_gradient(const Batch *batch, Results *out, Job *job)
 {
-    char *given = (char *)batch->row_numbers;
+    char *row_numbers = (char *)batch->row_numbers;
     const void **coefficients[] = {&job->a, &job->b, &job->c, &job->u};
     for (int i = 0; i < 4; i++)
-        *coefficients[i] = numbers(batch, given, i);
-    job->lse = numbers(batch, given, 4);
-    job->logprob = numbers(batch, given, 5);
-    job->lse_low = numbers(batch, given, 6);
+        *coefficients[i] = numbers(batch, row_numbers, i);
+    job->lse = numbers(batch, row_numbers, 4);
+    job->logprob = numbers(batch, row_numbers, 5);
+    job->lse_low = numbers(batch, row_numbers, 6);
     job->grad = rows_of(out->grad, batch->dtype);
 }
 
@@ -161,9 +161,9 @@ typedef struct {
     Results results;
 } Call;
 
-static void *run(void *given)
+static void *run(void *argument)
 {
-    Call *call = given;
+    Call *call = argument;
     size_t rows = (size_t)call->batch->rows;
     call->results = (Results){.grad = allocate(rows * COLUMNS * 8),
                               .numbers = allocate(rows * 8 * ROW_NUMBERS),

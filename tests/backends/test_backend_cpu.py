@@ -101,8 +101,8 @@ def test_gradient_rounding_nearest_even(dtype):
     n = len(wanted)
     x = torch.tensor([[0.0, -torch.inf]], dtype=dtype).expand(n, 2).contiguous()
     zero, target = torch.zeros(n), torch.zeros(n, dtype=torch.long)
-    given = (x, target, zero, zero, zero, Coefficients(None, None, None, wanted))
-    grad = backend_cpu.logits_gradient(*given, -100, 2, Head(None, 1.0), inplace=False)
+    arguments = (x, target, zero, zero, zero, Coefficients(None, None, None, wanted))
+    grad = backend_cpu.logits_gradient(*arguments, -100, 2, Head(None, 1.0), inplace=False)
     assert torch.equal(grad[:, 1], wanted.to(dtype))
 
 
@@ -221,9 +221,9 @@ def test_wrapper_subclasses():
     torch.testing.assert_close(
         cross_entropy(x, Wrapped(target), backend="cpu"), cross_entropy(x, target)
     )
-    smoothed = dict(label_smoothing=0.3, backend="cpu")
+    options = dict(label_smoothing=0.3, backend="cpu")
     torch.testing.assert_close(
-        cross_entropy(x, target, Wrapped(weight), **smoothed),
+        cross_entropy(x, target, Wrapped(weight), **options),
         torch.nn.functional.cross_entropy(x, target, weight, label_smoothing=0.3),
     )
 

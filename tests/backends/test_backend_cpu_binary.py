@@ -60,11 +60,11 @@ def test_values_block_edges(dtype, vocab):
         torch.testing.assert_close(grad.double(), slope, rtol=half, atol=smallest)
 
 
-@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("label_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_labels_and_weights_dtypes(dtype, given):
-    x, y = (torch.randn(4, 300) * 3).to(dtype), torch.rand(4, 300).to(given)
-    weight, pos_weight = torch.rand(4, 1).to(given), torch.rand(300).to(given)
+def test_labels_and_weights_dtypes(dtype, label_dtype):
+    x, y = (torch.randn(4, 300) * 3).to(dtype), torch.rand(4, 300).to(label_dtype)
+    weight, pos_weight = torch.rand(4, 1).to(label_dtype), torch.rand(300).to(label_dtype)
     ours = binary_cross_entropy_with_logits(
         x, y, weight, reduction="none", pos_weight=pos_weight, backend="cpu"
     )

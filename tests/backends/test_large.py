@@ -1,6 +1,6 @@
 """Sizes: offsets beyond 2^31 (PITFALLS, loss 4), many tokens, large vocabularies, many calls.
 
-Rows that lie 2^31 logits apart need no memory between them: what is never touched costs nothing."""
+Rows that lie 2^31 logits apart need no memory between them, because it is never touched."""
 
 import gc
 import re
@@ -26,9 +26,9 @@ backend, inplace, device = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
 if backend == "triton" and device == "cpu": os.environ["TRITON_INTERPRET"] = "1"
 import torch, chunked_ce
 torch.set_default_device(device)
-rows, vocab, apart = 3, 100, 2**31 + 8
-storage = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
-logits = storage.as_strided((rows, vocab), (apart, 1))
+rows, vocab, row_stride = 3, 100, 2**31 + 8
+storage = torch.empty(2 * row_stride + vocab, dtype=torch.bfloat16)
+logits = storage.as_strided((rows, vocab), (row_stride, 1))
 logits.copy_(torch.randn(rows, vocab))
 # Rows that start alike in 16 bytes: a sum's order follows that, and so its last bit.
 small = torch.empty(rows, 104, dtype=torch.bfloat16)[:, :vocab].copy_(logits)
@@ -145,8 +145,8 @@ def test_large_token_count():
     logits = torch.randn(n, 33).requires_grad_()
     wide = logits.detach().double().requires_grad_()
     labels = target.where(target < 33, -100)
-    for given, function in ((logits, cross_entropy), (wide, F.cross_entropy)):
-        function(given, labels).backward()
+    for arguments, function in ((logits, cross_entropy), (wide, F.cross_entropy)):
+        function(arguments, labels).backward()
     torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2e-6, atol=1e-12)
 
 
@@ -200,17 +200,17 @@ def test_memory_after_many_calls(calls):
     """Not even to the collector of cycles, which is off."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads /proc")
-    given = torch.randn(10, 500), torch.randn(10, 8), torch.randn(500, 8), torch.arange(10)
+    arguments = torch.randn(10, 500), torch.randn(10, 8), torch.randn(500, 8), torch.arange(10)
     meter = Perplexity()
     gc.collect()
     gc.disable()
     try:
         for _ in range(25):
-            every_function(*given, meter)
+            every_function(*arguments, meter)
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         before = memory_mib()
         for _ in range(calls // 8):
-            every_function(*given, meter)
+            every_function(*arguments, meter)
         growth = memory_mib() - before
         assert (
             sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) <= tensors + 1

@@ -182,10 +182,10 @@ def test_operators_are_well_formed():
     index, weight = torch.tensor([[3, -100], [4, 5], [29, 29]]), torch.rand(30)
     ops = torch.ops.chunked_ce
     for target, by_element in itertools.product((y, index), (False, True)):
-        given = (x.clone().requires_grad_(), target, weight, weight, -100, by_element, "torch")
-        torch.library.opcheck(ops.binary_loss.default, given)
-        given = (x, target, weight, weight, torch.randn(3, 30), -100, "torch")
-        torch.library.opcheck(ops.binary_grad.default, given)
+        arguments = (x.clone().requires_grad_(), target, weight, weight, -100, by_element, "torch")
+        torch.library.opcheck(ops.binary_loss.default, arguments)
+        arguments = (x, target, weight, weight, torch.randn(3, 30), -100, "torch")
+        torch.library.opcheck(ops.binary_grad.default, arguments)
 
 
 @pytest.mark.framework
@@ -240,15 +240,15 @@ def test_labels_fp64_digits(weighted, backend, device):
     """1 - y of a label near 1 is not that of the label in fp32."""
     y = torch.tensor([[1 - 1e-5 / 3, 1 - 1e-6 / 7, 0.9]], dtype=torch.float64, device=device)
     x = torch.tensor([[15.0, 17.0, 1.0]], device=device)
-    given = dict(pos_weight=torch.full((3,), 0.6, device=device)) if weighted else {}
-    wide = {k: v.double() for k, v in given.items()}
-    loss = binary_cross_entropy_with_logits(x, y, reduction="none", backend=backend, **given)
+    arguments = dict(pos_weight=torch.full((3,), 0.6, device=device)) if weighted else {}
+    wide = {k: v.double() for k, v in arguments.items()}
+    loss = binary_cross_entropy_with_logits(x, y, reduction="none", backend=backend, **arguments)
     exact = F.binary_cross_entropy_with_logits(x.double(), y, reduction="none", **wide)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
-    def of(function, y, given):
-        return lambda x: function(x, y, reduction="sum", **given)
+    def of(function, y, arguments):
+        return lambda x: function(x, y, reduction="sum", **arguments)
 
-    grad = gradient(of(binary_cross_entropy_with_logits, y, given | dict(backend=backend)), x)
+    grad = gradient(of(binary_cross_entropy_with_logits, y, arguments | dict(backend=backend)), x)
     truth = gradient(of(F.binary_cross_entropy_with_logits, y, wide), x.double())
     torch.testing.assert_close(grad.double(), truth, rtol=1e-6, atol=1e-12)

@@ -24,7 +24,7 @@ def test_class_weights_z_loss_mean(form, factor, smoothing):
     y = torch.where(torch.arange(6) == 2, -100, Y)
     squares, scored = logits.logsumexp(-1).square(), (y != -100).double()
     token_weight = torch.rand(6, dtype=torch.float64)
-    given = dict(weight=factor * W, label_smoothing=smoothing)
+    weighting = dict(weight=factor * W, label_smoothing=smoothing)
     for options, expected in (
         ({}, (squares * scored).sum() / scored.sum()),
         (dict(num_items=7), (squares * scored).sum() / 7),
@@ -34,7 +34,7 @@ def test_class_weights_z_loss_mean(form, factor, smoothing):
         ),
         (dict(reduction="sum"), (squares * scored).sum()),
     ):
-        z = loss(y, z_loss_weight=0.1, **given, **options) - loss(y, **given, **options)
+        z = loss(y, z_loss_weight=0.1, **weighting, **options) - loss(y, **weighting, **options)
         torch.testing.assert_close(z, 0.1 * expected)
 
 

@@ -67,14 +67,14 @@ def kinds(shape, dim, device, generator=None):
 class Sizes(TorchDispatchMode):
     """Elements of every tensor made that is no view of `given`."""
 
-    def __init__(self, given):
+    def __init__(self, source):
         super().__init__()
-        self.given, self.seen = given.untyped_storage().data_ptr(), []
+        self.source, self.seen = source.untyped_storage().data_ptr(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
         for t in out if isinstance(out, tuple) else (out,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != self.given:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != self.source:
                 self.seen.append(t.numel())
         return out
 
@@ -344,11 +344,13 @@ def test_weights_in_another_dtype(backend, device, dtype, options):
     """Not their product's rounding in fp16, nor a loss in fp64."""
     x, target = torch.randn(4, 7, device=device), torch.tensor([0, 3, -100, 6], device=device)
     weight, of_token = (torch.rand(n, device=device).to(dtype) for n in (7, 4))
-    given = dict(weight=weight, token_weight=of_token, reduction="none", **options)
-    loss = cross_entropy(x, target, backend=backend, **given)
-    linear = linear_cross_entropy(x, torch.eye(7, device=device), target, backend=backend, **given)
-    given |= dict(weight=weight.double(), token_weight=of_token.double())
-    exact = cross_entropy(x.double(), target, backend=backend, **given)
+    weights = dict(weight=weight, token_weight=of_token, reduction="none", **options)
+    loss = cross_entropy(x, target, backend=backend, **weights)
+    linear = linear_cross_entropy(
+        x, torch.eye(7, device=device), target, backend=backend, **weights
+    )
+    weights |= dict(weight=weight.double(), token_weight=of_token.double())
+    exact = cross_entropy(x.double(), target, backend=backend, **weights)
     assert loss.dtype == linear.dtype == torch.float32
     for ours in (loss, linear):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-7)
@@ -633,7 +635,7 @@ def test_top_k_rest_rounding(backend, device):
 
 
 def test_top_k_as_many_classes_as_positions(backend, device):
-    """[N, C, d1] with C = d1 tells nothing about where the classes are."""
+    """[N, C, d1] with C = d1 does not tell where the classes are."""
     x = torch.randn(2, 3, 3, device=device)
     indices, prob = torch.tensor([[0, 2]], device=device), torch.tensor([[0.7, 0.3]], device=device)
     top = indices.expand(2, 3, 2), prob.expand(2, 3, 2)
@@ -681,8 +683,8 @@ def test_no_weight_infinite_loss(backend, device):
     for options in ({}, dict(label_smoothing=0.1), dict(z_loss_weight=0.1)):
         loss = cross_entropy(x, last, weight, reduction="sum", backend=backend, **options)
         assert loss.isfinite()
-    nothing = torch.zeros(1, device=device)
-    assert cross_entropy(x, last, token_weight=nothing, reduction="sum", backend=backend) == 0
+    zero_weight = torch.zeros(1, device=device)
+    assert cross_entropy(x, last, token_weight=zero_weight, reduction="sum", backend=backend) == 0
 
 
 def test_top_k_classes_out_of_range(monkeypatch, device):

@@ -127,10 +127,10 @@ def test_vmap_all_arguments():
         return c.cross_entropy(x, y, w)
 
     for in_dims in ((0, 0, 1), (None, 0, None), (None, None, 1), (0, None, 1)):
-        given = [t if d is not None else t.select(d0, 0)
+        arguments = [t if d is not None else t.select(d0, 0)
                  for t, d, d0 in zip((x, y, w), in_dims, (0, 0, 1), strict=True)]  # fmt: skip
-        out = vmap(ours, in_dims=in_dims)(*given)
-        torch.testing.assert_close(out, vmap(F.cross_entropy, in_dims=in_dims)(*given))
+        out = vmap(ours, in_dims=in_dims)(*arguments)
+        torch.testing.assert_close(out, vmap(F.cross_entropy, in_dims=in_dims)(*arguments))
     out = vmap(lambda x, t: c.cross_entropy(x, Y, token_weight=t))(x, token_weight)
     losses = vmap(lambda x: F.cross_entropy(x, Y, reduction="none"))(x)
     weights = token_weight * (Y != -100)

@@ -51,13 +51,13 @@ def calls(x, ignore_index):
     head = Head(30.0, 0.5)
     everything = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
     weights = ClassWeights(torch.empty(vocab), x, 0.9, 0.1)
-    given = (ignore_index, vocab, head)
-    record(lambda: triton.row_statistics(x, target, *given, weights, **everything))
+    arguments = (ignore_index, vocab, head)
+    record(lambda: triton.row_statistics(x, target, *arguments, weights, **everything))
     numbers = Coefficients(v, v, v, v)
     record(lambda: triton.logits_gradient(
-        x, target, v, v, v, numbers, *given, weights, inplace=True))
+        x, target, v, v, v, numbers, *arguments, weights, inplace=True))
     record(lambda: triton.loss_and_gradient(
-        x, target, v, v[0], 0.1, 1e-4, *given, inplace=True, on_clusters=False))
+        x, target, v, v[0], 0.1, 1e-4, *arguments, inplace=True, on_clusters=False))
     record(lambda: triton.scale_(x, v))
     left_out = torch.empty(rows, 5, dtype=torch.int32)
     record(lambda: triton_binary.loss_sum(x, x, x, x, left_out))
