@@ -82,7 +82,7 @@ def above_mixture(d, beta):
 
 @triton.jit
 def class_terms(at, beta, KIND: tl.constexpr):
-    """Return what classes add to the loss and to `student_kl`."""
+    """Return what classes add to the loss, of JSD to KL(q‖m), and to `student_kl`."""
     if KIND == FORWARD:
         loss = class_term(at.q, at.d, at.p)
         student_kl = tl.zeros(loss.shape, loss.dtype)
@@ -93,8 +93,7 @@ def class_terms(at, beta, KIND: tl.constexpr):
         above = above_mixture(at.d, beta)
         mixture = beta * at.q + (1.0 - beta) * at.p
         student_kl = class_term(at.p, above[0], mixture)
-        of_teacher = class_term(at.q, above[1], mixture)
-        loss = beta * of_teacher + (1.0 - beta) * student_kl
+        loss = class_term(at.q, above[1], mixture)
     return loss, student_kl
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import NOT_SPECIALIZED
-from .divergence import PairRow, class_slopes, class_terms, probabilities
+from .divergence import JSD, PairRow, class_slopes, class_terms, probabilities
 from .online_softmax import LOG2_E, empty_sums
 from .rows import (
     Row,
@@ -19,7 +19,7 @@ from .rows import (
     edge_columns,
     group_starts,
     lane_ids,
-    moved,
+    move_row,
     row_start,
     row_window,
 )
@@ -82,6 +82,14 @@ def load_pair(x, y, columns, valid, DTYPE: tl.constexpr, OPTIONS: tl.constexpr):
 
 
 @triton.jit
+def pair_bodies(x, y, x_start, y_start, prefix, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Return the Row of each row's body."""
+    x_body = body_row(x, x_start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
+    y_body = body_row(y, y_start, prefix, TILE.WIDTH, OPTIONS.Y_CONTIGUOUS, OPTIONS.Y_ALIGNED)
+    return x_body, y_body
+
+
+@triton.jit
 def tile_at(i, length, TILE: tl.constexpr):
     """Return the positions of a tile from `i` on, and which are before `length`."""
     columns = i + group_starts(TILE) + lane_ids(TILE.WIDTH)
@@ -121,7 +129,10 @@ def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, beta, D
     edge, valid = edge_columns(window, classes, TILE.WIDTH)
     z, t = load_pair(x, y, edge, valid, DTYPE, OPTIONS)
     terms = class_terms(probabilities(z, t, row, inverse), beta, OPTIONS.KIND)
-    return tl.sum(loss) + tl.sum(terms[0]), tl.sum(student_kl) + tl.sum(terms[1])
+    loss, student_kl = tl.sum(loss) + tl.sum(terms[0]), tl.sum(student_kl) + tl.sum(terms[1])
+    if OPTIONS.KIND == JSD:
+        loss = beta * loss + (1.0 - beta) * student_kl
+    return loss, student_kl
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -140,8 +151,7 @@ def pair_stats_kernel(
     """Write the numbers of a pair of rows; 0 of one that is ignored."""
     number = tl.program_id(0)
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
-    inverse = tl.full([], 1.0 / temperature, DTYPE)
-    share = tl.full([], beta, DTYPE)
+    inverse, share = tl.full([], 1.0 / temperature, DTYPE), tl.full([], beta, DTYPE)
     scored = True
     if OPTIONS.HAS_IGNORED:
         scored = tl.load(ignored_ptr + number) == 0
@@ -150,8 +160,7 @@ def pair_stats_kernel(
     window = row_window(x_start, classes, -1, TILE.WIDTH, OPTIONS.CONTIGUOUS)
     x_row, y_row = Row(x.ptr + x_start, x.stride_v), Row(y.ptr + y_start, y.stride_v)
     prefix = window.prefix
-    x_body = body_row(x, x_start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
-    y_body = body_row(y, y_start, prefix, TILE.WIDTH, OPTIONS.Y_CONTIGUOUS, OPTIONS.Y_ALIGNED)
+    x_body, y_body = pair_bodies(x, y, x_start, y_start, prefix, TILE, OPTIONS)
     student, teacher = pair_sums(
         x_row, y_row, x_body, y_body, window, classes, inverse * LOG2_E, DTYPE, TILE, OPTIONS
     )
@@ -211,28 +220,25 @@ def pair_grad_kernel(
     """Write SPAN columns of a row's body; the first program of a row its edges too."""
     number = tl.program_id(0)
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
-    inverse = tl.full([], 1.0 / temperature, DTYPE)
-    share = tl.full([], beta, DTYPE)
+    inverse, share = tl.full([], 1.0 / temperature, DTYPE), tl.full([], beta, DTYPE)
     classes = vocab_size
     if OPTIONS.HAS_IGNORED:  # an ignored row is not read
         classes = tl.where(tl.load(ignored_ptr + number) == 0, vocab_size, 0)
-    row = load_row(numbers, number)
-    weight = tl.load(upstream_ptr + number) * inverse
+    row, weight = load_row(numbers, number), tl.load(upstream_ptr + number) * inverse
     x_start, y_start = row_start(number, inner_rows, x), row_start(number, inner_rows, y)
     out_start = row_start(number, inner_rows, grad)
     window = row_window(x_start, columns_in_memory, -1, TILE.WIDTH, OPTIONS.CONTIGUOUS)
     prefix = window.prefix
-    x_body = body_row(x, x_start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
-    y_body = body_row(y, y_start, prefix, TILE.WIDTH, OPTIONS.Y_CONTIGUOUS, OPTIONS.Y_ALIGNED)
+    x_body, y_body = pair_bodies(x, y, x_start, y_start, prefix, TILE, OPTIONS)
     out_body = body_row(
         grad, out_start, prefix, TILE.WIDTH, OPTIONS.GRAD_CONTIGUOUS, OPTIONS.GRAD_ALIGNED
     )
     first = tl.program_id(1) * SPAN
     x_body, y_body = (
-        moved(x_body, first, OPTIONS.CONTIGUOUS),
-        moved(y_body, first, OPTIONS.Y_CONTIGUOUS),
+        move_row(x_body, first, OPTIONS.CONTIGUOUS),
+        move_row(y_body, first, OPTIONS.Y_CONTIGUOUS),
     )
-    out_body = moved(out_body, first, OPTIONS.GRAD_CONTIGUOUS)
+    out_body = move_row(out_body, first, OPTIONS.GRAD_CONTIGUOUS)
     length = tl.minimum(window.body - first, SPAN)
     for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
         columns, valid = tile_at(i, length, TILE)

@@ -13,8 +13,8 @@ from .loss import logits, one_target_per_row
 from .values import brief, floating, integer, names, number, same_device, shape, target_indices
 
 
-def divergence(kind: object, beta: Any, temperature: Any) -> tuple[float, float]:
-    """Return (beta, temperature)."""
+def divergence(kind: object, beta: Any, temperature: Any) -> tuple[str, float, float]:
+    """Return (kind, beta, temperature). GKD's "jsd" is one of the others where beta is 0 or 1."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {brief(kind)}, expected one of {names(KINDS)}")
     share, degree = number("beta", beta), number("temperature", temperature)
@@ -24,7 +24,9 @@ def divergence(kind: object, beta: Any, temperature: Any) -> tuple[float, float]
         )
     if degree < 1e-6:
         raise ValueError(f"temperature is {degree}, expected a number above 0 (1 changes nothing)")
-    return share, degree
+    if kind == "jsd" and share in (0.0, 1.0):
+        kind = "reverse" if share else "forward"
+    return kind, share, degree
 
 
 def teacher_logits(input: Tensor, teacher: Any, target: Tensor | None) -> None:

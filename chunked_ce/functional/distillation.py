@@ -8,10 +8,12 @@ from torch import Tensor
 from .. import checks
 from ..backends import check_targets, choose_backend
 from ..core.head import compute_dtype
-from ..core.reduction import Reduction, is_scored, reduction_of
+from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
 from ..ops.chunks import default_chunk_bytes, padded_row_bytes
 from .linear import autocast
+
+CheckedHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 
 
 def kl_div(
@@ -78,7 +80,7 @@ def kl_div(
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(kl_div, locals())
-    beta, temperature = checks.divergence(kind, beta, temperature)
+    kind, beta, temperature = checks.divergence(kind, beta, temperature)
     checks.teacher_logits(input, teacher, target)
     checks.reduction(reduction)
     checks.token_weight(token_weight, input.shape[:-1], input)
@@ -86,15 +88,13 @@ def kl_div(
     ignore_index = checks.ignore_index(ignore_index)
     vocab_size = checks.shared_vocab_size(vocab_size, input.shape[-1], teacher.shape[-1])
     backend = choose_backend(backend, input.device)
-    if kind == "jsd" and beta in (0.0, 1.0):
-        kind = "reverse" if beta else "forward"
     ignored = None if target is None else ~is_scored(target, ignore_index)
     loss, *_ = torch.ops.chunked_ce.pair_stats(
         input, teacher, ignored, kind, beta, temperature, vocab_size, backend
     )
     labels, skipped = _targets(input, target, ignore_index)
     dtype = compute_dtype(input.dtype)
-    return reduction_of(reduction, labels, skipped, token_weight, num_items, dtype).of(loss)
+    return make_reduction(reduction, labels, skipped, token_weight, num_items, dtype).reduce(loss)
 
 
 def linear_kl_div(
@@ -163,7 +163,7 @@ def linear_kl_div(
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
-    beta, temperature = checks.divergence(kind, beta, temperature)
+    kind, beta, temperature = checks.divergence(kind, beta, temperature)
     student = _checked_head("linear", input, linear_weight, linear_bias)
     teacher = _checked_head("teacher", teacher_input, teacher_weight, teacher_bias)
     rows = input.shape[:-1]
@@ -174,23 +174,33 @@ def linear_kl_div(
     ignore_index = checks.ignore_index(ignore_index)
     classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
     if target is not None and ce_weight:
-        check_targets(target, classes, ignore_index, free=target.is_cpu)
-    if kind == "jsd" and beta in (0.0, 1.0):
-        kind = "reverse" if beta else "forward"
-    row_bytes = sum(padded_row_bytes(classes, w.element_size()) for w in (student[1], teacher[1]))
-    default = default_chunk_bytes(rows.numel() * row_bytes, input.device.type)
+        check_targets(target, classes, ignore_index, on_host=target.is_cpu)
     labels, skipped = _targets(input, target, ignore_index)
     dtype = compute_dtype(input.dtype)
-    reduce = reduction_of(reduction, labels, skipped, token_weight, num_items, dtype)
-    fused = reduction != "none" and reduce.known_before_backward(student[0].dtype)
+    reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
+    fused = reduction != "none" and reduction_spec.allows_grad_in_forward(student[0].dtype)
+    weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
         *student, *teacher, None if target is None else target.reshape(-1),
-        _token_weights(labels, skipped, reduce, dtype) if fused else None, ignore_index, kind,
-        beta, temperature, ce_weight, classes, choose_backend(backend, input.device),
-        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
+        weights, ignore_index, kind, beta, temperature, ce_weight, classes,
+        choose_backend(backend, input.device),
+        _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3,
     )  # fmt: skip
-    return total if fused else reduce.of(losses.view(rows))
+    return total if fused else reduction_spec.reduce(losses.view(rows))
+
+
+def _rows_per_chunk(
+    student: CheckedHead,
+    teacher: CheckedHead,
+    classes: int,
+    chunk_bytes: int | None,
+    token_chunk_size: int | None,
+) -> int:
+    """Return tokens at a time, so that both models' logits take `chunk_bytes`."""
+    row_bytes = sum(padded_row_bytes(classes, w.element_size()) for _, w, _ in (student, teacher))
+    default = default_chunk_bytes(len(student[0]) * row_bytes, student[0].device.type)
+    return checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default)
 
 
 def _targets(input: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
@@ -201,19 +211,17 @@ def _targets(input: Tensor, target: Tensor | None, ignore_index: int) -> tuple[T
 
 
 def _token_weights(
-    target: Tensor, ignore_index: int, reduce: Reduction, dtype: torch.dtype
+    target: Tensor, ignore_index: int, reduction_spec: Reduction, dtype: torch.dtype
 ) -> Tensor:
     """Return what each token's loss is multiplied by, [N]."""
-    weight = reduce.weight
+    weight = reduction_spec.weight
     if weight is None:
         weight = is_scored(target, ignore_index).to(dtype)
-    weight = weight if reduce.divisor is None else weight / reduce.divisor
+    weight = weight if reduction_spec.divisor is None else weight / reduction_spec.divisor
     return weight.reshape(-1).to(dtype)
 
 
-def _checked_head(
-    name: str, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _checked_head(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> CheckedHead:
     """Return hidden states [N, D] and a head that fit one another."""
     checks.distilled_head(name, input, weight, bias)
     hidden, weight, bias = autocast(input, weight, bias)

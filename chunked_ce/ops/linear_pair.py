@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..core.divergence import Divergence
 from ..core.head import IDENTITY, compute_dtype
-from ..core.reduction import weighted
+from ..core.reduction import apply_weight
 from .chunks import Gradients, Index, gradient_like, walk
 from .library import library
 
@@ -40,16 +40,10 @@ def _linear_pair(
     target: Tensor | None,  # [N]
     token_weight: Tensor | None,  # [N]
     ignore_index: int,
-    kind: str,
-    beta: float,
-    temperature: float,
-    cross_entropy_weight: float,
-    vocab_size: int,
-    backend: str,
-    rows_per_chunk: int,
-    acc_dtype: torch.dtype,
-    wanted: list[bool],
+    *options: Any,
 ) -> tuple[Tensor, ...]:
+    kind, beta, temperature, cross_entropy_weight, vocab_size, backend, *options_ = options
+    rows_per_chunk, acc_dtype, wanted = options_
     how, n = Divergence(kind, beta, temperature), len(input)
     ignored = None if target is None else target.long() == ignore_index
     chunks: list[Index] = [slice(i, i + rows_per_chunk) for i in range(0, n, rows_per_chunk)]
@@ -80,7 +74,7 @@ def _linear_pair(
             given = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
             grad = run.pair_gradient(*given, inplace=True)
             gradients.add(index, x, grad if of_labels is None else grad.add_(of_labels))
-    total = losses if token_weight is None else weighted(losses, token_weight)
+    total = losses if token_weight is None else apply_weight(losses, token_weight)
     return losses, total.sum(), *gradients.finish()
 
 

@@ -46,7 +46,7 @@ static inline REAL KIND(above_mixture)(REAL d, REAL beta)
 static void KIND(add_exponentials)(
     const Pair *job, const Rows *rows, int64_t row, double *most, double *sum)
 {
-    const char *data = row_of(rows, job->inner, row);
+    const char *data = row_start(rows, job->inner, row);
     const REAL inverse = (REAL)(1 / job->temperature);
     REAL z[BLOCK];
     for (int64_t start = 0; start < job->vocab_size; start += BLOCK) {
@@ -147,7 +147,7 @@ static void KIND(put_statistics)(const Pair *job, int64_t row)
         r.max = (REAL)most, r.teacher_max = (REAL)teacher_most;
         r.log_sum = (REAL)log_sum, r.teacher_log_sum = (REAL)teacher_log_sum;
         r.shift = (REAL)((teacher_most - most) / job->temperature + (teacher_log_sum - log_sum));
-        const char *x = row_of(&job->x, job->inner, row), *y = row_of(&job->teacher, job->inner, row);
+        const char *x = row_start(&job->x, job->inner, row), *y = row_start(&job->teacher, job->inner, row);
         for (int64_t start = 0; start < job->vocab_size; start += BLOCK) {
             KIND(PairBlock) block;
             const int64_t left = job->vocab_size - start, n = left < BLOCK ? left : BLOCK;
@@ -168,8 +168,8 @@ static void KIND(put_statistics)(const Pair *job, int64_t row)
 
 static void KIND(put_pair_gradient)(const Pair *job, int64_t row)
 {
-    const char *x = row_of(&job->x, job->inner, row), *y = row_of(&job->teacher, job->inner, row);
-    char *out = row_of(&job->grad, job->inner, row);
+    const char *x = row_start(&job->x, job->inner, row), *y = row_start(&job->teacher, job->inner, row);
+    char *out = row_start(&job->grad, job->inner, row);
     const int ignored = job->ignored && job->ignored[row];
     const REAL weight = (REAL)(KIND(number)(job->upstream, row) / job->temperature);
     const KIND(PairRow) r = {
