@@ -10,7 +10,8 @@ from .evaluation.likelihood import Loglikelihood, loglikelihood
 from .evaluation.meter import Perplexity, perplexity
 from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
 from .functional.binary import binary_cross_entropy_with_logits
-from .functional.linear import linear_cross_entropy, linear_token_stats
+from .functional.linear import linear_cross_entropy
+from .functional.linear_stats import linear_token_stats
 from .functional.logits import cross_entropy, token_stats
 from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 

@@ -14,7 +14,7 @@ from .functional.linear import linear_cross_entropy
 from .functional.logits import cross_entropy
 
 _OPTIONS = (
-    "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "backend",
+    "shift", "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "backend",
 )  # fmt: skip
 _LOGITS_OPTIONS = ("dim", "inplace_backward", "grad_in_forward")
 _LINEAR_OPTIONS = ("acc_dtype", "chunk_bytes", "token_chunk_size", "drop_ignored")
@@ -61,8 +61,15 @@ class CrossEntropyLoss(nn.Module):
         self.label_smoothing = checks.label_smoothing(label_smoothing)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of logits; see :func:`chunked_ce.cross_entropy`."""
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | tuple[Tensor, Tensor],
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of logits; see :func:`chunked_ce.cross_entropy`."""
         return cross_entropy(
             input,
             target,
@@ -70,6 +77,8 @@ class CrossEntropyLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
             **self.options,
         )
 
@@ -175,8 +184,15 @@ class LinearCrossEntropyLoss(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of hidden states [..., D]; see :func:`chunked_ce.linear_cross_entropy`."""
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | tuple[Tensor, Tensor],
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of hidden states; see :func:`chunked_ce.linear_cross_entropy`."""
         outputs = (self.num_classes, *self.out_features)
         bias = None if self.linear.bias is None else self.linear.bias.view(outputs)
         return linear_cross_entropy(
@@ -188,6 +204,8 @@ class LinearCrossEntropyLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
             **self.options,
         )
 

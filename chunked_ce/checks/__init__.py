@@ -10,6 +10,7 @@ from .linear import *
 from .loss import *
 from .mistakes import *
 from .planner import *
+from .shift import shift as shift
 from .targets import *
 from .values import target_indices as target_indices
 from .weights import *

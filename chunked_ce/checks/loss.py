@@ -177,11 +177,11 @@ def spread_rest(value: object, target: object) -> None:
         )
 
 
-def linear_ignore_index(ignore_index: Any, target: object) -> Any:
+def linear_ignore_index(ignored: Any, target: object) -> int:
     """-100 for None; beside probabilities only None, as `F.linear_cross_entropy` has it."""
-    if are_probabilities(target) and ignore_index is not None:
-        nothing_to_ignore(ignore_index, "leave it None")
-    return -100 if ignore_index is None else ignore_index
+    if are_probabilities(target) and ignored is not None:
+        nothing_to_ignore(ignored, "leave it None")
+    return -100 if ignored is None else ignore_index(ignored)
 
 
 def deprecated(**values: object) -> None:
@@ -237,13 +237,13 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def input_and_target(input: Tensor, target: Any, dim: object, ignore_index: Any) -> int:
-    """Return where the classes are, of logits and a target that fit one another."""
+def input_and_target(input: Tensor, target: Any, dim: object, ignored: Any) -> tuple[int, int]:
+    """Return where the classes are, of logits and a target that fit one another; ignore_index."""
     logits(input)
     where = class_dimension(input, dim)
     check_target(input, target, where)
-    no_class_ignored(ignore_index, target)
-    return where
+    no_class_ignored(ignored, target)
+    return where, ignore_index(ignored)
 
 
 class LossOptions(NamedTuple):

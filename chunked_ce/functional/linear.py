@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,75 +12,11 @@ from torch import Tensor
 from .. import checks
 from ..backends import choose_backend
 from ..core.reduction import Reduction
-from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.chunks import default_chunk_bytes, padded_row_bytes
 from ..ops.library import Classes, Outputs
+from .shift import next_tokens
 from .targets import AnyTarget, ClassIndices, Target, describe_target, wanted_of
-
-
-def linear_token_stats(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    entropy: bool = False,
-    mean_logprob: bool = False,
-    rank: bool = False,
-    argmax: bool = False,
-    weight: Tensor | None = None,
-    acc_dtype: torch.dtype = torch.float32,
-    chunk_bytes: int | None = None,
-    token_chunk_size: int | None = None,
-    drop_ignored: bool | None = None,
-    backend: str = "auto",
-) -> TokenStats:
-    """:func:`chunked_ce.token_stats` of `input @ linear_weight.T + linear_bias`, less the logits.
-
-    Differentiable in `input`, `linear_weight` and `linear_bias` with any upstream gradient:
-    backward computes each chunk's logits again (8 N D V FLOPs in all). For log-probabilities of
-    long sequences and for policy-gradient losses.
-
-    Args:
-        input: hidden states [..., D]; float16, bfloat16, float32 or float64.
-        linear_weight: [V, D], as `torch.nn.Linear` keeps it; of `input`'s dtype but under autocast.
-        target: class indices [...], any integer dtype.
-        linear_bias: [V] or None.
-        acc_dtype: in which the chunks' gradients of `linear_weight` are added, to be rounded once.
-        chunk_bytes: of logits held at a time; by default 256 MiB, on a CPU 128 MiB where that
-            does not hold all; or
-        token_chunk_size: as a number of tokens.
-        drop_ignored: whether ignored tokens are left out of the products. Finding them makes a GPU
-            wait, so by default that is done on the CPU alone.
-        others: see :func:`chunked_ce.token_stats`.
-
-    Returns:
-        TokenStats of shape [...].
-
-    Raises:
-        TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
-            computed.
-    """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return transforms.call(linear_token_stats, locals(), rows=("input", "target"))
-    checks.target_indices(target)
-    checks.linear_input(input, linear_weight, linear_bias, target, dims=False)
-    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
-    shared = _shared(
-        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
-    )  # fmt: skip
-    weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
-    wanted = (entropy, mean_logprob, rank, argmax)
-    classes = Classes(weight if mean_logprob else None)
-    outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return outputs.of_user(wanted)
 
 
 def linear_cross_entropy(
@@ -91,6 +27,9 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = None,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
@@ -126,6 +65,11 @@ def linear_cross_entropy(
             probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
         linear_bias: [V] (or [V, d1, ...]) or None.
         ignore_index: None is -100, as in torch; with class probabilities only None.
+        shift: `target` holds the tokens themselves, [..., T]: position i predicts the token at
+            i + 1, and the last position is ignored. No copy of `input` is made.
+        position_ids: [..., T], with `shift` and packed documents: each 0 begins a document, and no
+            position predicts the first token of the next document.
+        cu_seqlens: the same as offsets [num_docs + 1] into the flattened tokens, int32 or int64.
         others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
 
     Returns:
@@ -140,12 +84,14 @@ def linear_cross_entropy(
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
     ignore_index = checks.linear_ignore_index(ignore_index, target)
+    if shift is not False or position_ids is not None or cu_seqlens is not None:
+        target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
     label_smoothing, z_loss_weight, num_items = checks.loss_options(
         input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
         z_loss_weight, spread_rest, token_weight, num_items,
     )  # fmt: skip
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
-    shared = _shared(
+    shared = options_of_head(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
@@ -156,13 +102,22 @@ def linear_cross_entropy(
         spread_rest, reduction, token_weight, num_items,
     )  # fmt: skip
     shared = (spec.ignore_index, *shared[1:])
-    fused = reduction != "none" and spec.is_plain and how.known_before_backward(input.dtype)
-    loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight, fused=fused)
-    if linear_weight.dim() == 2:
-        return loss_of(linear_weight, linear_bias, how, spec)
-    heads = _heads(linear_weight, linear_bias, how, spec)
-    losses = torch.stack([loss_of(*head) for head in heads], -1)
-    return losses.view(spec.index.shape) if reduction == "none" else losses.sum()
+    loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight)
+    return _loss_of_heads(loss_of, linear_weight, linear_bias, how, spec)
+
+
+def _loss_of_heads(
+    loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    how: Reduction,
+    spec: Target,
+) -> Tensor:
+    """Return the loss of a head [V, D], or of all heads in a weight [V, d1, ..., D]."""
+    if weight.dim() == 2:
+        return loss_of(weight, bias, how, spec)
+    losses = torch.stack([loss_of(*head) for head in _heads(weight, bias, how, spec)], -1)
+    return losses.view(spec.index.shape) if how.name == "none" else losses.sum()
 
 
 Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
@@ -177,12 +132,12 @@ def _loss_of_head(
     bias: Tensor | None,
     how: Reduction,
     spec: Target,
-    *,
-    fused: bool,
 ) -> Tensor:
-    """The loss of one [V, D] head: a sum, or that of each token."""
-    if not fused:
-        outputs = _outputs(input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec))
+    """Return the loss of one [V, D] head: a sum, or that of each token."""
+    if how.name == "none" or not (spec.is_plain and how.known_before_backward(input.dtype)):
+        outputs = outputs_of_head(
+            input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec)
+        )
         return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
     of_tokens = None if how.weight is None else how.weight.reshape(-1)
     reuse = not torch.compiler.is_compiling()
@@ -212,7 +167,7 @@ def _heads(
     ]
 
 
-def _shared(
+def options_of_head(
     input: Tensor,
     weight: Tensor,
     ignore_index: int,
@@ -231,7 +186,7 @@ def _shared(
     tokens = input.numel() // input.shape[-1]
     default = default_chunk_bytes(tokens * row_bytes, input.device.type)
     return (
-        checks.ignore_index(ignore_index),
+        ignore_index,
         classes,
         checks.softcap(softcap),
         checks.logit_scale(logit_scale),
@@ -242,7 +197,7 @@ def _shared(
     )
 
 
-def _outputs(
+def outputs_of_head(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -5,6 +5,8 @@ Check the arguments, choose a backend, compose the loss from token statistics, r
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ..ops import transforms
 from ..ops.library import Classes
 from ..ops.logits import token_stats as token_stats_operator
 from ..ops.one_pass import one_pass_loss
+from .shift import ROWS, next_tokens
 from .targets import AnyTarget, Target, describe_target, wanted_of
 
 
@@ -24,6 +27,9 @@ def token_stats(
     target: Tensor,
     *,
     ignore_index: int = -100,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     vocab_size: int | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -55,6 +61,11 @@ def token_stats(
         input: logits [..., V]; float16, bfloat16, float32 or float64, any strides.
         target: class indices [...], any integer dtype.
         ignore_index: target value of rows to leave out.
+        shift: `target` holds the tokens themselves, [..., T]: position i predicts the token at
+            i + 1, and the last position is ignored. No copy of `input` is made.
+        position_ids: [..., T], with `shift` and packed documents: each 0 begins a document, and no
+            position predicts the first token of the next document.
+        cu_seqlens: the same as offsets [num_docs + 1] into the flattened tokens, int32 or int64.
         vocab_size: number of classes that exist; columns at or past it (a padded head) are not
             read.
         softcap: logits are capped to ±softcap (Gemma 2); None for none.
@@ -78,20 +89,22 @@ def token_stats(
             synchronisation.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return transforms.call(token_stats, locals(), rows=("input", "target"))
+        return transforms.call(token_stats, locals(), ROWS if cu_seqlens is None else ())
     checks.logits(input)
     checks.class_dimension(input, -1)
     checks.target_indices(target)
     checks.one_target_per_row(input, target)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
-    ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
-        input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
-    )
-    weight = checks.class_weight(weight, input, vocab_size)
+    ignore_index = checks.ignore_index(ignore_index)
+    if shift is not False or position_ids is not None or cu_seqlens is not None:
+        target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
+    shared = _shared(input, vocab_size, softcap, logit_scale, inplace_backward, backend)
+    weight = checks.class_weight(weight, input, shared.vocab_size)
     wanted = (entropy, mean_logprob, rank, argmax)
+    *options, inplace_backward = (ignore_index, *shared)
     outputs = token_stats_operator(
-        input, target, *Classes(weight if mean_logprob else None), ignore_index, vocab_size,
-        softcap, logit_scale, backend, *wanted, inplace_backward,
+        input, target, *Classes(weight if mean_logprob else None), *options, *wanted,
+        inplace_backward,
     )  # fmt: skip
     return outputs.of_user(wanted)
 
@@ -107,6 +120,9 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     dim: int = 1,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     z_loss_weight: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -148,6 +164,11 @@ def cross_entropy(
         reduction: "mean" over the tokens that are not ignored, "sum" or "none".
         label_smoothing: from 0 to 1.
         dim: the class dimension, 1 as in torch; for [B, T, V] logits pass -1.
+        shift: `target` holds the tokens themselves, [..., T]: position i predicts the token at
+            i + 1, and the last position is ignored. No copy of `input` is made.
+        position_ids: [..., T], with `shift` and packed documents: each 0 begins a document, and no
+            position predicts the first token of the next document.
+        cu_seqlens: the same as offsets [num_docs + 1] into the flattened tokens, int32 or int64.
         z_loss_weight: factor of lse². With class weights, "mean" averages it over the tokens that
             count, not over their class weights: those do not change it.
         softcap, logit_scale, vocab_size: see :func:`token_stats`.
@@ -178,55 +199,81 @@ def cross_entropy(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(cross_entropy, locals())
     checks.deprecated(size_average=size_average, reduce=reduce)
-    dim = checks.input_and_target(input, target, dim, ignore_index)
+    dim, ignore_index = checks.input_and_target(input, target, dim, ignore_index)
+    if shift is not False or position_ids is not None or cu_seqlens is not None:
+        target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input, dim)
     input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
     label_smoothing, z_loss_weight, num_items = checks.loss_options(
         input, target, input.shape[:-1], reduction, label_smoothing, z_loss_weight, spread_rest,
         token_weight, num_items,
     )  # fmt: skip
     checks.grad_in_forward(grad_in_forward, token_weight, num_items)
-    ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend = _common(
-        input, ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
-    )
-    weight = None if weight is None else checks.class_weight(weight, input, vocab_size)
+    shared = _shared(input, vocab_size, softcap, logit_scale, inplace_backward, backend)
+    weight = None if weight is None else checks.class_weight(weight, input, shared.vocab_size)
     checks.looks_like_logits(input)
-    spec, how = describe_target(
-        input, target, dim, weight, label_smoothing, z_loss_weight, ignore_index, vocab_size,
-        spread_rest, reduction, token_weight, num_items,
+    labels, reducer = describe_target(
+        input, target, dim, weight, label_smoothing, z_loss_weight, ignore_index,
+        shared.vocab_size, spread_rest, reduction, token_weight, num_items,
     )  # fmt: skip
-    shared = (spec.ignore_index, vocab_size, softcap, logit_scale, backend)
-    if grad_in_forward and _is_possible_in_forward(input, spec, how):
-        return one_pass_loss(
-            input, spec.index, how, label_smoothing, z_loss_weight, *shared, inplace_backward
-        )
-    outputs = token_stats_operator(
-        input, spec.index, *spec.classes, *shared, *wanted_of(spec), inplace_backward
-    )
-    return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    smoothing = (label_smoothing, z_loss_weight)
+    return _loss(input, labels, reducer, *smoothing, shared, grad_in_forward=grad_in_forward)
 
 
-def _is_possible_in_forward(input: Tensor, spec: Target, how: Reduction) -> bool:
-    if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
-        return False  # a tracer plans reads and writes itself
-    return spec.is_plain and how.known_before_backward(input.dtype)
+class _Shared(NamedTuple):
+    """The arguments that all functions share."""
+
+    vocab_size: int
+    softcap: float | None
+    logit_scale: float
+    backend: str
+    inplace_backward: bool
 
 
-def _common(
+def _shared(
     input: Tensor,
-    ignore_index: int,
     vocab_size: int | None,
     softcap: float | None,
     logit_scale: float,
     inplace_backward: bool,
     backend: str,
-) -> tuple[int, int, float | None, float, bool, str]:
-    """The arguments that all functions share, checked."""
-    ignore_index = checks.ignore_index(ignore_index)
-    vocab_size = checks.vocab_size(vocab_size, input)
-    softcap = checks.softcap(softcap)
-    logit_scale = checks.logit_scale(logit_scale)
+) -> _Shared:
+    """Check the arguments that all functions share."""
     checks.inplace_backward(inplace_backward, input)
-    # A tracer cannot tell who else needs the logits, and plans the memory itself.
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    backend = choose_backend(backend, input.device)
-    return ignore_index, vocab_size, softcap, logit_scale, inplace_backward, backend
+    return _Shared(
+        checks.vocab_size(vocab_size, input),
+        checks.softcap(softcap),
+        checks.logit_scale(logit_scale),
+        choose_backend(backend, input.device),
+        # A tracer cannot tell who else needs the logits, and plans the memory itself.
+        inplace_backward and not torch.compiler.is_compiling(),
+    )
+
+
+def _loss(
+    input: Tensor,
+    labels: Target,
+    reducer: Reduction,
+    label_smoothing: float,
+    z_loss_weight: float,
+    shared: _Shared,
+    *,
+    grad_in_forward: bool,
+) -> Tensor:
+    """Return the loss of logits [..., V]: call one operator, and reduce."""
+    *options, inplace_backward = (labels.ignore_index, *shared)
+    if grad_in_forward and _is_possible_in_forward(input, labels, reducer):
+        return one_pass_loss(
+            input, labels.index, reducer, label_smoothing, z_loss_weight, *options,
+            inplace_backward,
+        )  # fmt: skip
+    outputs = token_stats_operator(
+        input, labels.index, *labels.classes, *options, *wanted_of(labels), inplace_backward
+    )
+    cross_entropy = labels.cross_entropy(outputs)
+    return reducer.with_z_loss(cross_entropy, outputs.lse, z_loss_weight)
+
+
+def _is_possible_in_forward(input: Tensor, labels: Target, reducer: Reduction) -> bool:
+    if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
+        return False  # a tracer plans reads and writes itself
+    return labels.is_plain and reducer.known_before_backward(input.dtype)
