@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ _OPTIONS = (
 )  # fmt: skip
 _LOGITS_OPTIONS = ("dim", "inplace_backward", "grad_in_forward")
 _LINEAR_OPTIONS = ("acc_dtype", "chunk_bytes", "token_chunk_size", "drop_ignored")
+_COMMON = ("weight", "ignore_index", "reduction", "label_smoothing")
+_BINARY = ("weight", "reduction", "pos_weight", "ignore_index", "backend")
+_HEAD = ("in_features", "num_classes", "out_features", "bias", "device", "dtype")
 
 
 def _said(module: nn.Module, defaults: dict[str, Any], options: dict[str, Any]) -> list[str]:
@@ -52,7 +55,7 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.deprecated(size_average=size_average, reduce=reduce)
-        checks.known_options(options, _OPTIONS + _LOGITS_OPTIONS)
+        checks.known_options("CrossEntropyLoss", options, _OPTIONS + _LOGITS_OPTIONS, _COMMON)
         checks.weight_of_classes(weight)
         checks.reduction(reduction)
         self.register_buffer("weight", weight)
@@ -99,6 +102,7 @@ class BCEWithLogitsLoss(nn.Module):
         TypeError, ValueError: as the function; of its own arguments already when it is made.
     """
 
+    @checks.hides_unknown
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -109,8 +113,10 @@ class BCEWithLogitsLoss(nn.Module):
         *,
         ignore_index: int = -100,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        checks.known_options("BCEWithLogitsLoss", unknown, _BINARY)
         checks.deprecated(size_average=size_average, reduce=reduce)
         checks.reduction(reduction)
         checks.backend_name(backend)
@@ -168,7 +174,9 @@ class LinearCrossEntropyLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        checks.known_options(options, _OPTIONS + _LINEAR_OPTIONS)
+        checks.known_options(
+            "LinearCrossEntropyLoss", options, _OPTIONS + _LINEAR_OPTIONS, _HEAD + _COMMON
+        )
         checks.weight_of_head(weight, num_classes, options.get("vocab_size"))
         checks.reduction(reduction)
         self.label_smoothing = checks.label_smoothing(label_smoothing)

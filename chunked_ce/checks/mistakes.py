@@ -15,6 +15,8 @@ from .values import integer, may_be_read, shape, target_indices
 
 _said: set[str] = set()
 _ROWS = 8  # to look at
+_MOST = 4096
+_VALUES = 16  # so many logits of a random model are all from 0 to 1 once in 3e7 times
 
 
 def _say_once(which: str, message: str) -> None:
@@ -58,6 +60,22 @@ def no_probabilities(input: Tensor) -> None:
             f"input of shape {shape(input)} looks like probabilities (no row has a negative "
             "number, and all sum to 1), but logits are expected: pass what the last layer gives, "
             "without softmax",
+        )
+
+
+def no_sigmoid(input: Tensor) -> None:
+    """Warn where binary logits are probabilities: all from 0 to 1, and most of them between."""
+    if not _may_look("sigmoid", input):
+        return
+    values = _some_rows(input)[:, :_MOST].float().flatten()
+    inside = (values > 0) & (values < 1)
+    if len(values) < _VALUES or not bool(((values >= 0) & (values <= 1)).all()):
+        return
+    if 2 * int(inside.sum()) > len(values) and bool((values != values[0]).any()):
+        _say_once(
+            "sigmoid",
+            f"input of shape {shape(input)} looks like probabilities (all its numbers are from 0 "
+            "to 1), but logits are expected: pass what the last layer gives, without sigmoid",
         )
 
 
@@ -134,7 +152,7 @@ def _explanation(loss: float, start: float, classes: int) -> str:
             f"A loss of {loss:.3g} is far below {expected}, {as_many}: early in training that "
             "means labels the model can see (not shifted), or padding counted as labels."
         )
-    return f"A loss of {loss:.3g}, where {expected} is no knowledge: {as_many}."
+    return f"A loss of {loss:.3g} is below {expected}, a guess among all classes: {as_many}."
 
 
 def _common_label(target: Tensor, ignore_index: int) -> list[str]:

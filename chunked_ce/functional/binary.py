@@ -9,6 +9,8 @@ the few positive ones out, whose K terms are computed here.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ..backends import choose_backend
 from ..ops import transforms
 
 
+@checks.hides_unknown
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -28,6 +31,7 @@ def binary_cross_entropy_with_logits(
     *,
     ignore_index: int = -100,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Binary cross-entropy of logits, one yes-or-no question each, streamed.
 
@@ -60,10 +64,12 @@ def binary_cross_entropy_with_logits(
         IndexError: an index out of range, on the CPU; elsewhere the gradient there is undefined
             unless `CHUNKED_CE_CHECK_TARGETS=1`.
     """
+    if unknown:
+        checks.unknown_keywords(binary_cross_entropy_with_logits, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(binary_cross_entropy_with_logits, locals())
     checks.deprecated(size_average=size_average, reduce=reduce)
-    checks.label_logits(input)
+    checks.label_logits(input, target)
     checks.labels(input, target)
     checks.reduction(reduction)
     checks.label_weight("weight", weight, input)
@@ -71,6 +77,7 @@ def binary_cross_entropy_with_logits(
     ignore_index = checks.ignore_index(ignore_index)
     checks.no_label_ignored(ignore_index, target)
     backend = choose_backend(backend, input.device)
+    checks.looks_like_logits(input, binary=True)
     loss: Tensor = torch.ops.chunked_ce.binary_loss(
         input, target, weight, pos_weight, ignore_index, reduction == "none", backend
     )

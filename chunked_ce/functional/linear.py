@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import choose_backend
+from ..checks.loss import LossOptions
 from ..core.reduction import Reduction
 from ..ops import transforms
 from ..ops.chunks import default_chunk_bytes, padded_row_bytes
@@ -19,6 +21,7 @@ from .shift import next_tokens
 from .targets import AnyTarget, ClassIndices, Target, describe_target, wanted_of
 
 
+@checks.hides_unknown
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -44,6 +47,7 @@ def linear_cross_entropy(
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Cross-entropy of `input @ linear_weight.T + linear_bias`, without the logits.
 
@@ -80,13 +84,15 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
             computed.
     """
+    if unknown:
+        checks.unknown_keywords(linear_cross_entropy, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
     ignore_index = checks.linear_ignore_index(ignore_index, target)
     if shift is not False or position_ids is not None or cu_seqlens is not None:
         target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
-    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+    options = checks.loss_options(
         input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
         z_loss_weight, spread_rest, token_weight, num_items,
     )  # fmt: skip
@@ -95,29 +101,25 @@ def linear_cross_entropy(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
-    ignore_index, classes, *_ = shared
+    classes = shared[1]
     weight = weight if weight is None else checks.head_class_weight(weight, linear_weight, classes)
-    spec, how = describe_target(
-        input, target, -1, weight, label_smoothing, z_loss_weight, ignore_index, classes,
-        spread_rest, reduction, token_weight, num_items,
-    )  # fmt: skip
-    shared = (spec.ignore_index, *shared[1:])
-    loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight)
-    return _loss_of_heads(loss_of, linear_weight, linear_bias, how, spec)
+    labels, reducer = describe_target(input, target, -1, weight, ignore_index, classes, options)
+    loss_of = partial(_loss_of_head, input, shared, options)
+    return _loss_of_heads(loss_of, linear_weight, linear_bias, reducer, labels)
 
 
 def _loss_of_heads(
     loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    how: Reduction,
-    spec: Target,
+    reducer: Reduction,
+    labels: Target,
 ) -> Tensor:
     """Return the loss of a head [V, D], or of all heads in a weight [V, d1, ..., D]."""
     if weight.dim() == 2:
-        return loss_of(weight, bias, how, spec)
-    losses = torch.stack([loss_of(*head) for head in _heads(weight, bias, how, spec)], -1)
-    return losses.view(spec.index.shape) if how.name == "none" else losses.sum()
+        return loss_of(weight, bias, reducer, labels)
+    losses = torch.stack([loss_of(*head) for head in _heads(weight, bias, reducer, labels)], -1)
+    return losses.view(labels.index.shape) if reducer.name == "none" else losses.sum()
 
 
 Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
@@ -126,43 +128,46 @@ Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
 def _loss_of_head(
     input: Tensor,
     shared: Shared,
-    label_smoothing: float,
-    z_loss_weight: float,
+    options: LossOptions,
     weight: Tensor,
     bias: Tensor | None,
-    how: Reduction,
-    spec: Target,
+    reducer: Reduction,
+    labels: Target,
 ) -> Tensor:
     """Return the loss of one [V, D] head: a sum, or that of each token."""
-    if how.name == "none" or not (spec.is_plain and how.known_before_backward(input.dtype)):
+    smoothing, z_loss_weight = options.label_smoothing, options.z_loss_weight
+    shared = (labels.ignore_index, *shared[1:])
+    fused = labels.is_plain and reducer.known_before_backward(input.dtype)
+    if reducer.name == "none" or not fused:
         outputs = outputs_of_head(
-            input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec)
+            input, weight, bias, labels.index, labels.classes, shared, wanted_of(labels)
         )
-        return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
-    of_tokens = None if how.weight is None else how.weight.reshape(-1)
+        return reducer.with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    token_weight = None if reducer.weight is None else reducer.weight.reshape(-1)
     reuse = not torch.compiler.is_compiling()
     loss: Tensor  # autograd fills in which gradients are wanted
     loss, *_ = torch.ops.chunked_ce.linear_loss(
-        input.reshape(-1, input.shape[-1]), weight, bias, spec.index.reshape(-1), of_tokens,
-        how.divisor, label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
+        input.reshape(-1, input.shape[-1]), weight, bias, labels.index.reshape(-1), token_weight,
+        reducer.divisor, smoothing, z_loss_weight, *shared, [False, False, False], reuse,
     )  # fmt: skip
     return loss
 
 
 def _heads(
-    weight: Tensor, bias: Tensor | None, how: Reduction, spec: Target
+    weight: Tensor, bias: Tensor | None, reducer: Reduction, labels: Target
 ) -> list[tuple[Tensor, Tensor | None, Reduction, Target]]:
-    """Of a weight [V, d1, ..., D] each head [V, D], with what belongs to it."""
+    """Return each head [V, D] of a weight [V, d1, ..., D], with its bias and its targets."""
     heads = weight.flatten(1, -2).unbind(1)
 
-    def of_each(t: Tensor | None) -> Sequence[Tensor | None]:
+    def split(t: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
 
-    assert isinstance(spec, ClassIndices)
+    assert isinstance(labels, ClassIndices)
+    indices = labels.index.flatten(1).unbind(1)
     return [
-        (head, of_head, how._replace(weight=of_tokens), replace(spec, index=labels))
-        for head, of_head, labels, of_tokens in zip(
-            heads, of_each(bias), spec.index.flatten(1).unbind(1), of_each(how.weight), strict=True
+        (head, head_bias, reducer._replace(weight=token_weight), replace(labels, index=index))
+        for head, head_bias, index, token_weight in zip(
+            heads, split(bias), indices, split(reducer.weight), strict=True
         )
     ]
 

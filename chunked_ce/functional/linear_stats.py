@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from .linear import autocast, options_of_head, outputs_of_head
 from .shift import ROWS, next_tokens
 
 
+@checks.hides_unknown
 def linear_token_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -36,6 +39,7 @@ def linear_token_stats(
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> TokenStats:
     """:func:`chunked_ce.token_stats` of `input @ linear_weight.T + linear_bias`, less the logits.
 
@@ -68,6 +72,8 @@ def linear_token_stats(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
             computed.
     """
+    if unknown:
+        checks.unknown_keywords(linear_token_stats, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_token_stats, locals(), ROWS if cu_seqlens is None else ())
     checks.target_indices(target)

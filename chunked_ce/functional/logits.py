@@ -5,13 +5,14 @@ Check the arguments, choose a backend, compose the loss from token statistics, r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import choose_backend
+from ..checks.loss import LossOptions
 from ..core.reduction import Reduction
 from ..core.row_stats import TokenStats
 from ..ops import transforms
@@ -22,6 +23,7 @@ from .shift import ROWS, next_tokens
 from .targets import AnyTarget, Target, describe_target, wanted_of
 
 
+@checks.hides_unknown
 def token_stats(
     input: Tensor,
     target: Tensor,
@@ -40,6 +42,7 @@ def token_stats(
     weight: Tensor | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> TokenStats:
     """Statistics of each row of logits in one pass over the vocabulary.
 
@@ -88,6 +91,8 @@ def token_stats(
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, at the price of a
             synchronisation.
     """
+    if unknown:
+        checks.unknown_keywords(token_stats, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(token_stats, locals(), ROWS if cu_seqlens is None else ())
     checks.logits(input)
@@ -109,6 +114,7 @@ def token_stats(
     return outputs.of_user(wanted)
 
 
+@checks.hides_unknown
 def cross_entropy(
     input: Tensor,
     target: AnyTarget,
@@ -133,6 +139,7 @@ def cross_entropy(
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Cross-entropy between logits and targets, streamed over the vocabulary.
 
@@ -196,6 +203,8 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`token_stats`, before anything is computed.
     """
+    if unknown:
+        checks.unknown_keywords(cross_entropy, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(cross_entropy, locals())
     checks.deprecated(size_average=size_average, reduce=reduce)
@@ -203,20 +212,18 @@ def cross_entropy(
     if shift is not False or position_ids is not None or cu_seqlens is not None:
         target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input, dim)
     input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
-    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+    options = checks.loss_options(
         input, target, input.shape[:-1], reduction, label_smoothing, z_loss_weight, spread_rest,
         token_weight, num_items,
     )  # fmt: skip
-    checks.grad_in_forward(grad_in_forward, token_weight, num_items)
+    checks.grad_in_forward(grad_in_forward, token_weight, options.num_items)
     shared = _shared(input, vocab_size, softcap, logit_scale, inplace_backward, backend)
     weight = None if weight is None else checks.class_weight(weight, input, shared.vocab_size)
     checks.looks_like_logits(input)
     labels, reducer = describe_target(
-        input, target, dim, weight, label_smoothing, z_loss_weight, ignore_index,
-        shared.vocab_size, spread_rest, reduction, token_weight, num_items,
-    )  # fmt: skip
-    smoothing = (label_smoothing, z_loss_weight)
-    return _loss(input, labels, reducer, *smoothing, shared, grad_in_forward=grad_in_forward)
+        input, target, dim, weight, ignore_index, shared.vocab_size, options
+    )
+    return _loss(input, labels, reducer, options, shared, grad_in_forward=grad_in_forward)
 
 
 class _Shared(NamedTuple):
@@ -253,24 +260,24 @@ def _loss(
     input: Tensor,
     labels: Target,
     reducer: Reduction,
-    label_smoothing: float,
-    z_loss_weight: float,
+    options: LossOptions,
     shared: _Shared,
     *,
     grad_in_forward: bool,
 ) -> Tensor:
     """Return the loss of logits [..., V]: call one operator, and reduce."""
-    *options, inplace_backward = (labels.ignore_index, *shared)
+    *operator_options, inplace_backward = (labels.ignore_index, *shared)
     if grad_in_forward and _is_possible_in_forward(input, labels, reducer):
         return one_pass_loss(
-            input, labels.index, reducer, label_smoothing, z_loss_weight, *options,
-            inplace_backward,
+            input, labels.index, reducer, options.label_smoothing, options.z_loss_weight,
+            *operator_options, inplace_backward,
         )  # fmt: skip
     outputs = token_stats_operator(
-        input, labels.index, *labels.classes, *options, *wanted_of(labels), inplace_backward
-    )
+        input, labels.index, *labels.classes, *operator_options, *wanted_of(labels),
+        inplace_backward,
+    )  # fmt: skip
     cross_entropy = labels.cross_entropy(outputs)
-    return reducer.with_z_loss(cross_entropy, outputs.lse, z_loss_weight)
+    return reducer.with_z_loss(cross_entropy, outputs.lse, options.z_loss_weight)
 
 
 def _is_possible_in_forward(input: Tensor, labels: Target, reducer: Reduction) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..checks.loss import LossOptions
 from ..core.class_logits import is_first
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, is_scored, reduction_of, smoothed, weighted
@@ -205,22 +206,22 @@ def describe_target(
     target: AnyTarget,
     dim: int,
     weight: Tensor | None,
-    label_smoothing: float,
-    z_loss_weight: float,
     ignore_index: int,
     vocab_size: int,
-    spread_rest: bool,
-    reduction: str,
-    token_weight: Tensor | None,
-    num_items: int | Tensor | None,
+    options: LossOptions,
 ) -> tuple[Target, Reduction]:
     """Return what the operators are asked for, and how the tokens' losses become one."""
-    spec = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
-    dtype = compute_dtype(input.dtype)
-    spec, token_weight = with_token_weight(spec, token_weight, z_loss_weight, dtype)
-    return spec, reduction_of(
-        reduction, spec.index, spec.ignore_index, token_weight, num_items, dtype, spec.counts
+    labels = target_of(
+        target, dim, weight, options.label_smoothing, ignore_index, vocab_size, options.spread_rest
     )
+    dtype = compute_dtype(input.dtype)
+    labels, token_weight = with_token_weight(
+        labels, options.token_weight, options.z_loss_weight, dtype
+    )
+    return labels, reduction_of(
+        options.reduction, labels.index, labels.ignore_index, token_weight, options.num_items,
+        dtype, labels.counts,
+    )  # fmt: skip
 
 
 def target_of(

@@ -40,6 +40,7 @@ def call(
     rows: names of the arguments [rows, ...] that may have further dimensions in front, if all
         outputs then have these too. A batch of them is one call; of other arguments, one a sample.
     """
+    arguments.pop("unknown", None)  # no keyword, or it would have been refused
     this = _Call(function, arguments, rows)
     outputs = _Forward.apply(this, *this.tensors)  # type: ignore[no-untyped-call]
     result: Result = this.result(outputs)

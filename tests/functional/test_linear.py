@@ -290,7 +290,7 @@ def test_num_items_that_want_a_gradient():
 
 
 def test_unknown_options_of_the_module():
-    with pytest.raises(TypeError, match="softcapp is no option"):
+    with pytest.raises(TypeError, match="has no argument softcapp: did you mean softcap"):
         LinearCrossEntropyLoss(4, 7, softcapp=3.0)
 
 
