@@ -12,7 +12,8 @@ from .evaluation.report import EvaluationInterrupted, EvaluationReport, Perplexi
 from .functional.binary import binary_cross_entropy_with_logits
 from .functional.linear import linear_cross_entropy
 from .functional.linear_stats import linear_token_stats
-from .functional.logits import cross_entropy, token_stats
+from .functional.logits import cross_entropy
+from .functional.logits_stats import token_stats
 from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"

@@ -23,24 +23,37 @@ _BINARY = ("weight", "reduction", "pos_weight", "ignore_index", "backend")
 _HEAD = ("in_features", "num_classes", "out_features", "bias", "device", "dtype")
 
 
-def _said(module: nn.Module, defaults: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """The arguments that are not what they are by default."""
-    given = {name: getattr(module, name) for name in defaults}
-    differ = {name: value for name, value in given.items() if value != defaults[name]}
+def _differing(module: nn.Module, defaults: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Return the arguments that differ from the defaults."""
+    values = {name: getattr(module, name) for name in defaults}
+    differ = {name: value for name, value in values.items() if value != defaults[name]}
     return [f"{name}={value!r}" for name, value in (differ | options).items()]
 
 
 class CrossEntropyLoss(nn.Module):
-    """:func:`chunked_ce.cross_entropy` as `torch.nn.CrossEntropyLoss`, with its state_dict.
+    """Compute :func:`chunked_ce.cross_entropy`; drop-in for `torch.nn.CrossEntropyLoss`.
+
+    Arguments come in torch's order, and the state_dict is torch's.
 
     Args:
-        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's, in its
-            order.
-        options: further arguments of :func:`chunked_ce.cross_entropy` by name, such as `dim` or
-            `z_loss_weight`.
+        weight: weight of each class [V], or None.
+        size_average: None; torch's deprecated name for `reduction`.
+        ignore_index: class index of rows to leave out.
+        reduce: None; torch's deprecated name for `reduction`.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
+        options: further arguments of :func:`chunked_ce.cross_entropy` by name: `dim`, `shift`,
+            `z_loss_weight`, `softcap`, `logit_scale`, `vocab_size`, `spread_rest`,
+            `inplace_backward`, `grad_in_forward`, `backend`.
 
     Raises:
-        TypeError, ValueError: as the function; of its own arguments already when it is made.
+        TypeError, ValueError: an unknown option, or an argument of the wrong type or range.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> loss = chunked_ce.CrossEntropyLoss(dim=-1, z_loss_weight=1e-4)
+        >>> print(f"{loss(torch.zeros(2, 3, 10), torch.ones(2, 3, dtype=torch.long)).item():.4f}")
+        2.3031
     """
 
     def __init__(
@@ -72,7 +85,18 @@ class CrossEntropyLoss(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of logits; see :func:`chunked_ce.cross_entropy`."""
+        """Return the loss of logits; see :func:`chunked_ce.cross_entropy`.
+
+        Args:
+            input: logits [N, V], or [..., V] with `dim=-1`.
+            target: class indices, class probabilities, or a teacher's pair (indices,
+                probabilities).
+            position_ids: where packed documents begin, with `shift=True`; of `target`'s shape.
+            cu_seqlens: the same as offsets [num_docs + 1].
+
+        Returns:
+            The loss, a 0-d tensor, or one loss per target for "none".
+        """
         return cross_entropy(
             input,
             target,
@@ -86,20 +110,33 @@ class CrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Return the arguments that differ from the defaults."""
         defaults = dict(ignore_index=-100, reduction="mean", label_smoothing=0.0)
-        return ", ".join(_said(self, defaults, self.options))
+        return ", ".join(_differing(self, defaults, self.options))
 
 
 class BCEWithLogitsLoss(nn.Module):
-    """:func:`chunked_ce.binary_cross_entropy_with_logits` as `torch.nn.BCEWithLogitsLoss`.
+    """Compute the binary cross-entropy of logits; drop-in for `torch.nn.BCEWithLogitsLoss`.
+
+    Arguments come in torch's order; see :func:`chunked_ce.binary_cross_entropy_with_logits`.
 
     Args:
-        weight, size_average, reduce, reduction, pos_weight: as torch's, in its order.
-        ignore_index: what class indices are padded with, where the target is that.
-        backend: see :func:`chunked_ce.binary_cross_entropy_with_logits`.
+        weight: weight of each logit's loss, broadcast to the logits, or None.
+        size_average: None; torch's deprecated name for `reduction`.
+        reduce: None; torch's deprecated name for `reduction`.
+        reduction: "mean", "sum" or "none".
+        pos_weight: weight of the positive labels, broadcast to the logits, or None.
+        ignore_index: padding of class indices; -100 beside labels of the logits' shape.
+        backend: "auto", "cpu", "torch" or "triton".
 
     Raises:
-        TypeError, ValueError: as the function; of its own arguments already when it is made.
+        TypeError, ValueError: an unknown option, or an argument of the wrong type or range.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> loss = chunked_ce.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 3.0]))
+        >>> print(f"{loss(torch.zeros(4, 2), torch.ones(4, 2)).item():.4f}")  # 2 ln 2
+        1.3863
     """
 
     @checks.hides_unknown
@@ -126,7 +163,15 @@ class BCEWithLogitsLoss(nn.Module):
         self.ignore_index = checks.ignore_index(ignore_index)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits, the labels dense or by index."""
+        """Return the loss of logits.
+
+        Args:
+            input: logits of any shape, [N, V].
+            target: labels from 0 to 1 of `input`'s shape, or indices of the true classes [..., K].
+
+        Returns:
+            The loss, a 0-d tensor, or that of each logit for "none".
+        """
         return binary_cross_entropy_with_logits(
             input,
             target,
@@ -138,24 +183,42 @@ class BCEWithLogitsLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Return the arguments that differ from the defaults."""
         defaults = dict(reduction="mean", ignore_index=-100, backend="auto")
-        return ", ".join(_said(self, defaults, {}))
+        return ", ".join(_differing(self, defaults, {}))
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """An output head and its loss, as `torch.nn.LinearCrossEntropyLoss`: no logits are stored.
+    """Compute a head and its loss; drop-in for `torch.nn.LinearCrossEntropyLoss`.
+
+    The logits are not stored; see :func:`chunked_ce.linear_cross_entropy`. The parameters are
+    `linear.weight` [V d1 ..., D] and `linear.bias`, under torch's names.
 
     Args:
-        in_features: D, numbers of a hidden state.
-        num_classes: V.
+        in_features: D, the size of a hidden state.
+        num_classes: V, the number of classes.
         out_features: d1, ..., for a target [N, d1, ...].
-        bias: whether the head has one.
-        device, dtype: of the head's parameters.
-        reduction, weight, ignore_index, label_smoothing: see
-            :func:`chunked_ce.linear_cross_entropy`; `ignore_index=None` is -100.
-        options: further arguments of :func:`chunked_ce.linear_cross_entropy` by name.
+        bias: True for a head with a bias.
+        device: device of the head's parameters.
+        dtype: dtype of the head's parameters.
+        reduction: "mean", "sum" or "none".
+        weight: weight of each class [V], or None.
+        ignore_index: class index of rows to leave out. None: -100.
+        label_smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
+        options: further arguments of :func:`chunked_ce.linear_cross_entropy` by name: `shift`,
+            `z_loss_weight`, `softcap`, `logit_scale`, `vocab_size`, `spread_rest`, `acc_dtype`,
+            `chunk_bytes`, `token_chunk_size`, `drop_ignored`, `backend`.
 
-    The parameters are `linear.weight` [V d1 ..., D] and `linear.bias`, under torch's names.
+    Raises:
+        TypeError, ValueError: an unknown option, or an argument of the wrong type or range.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> loss = chunked_ce.LinearCrossEntropyLoss(8, 10, shift=True)
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> loss(torch.randn(2, 3, 8), tokens).backward()
+        >>> tuple(loss.linear.weight.grad.shape)
+        (10, 8)
     """
 
     def __init__(
@@ -200,7 +263,18 @@ class LinearCrossEntropyLoss(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of hidden states; see :func:`chunked_ce.linear_cross_entropy`."""
+        """Return the loss of hidden states; see :func:`chunked_ce.linear_cross_entropy`.
+
+        Args:
+            input: hidden states [..., D].
+            target: class indices, class probabilities, or a teacher's pair (indices,
+                probabilities).
+            position_ids: where packed documents begin, with `shift=True`; of `target`'s shape.
+            cu_seqlens: the same as offsets [num_docs + 1].
+
+        Returns:
+            The loss, a 0-d tensor, or one loss per target for "none".
+        """
         outputs = (self.num_classes, *self.out_features)
         bias = None if self.linear.bias is None else self.linear.bias.view(outputs)
         return linear_cross_entropy(
@@ -218,9 +292,9 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The arguments that differ from the defaults, after the sizes."""
-        said = [f"in_features={self.linear.in_features}", f"num_classes={self.num_classes}"]
+        """Return the arguments that differ from the defaults, after the sizes."""
+        shown = [f"in_features={self.linear.in_features}", f"num_classes={self.num_classes}"]
         if self.out_features:
-            said.append(f"out_features={self.out_features}")
+            shown.append(f"out_features={self.out_features}")
         defaults = dict(reduction="mean", ignore_index=None, label_smoothing=0.0)
-        return ", ".join(said + _said(self, defaults, self.options))
+        return ", ".join(shown + _differing(self, defaults, self.options))

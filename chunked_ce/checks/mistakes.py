@@ -102,18 +102,26 @@ def explain_loss(
     *,
     ignore_index: int = -100,
 ) -> str:
-    """What a mean cross-entropy says, in a sentence or two; for a first look at a training run.
+    """Return what a mean cross-entropy says, in a sentence or two, at the start of a training run.
 
     Args:
-        loss: mean cross-entropy in nats per token.
-        vocab_size: V; a model that knows nothing has a loss of ln V.
-        target: class indices of the batch; a label that most of them share is named, since padding
-            that is not `ignore_index` makes a loss look small.
+        loss: mean cross-entropy in nats per token; a number or a tensor of one element.
+        vocab_size: V, at least 2; a model that knows nothing has a loss of ln V.
+        target: class indices of the batch, any integer dtype and shape, or None. A label that most
+            of them share is named, because padding that is counted makes a loss look small.
         ignore_index: target value of tokens that are not scored.
 
+    Returns:
+        The sentences, without a line break.
+
     Raises:
-        TypeError, ValueError: a loss that is no number, a `vocab_size` that is no int or below 2,
-            a target that is no Tensor of class indices.
+        TypeError, ValueError: a loss that is no number, a `vocab_size` that is no int or below 2, a
+            target that is no Tensor of class indices.
+
+    Example:
+        >>> import chunked_ce
+        >>> chunked_ce.explain_loss(10.9, 50257)
+        'A loss of 10.9 is near ln 50257 = 10.82: the model knows nothing yet.'
     """
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(f"loss has shape {shape(loss)}, expected one number: take its mean first")

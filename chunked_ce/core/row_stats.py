@@ -22,10 +22,26 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """Statistics of rows of logits, each of shape [...].
+    """Hold what :func:`chunked_ce.token_stats` finds out about rows of logits, [...] each.
 
     float32 (float64 for float64 logits) or int64. Rows whose target is `ignore_index` hold 0, and
     -1 in `rank` and `argmax`. What was not asked for is None.
+
+    Attributes:
+        lse: log Σ exp z_j.
+        logprob: z_target - lse, the log-probability of the target.
+        entropy: -Σ p_j log p_j, in nats.
+        mean_logprob: mean over the vocabulary of z_j - lse.
+        rank: number of classes that beat the target, int64; on a tie the lower index wins.
+        argmax: the winning class, int64.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> stats = chunked_ce.token_stats(torch.zeros(2, 8), torch.tensor([3, -100]))
+        >>> [round(x, 4) for x in stats.lse.tolist()]  # ln 8; the second row is ignored
+        [2.0794, 0.0]
+        >>> stats.entropy is None
+        True
     """
 
     lse: Tensor  # log sum exp z

@@ -49,40 +49,87 @@ def linear_cross_entropy(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor:
-    """Cross-entropy of `input @ linear_weight.T + linear_bias`, without the logits.
+    """Return the cross-entropy of `input @ linear_weight.T + linear_bias`, without logits.
 
-    As `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk over chunks
-    of tokens, 6 N D V FLOPs as without chunks; without gradients 2 N D V. With `reduction="none"`,
-    a `token_weight` or `num_items` that wants a gradient, or float16, whose small gradients only a
-    loss scale saves that backward knows, through :func:`linear_token_stats`: 8 N D V. Else an
-    upstream gradient other than 1 multiplies the rounded gradients.
+    Drop-in for `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk
+    over chunks of tokens: 6 N D V FLOPs, as many as without chunks; 2 N D V without gradients. Some
+    calls compute the logits a second time in backward, 8 N D V: `reduction="none"`, a
+    `token_weight` or `num_items` that requires a gradient, and float16, whose small gradients need
+    the loss scale. In the other calls an upstream gradient other than 1 multiplies gradients that
+    are rounded already.
 
-    Safe in a CUDA graph: unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for it, no
-    value on the device is read by the host and no size depends on one. The number of chunks follows
-    from shapes, divisor and upstream gradient stay on the device, and a target out of range makes
-    NaN, not an exception.
+    Safe in a CUDA graph, unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for values:
+    the host reads no value on the device, and no size depends on one. A target out of range makes
+    NaN.
 
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
-        linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
-        target: class indices [...], class probabilities [..., V], or the pair (indices [..., K],
-            probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
-        linear_bias: [V] (or [V, d1, ...]) or None.
-        ignore_index: None is -100, as in torch; with class probabilities only None.
-        shift: `target` holds the tokens themselves, [..., T]: position i predicts the token at
-            i + 1, and the last position is ignored. No copy of `input` is made.
-        position_ids: [..., T], with `shift` and packed documents: each 0 begins a document, and no
-            position predicts the first token of the next document.
-        cu_seqlens: the same as offsets [num_docs + 1] into the flattened tokens, int32 or int64.
-        others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
+        linear_weight: weight of the head [V, D], as `torch.nn.Linear` keeps it, of `input`'s dtype
+            unless autocast is on; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
+        target: class indices [...], any integer dtype; class probabilities [..., V]; or a teacher's
+            K likeliest classes as a pair (indices [..., K], probabilities [..., K]).
+        linear_bias: bias of the head, [V] (or [V, d1, ...]), or None.
+        weight: weight of each class [V], any floating dtype. With class indices the mean is then
+            the weighted mean.
+        ignore_index: class index of rows to leave out. None: -100; only None with class
+            probabilities.
+        shift: True where `target` [..., T] holds the tokens themselves: position i predicts the
+            token at i + 1, and the last position is ignored. Only the target moves; nothing is
+            copied. The classes of `input` must come last, and `target` must hold class indices.
+        position_ids: position of each token in its document, of `target`'s shape, any integer
+            dtype. A 0 begins a document, whose first token no position predicts. Only with
+            `shift=True`.
+        cu_seqlens: the same as offsets [num_docs + 1] into the flattened tokens, int32 or int64,
+            from 0 to their number. Only with `shift=True`, and not beside `position_ids`.
+        reduction: "mean" over the tokens that are not ignored, "sum", or "none" for each token's
+            loss.
+        label_smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
+        z_loss_weight: factor of the z-loss lse²; 1e-4 is usual. Class weights do not change it:
+            "mean" averages it over the tokens that count.
+        vocab_size: number of classes that exist; rows of the head at or past it are not read. None:
+            all exist.
+        softcap: logits are capped to ±softcap as `softcap * tanh(z / softcap)` (Gemma 2); None: no
+            cap.
+        logit_scale: factor of the logits before the cap, 1 / temperature.
+        token_weight: weight of the loss at each position, of the shape of class indices, any
+            floating dtype. It is not shifted. "mean" is then the weighted mean.
+        num_items: divisor of the mean, an int or a 0-d tensor on any device. Pass the number of
+            target tokens in the whole batch when accumulating gradients. None: the tokens that
+            count here.
+        spread_rest: True spreads what a teacher's top-k probabilities lack of 1 evenly over the
+            other classes; False drops it. With True a logit of -inf makes the loss +inf, unless the
+            probabilities lack no more than their rounding.
+        acc_dtype: dtype in which the chunks' gradients of `linear_weight` are added; they are
+            rounded once, at the end.
+        chunk_bytes: bytes of logits held at a time. None: 256 MiB; on a CPU 128 MiB if the logits
+            are larger than that.
+        token_chunk_size: the same as a number of tokens; give one of the two.
+        drop_ignored: True leaves ignored tokens out of the matrix products. Finding them makes a
+            GPU wait. None: True on a CPU, False elsewhere.
+        backend: "auto" chooses; "cpu" (kernels in C), "torch" (any device) or "triton" (GPU) are
+            used or raise.
 
     Returns:
         The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64
         input).
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
-            computed.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+            Arguments are checked before anything is computed.
+        IndexError: a target out of range, on the CPU. Elsewhere that row's result and gradient are
+            NaN; `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, and makes the GPU
+            wait.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> hidden = torch.randn(2, 3, 8, requires_grad=True)  # [B, T, D]
+        >>> lm_head = torch.nn.Linear(8, 10, bias=False)
+        >>> _ = torch.nn.init.zeros_(lm_head.weight)
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> loss = chunked_ce.linear_cross_entropy(hidden, lm_head.weight, tokens, shift=True)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}")  # ln 10
+        2.3026
     """
     if unknown:
         checks.unknown_keywords(linear_cross_entropy, unknown)
@@ -97,7 +144,7 @@ def linear_cross_entropy(
         z_loss_weight, spread_rest, token_weight, num_items,
     )  # fmt: skip
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
-    shared = options_of_head(
+    shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
     )  # fmt: skip
@@ -172,7 +219,7 @@ def _heads(
     ]
 
 
-def options_of_head(
+def shared_arguments(
     input: Tensor,
     weight: Tensor,
     ignore_index: int,
