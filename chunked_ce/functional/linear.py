@@ -184,12 +184,12 @@ def _loss_of_head(
     """Return the loss of one [V, D] head: a sum, or that of each token."""
     smoothing, z_loss_weight = options.label_smoothing, options.z_loss_weight
     shared = (labels.ignore_index, *shared[1:])
-    fused = labels.is_plain and reducer.known_before_backward(input.dtype)
+    fused = labels.is_plain and reducer.allows_grad_in_forward(input.dtype)
     if reducer.name == "none" or not fused:
         outputs = outputs_of_head(
             input, weight, bias, labels.index, labels.classes, shared, wanted_of(labels)
         )
-        return reducer.with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
+        return reducer.reduce_with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
     token_weight = None if reducer.weight is None else reducer.weight.reshape(-1)
     reuse = not torch.compiler.is_compiling()
     loss: Tensor  # autograd fills in which gradients are wanted

@@ -122,4 +122,4 @@ def linear_token_stats(
     wanted = (entropy, mean_logprob, rank, argmax)
     classes = Classes(weight if mean_logprob else None)
     outputs = outputs_of_head(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return outputs.of_user(wanted)
+    return outputs.to_token_stats(wanted)

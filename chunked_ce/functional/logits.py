@@ -207,10 +207,10 @@ def _loss(
         inplace_backward,
     )  # fmt: skip
     cross_entropy = labels.cross_entropy(outputs)
-    return reducer.with_z_loss(cross_entropy, outputs.lse, options.z_loss_weight)
+    return reducer.reduce_with_z_loss(cross_entropy, outputs.lse, options.z_loss_weight)
 
 
 def _is_possible_in_forward(input: Tensor, labels: Target, reducer: Reduction) -> bool:
     if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
         return False  # a tracer plans reads and writes itself
-    return labels.is_plain and reducer.known_before_backward(input.dtype)
+    return labels.is_plain and reducer.allows_grad_in_forward(input.dtype)

@@ -121,4 +121,4 @@ def token_stats(
         input, target, *Classes(weight if mean_logprob else None), *options, *wanted,
         inplace_backward,
     )  # fmt: skip
-    return outputs.of_user(wanted)
+    return outputs.to_token_stats(wanted)
