@@ -3,8 +3,8 @@
 chunked_ce::binary_loss  its sum, or the loss of each logit
 chunked_ce::binary_grad  the gradient of the logits
 
-Labels by index [N, K] stand for a multi-hot [N, V]: the kernels take every label for 0 and leave
-the few positive ones out, whose K terms are computed here.
+Class indices [N, K] stand for multi-hot labels [N, V]. The kernels skip the few positive labels and
+take all others as 0; the K positive terms of a row are added to their result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lm_head and the loss in one: the logits never exist but for a chunk of tokens."""
+"""The lm_head and its loss in one: only the logits of one chunk of tokens exist at a time."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def shared_arguments(
     drop_ignored: bool | None,
     acc_dtype: torch.dtype,
 ) -> Shared:
-    """The arguments that both operators share, checked."""
+    """Check the arguments that both operators share."""
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = padded_row_bytes(classes, weight.element_size())
     tokens = input.numel() // input.shape[-1]
@@ -258,7 +258,7 @@ def outputs_of_head(
     shared: Shared,
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> Outputs:
-    """An operator's outputs in target's shape."""
+    """Return the statistics' operator's outputs in the shape of `target`."""
     of_class, prob, scale, shift, at = classes
     rows = Classes(  # torch.compile of torch 2.6 cannot trace _replace
         of_class,
@@ -278,9 +278,9 @@ def outputs_of_head(
 def autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `F.linear` has them under autocast."""
+    """Return the operands in the dtype that `F.linear` computes in under autocast."""
     device = input.device.type
-    # Which devices have it is no question for torch.compile: that of torch 2.6 cannot trace it.
+    # torch.compile of torch 2.6 cannot trace is_autocast_available.
     available = device in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device)
     enabled = available and torch.is_autocast_enabled(device)
     if enabled and input.dtype != torch.float64:
