@@ -68,3 +68,11 @@ def test_what_numerics_prints() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(block, {})
     assert printed.getvalue() == said
+
+
+def test_the_plan_has_the_planners_rows() -> None:
+    from chunked_ce.planner import HeadShape, plan
+
+    page = (ROOT / "docs/planner-and-doctor.md").read_text("utf-8")
+    shown = re.findall(r"^(\S.*?) {2,}\d+\.\d\d +\d+% ", page, re.M)
+    assert shown == [e.name for e in plan(HeadShape(128256, 4096), 8192)]
