@@ -128,8 +128,8 @@ def _code(plan: Plan) -> Iterator[str]:
         yield ""
         yield f"    loss = {chosen.code}"
         yield ""
-    yield "Code of every way. hidden [B, T, D] is what lm_head takes. With shift=True hidden[:, i] is"
-    yield "scored against labels[:, i + 1]."
+    yield "Code of every way. hidden [B, T, D] is what lm_head takes; with shift=True hidden[:, i]"
+    yield "is scored against labels[:, i + 1]."
     yield ""
     for e in plan.estimates:
         if e.code:
