@@ -88,7 +88,7 @@ Call = Callable[[], Any]
 
 
 def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[Call, float]]:
-    """name -> (a call of the backend, bytes of memory it moves per logit)."""
+    """Return by name: (a call of the backend, bytes of memory that it moves per logit)."""
     x = torch.empty(rows, vocab, dtype=dtype, device="meta")
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     numbers = torch.empty(rows, device="meta")
@@ -123,7 +123,7 @@ def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[C
 
 
 def recorded(call: Call, on: Gpu) -> list[Launch]:
-    """The launches of `call` on that GPU."""
+    """Return the launches of `call` on a GPU."""
     with (
         mock.patch.object(gpu, "architecture", lambda device: on.target),
         mock.patch.object(gpu, "processors", lambda device: on.processors),
@@ -185,7 +185,7 @@ def findings(
 
 
 def bound(on: Gpu, instructions: float, moved: float, logits: float) -> tuple[float, str]:
-    """(the least seconds that GPU needs, what says so)."""
+    """Return (lower bound in seconds on a GPU, which resource sets it: memory or issue)."""
     memory = logits * moved / (on.terabytes * 1e12)
     issue = logits * instructions / (on.processors * ISSUE * on.gigahertz * 1e9)
     return max((memory, "memory"), (issue, "issue"))
@@ -203,7 +203,7 @@ def bounds(found: Sequence[Finding], rows: int = ROWS) -> Iterator[tuple[str, ..
 
 
 def instructions_of(parts: Sequence[Finding]) -> float:
-    """Of a whole kernel per logit: the loop that sums, and the shorter of those that write."""
+    """Return a kernel's instructions per logit: its summing loop plus its shortest writing loop."""
     best: dict[str, float] = {}
     for f in parts:
         if f.part != "zeros" and f.instructions is not None:
@@ -212,7 +212,7 @@ def instructions_of(parts: Sequence[Finding]) -> float:
 
 
 def liger(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
-    """Liger-Kernel's cross-entropy, whose two loops are in one kernel."""
+    """Yield the findings about Liger-Kernel's cross-entropy, one kernel with two loops."""
     from liger_kernel.ops import cross_entropy as ops
 
     x = torch.empty(ROWS, vocab, dtype=getattr(torch, dtype), device="meta")
@@ -237,7 +237,7 @@ def liger(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
 
 
 def growth(target: str = "sm_90") -> Iterator[tuple[str, ...]]:
-    """What the launches do as N and V grow: programs, bytes moved, buffers."""
+    """Yield rows with programs, bytes moved and buffers of the launches, for growing N and V."""
     on = next(g for g in GPUS if g.target == target)
     for vocab in (32, 1000, 50257, 128256, 1200000):
         for rows in (1, 8, 64, 512, 4096, 65536, 1048576):

@@ -170,7 +170,7 @@ def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Li
 
 
 def _point(rows: Sequence[Row], x: str, unit: float) -> Point:
-    """Measured more than once, it is the median, within the widest of the spreads."""
+    """Return the point of some rows: the median of their values, with the widest spread."""
     return (
         float(rows[0][x]),
         median(float(r["value"]) for r in rows) / unit,

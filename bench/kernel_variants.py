@@ -30,7 +30,7 @@ ONE_PASS = {"on chip": (12000, False), "streamed": (50257, False), "cluster": (1
 
 
 def every_call(target: str, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Call]:
-    """All of them, for kernels built for `target`."""
+    """Yield the calls of all variants of the kernels for `target`."""
     dtypes = tuple(dtypes)
     yield from head_calls(dtypes)
     yield from weighted_calls(dtypes)
@@ -39,7 +39,7 @@ def every_call(target: str, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[
 
 
 def head_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
-    """Statistics and gradient, with the head's transforms and further statistics."""
+    """Yield calls for statistics and gradient with head transforms and further statistics."""
     for dtype, view, head, everything in itertools.product(
         dtypes, VIEWS, (PLAIN, CAPPED), (False, True)
     ):
@@ -61,7 +61,7 @@ def head_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
 
 
 def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
-    """Class weights and probabilities, the latter of the logits' dtype and of another."""
+    """Yield calls with class weights, and with probabilities of two dtypes."""
     for dtype, view in itertools.product(dtypes, VIEWS):
         if dtype == torch.float16 or (view == "strided" and dtype != torch.bfloat16):
             continue  # as bfloat16 but for the conversion
@@ -84,7 +84,7 @@ def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
 
 
 def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
-    """Sums and gradients, of dense labels and of labels by index."""
+    """Yield calls for binary sums and gradients, with dense labels and label indices."""
     for dtype, view, everything in itertools.product(dtypes, VIEWS, (False, True)):
         if dtype == torch.float16 and (view == "strided" or everything):
             continue
@@ -99,7 +99,7 @@ def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
 
 
 def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Call]:
-    """Loss and gradient at once, in each of the forms that hold a row."""
+    """Yield calls for loss and gradient in one pass, in each form of the kernel."""
     has_clusters = target in ("sm_90", "sm_100") and clusters.triton_supports_clusters()
     for dtype, form, everything in itertools.product(dtypes, ONE_PASS, (False, True)):
         vocab, on_clusters = ONE_PASS[form]

@@ -121,7 +121,7 @@ class _NoKernel:
 
 @contextmanager
 def _fake(architecture: str) -> Iterator[None]:
-    """Take "meta" for a GPU of that architecture whose kernels do nothing."""
+    """Make the "meta" device act as a GPU of an architecture with kernels that do nothing."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(clusters, "is_verified", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))

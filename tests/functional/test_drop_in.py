@@ -65,7 +65,7 @@ def kinds(shape, dim, device, generator=None):
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of every tensor made that is no view of `given`."""
+    """Elements of every tensor made that is not a view of `source`."""
 
     def __init__(self, source):
         super().__init__()
