@@ -1,4 +1,4 @@
-"""Calls of the Triton backend that between them launch every specialisation of every kernel."""
+"""Calls of the Triton backend that between them launch every specialization of every kernel."""
 
 from __future__ import annotations
 
