@@ -18,9 +18,9 @@ LOGITS_WERE_MADE = (
 
 NO_LABELS = (
     "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
-    "computed and nothing is saved: pass labels to it. Of transformers' TrainingArguments, "
-    "label_smoothing_factor takes them away, and so does a Trainer's compute_loss_func: leave them "
-    "out, or call chunked_ce.linear_cross_entropy(..., label_smoothing=...) on hidden states"
+    "computed and nothing is saved: pass labels to it. TrainingArguments' label_smoothing_factor "
+    "takes the labels away: set it to 0 and call enable(model, label_smoothing=...). A Trainer's "
+    "compute_loss_func takes them away too: leave it out"
 )
 
 
@@ -54,8 +54,11 @@ def not_enabled(already: bool) -> None:
 
 
 def new_head(reason: TypeError) -> str:
-    """Of an output head that was put in place of the one that was enabled."""
-    return f"chunked_ce.huggingface.enable saves nothing here: the head was replaced, and {reason}"
+    """Return the warning about a head that took the place of the enabled one."""
+    return (
+        "chunked_ce.huggingface.enable no longer acts: the head was replaced, and now "
+        f"{reason}. Then call disable() on enable's handle, and enable again"
+    )
 
 
 def no_replica() -> NoReturn:

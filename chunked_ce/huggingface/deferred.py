@@ -50,7 +50,7 @@ class DeferredLogits:
     ) -> None:
         self.head, self._hidden = head, hidden
         self._parent, self._operation = parent, operation
-        self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
+        self.factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self.device = hidden.device if device is None else device
         self.ndim = hidden.dim()
@@ -76,10 +76,8 @@ class DeferredLogits:
         if self._computed():
             return None
         self._take_loss()
-        scale, cap = self._factors
-        if cap is not None:  # cap * tanh(scale * x) is |cap| * tanh(scale * cap * x / |cap|)
-            scale, cap = scale * cap, abs(cap)
-        transforms = dict(logit_scale=scale, softcap=cap, vocab_size=self._classes)
+        scale, softcap = scale_and_softcap(*self.factors)
+        transforms = dict(logit_scale=scale, softcap=softcap, vocab_size=self._classes)
         return self._hidden, self.head, {"linear_bias": self.head.bias, **transforms}
 
     def _computed(self) -> bool:
@@ -96,13 +94,13 @@ class DeferredLogits:
         if self._real is not None:
             return operation(self._real)
         state: dict[str, Any] = dict(
-            hidden=self._hidden, factors=self._factors, dtype=self.dtype, device=self.device,
+            hidden=self._hidden, factors=self.factors, dtype=self.dtype, device=self.device,
             classes=self._classes,
         )  # fmt: skip
         return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
-        scale, cap = self._factors
+        scale, cap = self.factors
         factors = (scale * factor, None) if cap is None else (scale, cap * factor)
         return self._then(operation, factors=factors)
 
@@ -117,9 +115,9 @@ class DeferredLogits:
         return self.tensor().div(other, **rounding)
 
     def tanh(self) -> Any:
-        if self._factors[1] is not None:  # capped already
+        if self.factors[1] is not None:  # capped already
             return self.tensor().tanh()
-        return self._then(torch.tanh, factors=(self._factors[0], 1.0))
+        return self._then(torch.tanh, factors=(self.factors[0], 1.0))
 
     def float(self) -> Any:
         if self.dtype == torch.float32 and self._real is None:
@@ -184,6 +182,15 @@ class DeferredLogits:
 
     __hash__ = object.__hash__
     __array_priority__ = 1000  # as Tensor's: numpy's numbers leave `number * logits` to us
+
+
+def scale_and_softcap(
+    scale: builtins.float, cap: builtins.float | None
+) -> tuple[builtins.float, builtins.float | None]:
+    """Return the losses' `logit_scale` and `softcap` of cap * tanh(scale * x), or of scale * x."""
+    if cap is None:
+        return scale, None
+    return scale * cap, abs(cap)  # softcap * tanh(logit_scale * x / softcap), whatever cap's sign
 
 
 def _is_factor(value: object) -> bool:

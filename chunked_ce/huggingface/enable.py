@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import loss as loss_checks
 from . import checks
-from .deferred import DeferredLogits
+from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
 from .head import Head
 from .loss import causal_lm_loss
@@ -26,7 +27,7 @@ from .loss import causal_lm_loss
 _STATE = "_chunked_ce"
 
 
-def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
+def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float = 0.0) -> Enabled:
     """Make a causal language model of transformers train without its logits.
 
     While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
@@ -42,9 +43,12 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
         evaluation: whether to do the same in evaluation with labels: for a Trainer without
             `compute_metrics`. Without gradients `outputs.logits` is then a tensor that is computed
             when something is done to it, as `Trainer.predict` does.
+        label_smoothing: smooths the labels of the model's loss, as :func:`chunked_ce.cross_entropy`
+            does. Use it in place of TrainingArguments' `label_smoothing_factor`, which takes the
+            labels away. As there, the loss in evaluation is smoothed too.
 
     Returns:
-        A handle whose `disable()` undoes it; also a context manager.
+        A handle whose `disable()` undoes it; also a context manager. Printed, it says what it did.
 
     Raises:
         TypeError: not a model of transformers, or a head that is no plain linear layer (LoRA on the
@@ -62,22 +66,30 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
-    return Enabled(model, head, evaluation)
+    label_smoothing = loss_checks.label_smoothing(label_smoothing)
+    return Enabled(model, head, evaluation, label_smoothing)
 
 
 class Enabled:
     """What :func:`enable` changed, and how it is undone."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, evaluation: bool) -> None:
+    def __init__(
+        self, model: nn.Module, head: nn.Module, evaluation: bool, label_smoothing: float
+    ) -> None:
         self._evaluation = evaluation
+        self._label_smoothing = label_smoothing
         self._model = model
+        self._factors: tuple[float, float | None] | None = None  # of the last step's logits
         self._deferring = False
         self._warned: set[str] = set()
         self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
+        loss: Callable[..., Tensor] = causal_lm_loss
+        if label_smoothing:
+            loss = functools.partial(causal_lm_loss, label_smoothing=label_smoothing)
         self._change(
             model, forward=MethodType(_model_forward(model), model),
-            _loss_function=causal_lm_loss, _replicate_for_data_parallel=checks.no_replica,
+            _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
         self._take(head)
 
@@ -125,6 +137,28 @@ class Enabled:
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
+    def __repr__(self) -> str:
+        name = type(self._model).__name__
+        if not self._changes:
+            return f"<{name}: enable was undone>"
+        head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
+        weight = getattr(head, "weight", None)
+        shape = "" if weight is None else f" {list(weight.shape)}"
+        when = "in training and evaluation" if self._evaluation else "in training"
+        parts = [f"head {type(head).__name__}{shape} defers its logits {when} with labels"]
+        if vars(head).get(_STATE) is not self:
+            parts = [f"the head was replaced by {type(head).__name__}{shape}"]
+        parts.append(self._transforms())
+        if self._label_smoothing:
+            parts.append(f"label smoothing {self._label_smoothing:g}")
+        return f"<{name} enabled: {', '.join(parts)}; disable() undoes it>"
+
+    def _transforms(self) -> str:
+        if self._factors is None:
+            return "softcap and logit scale seen at the first step"
+        scale, softcap = scale_and_softcap(*self._factors)
+        return f"softcap {'none' if softcap is None else f'{softcap:g}'}, logit scale {scale:g}"
+
     def __enter__(self) -> Enabled:
         return self
 
@@ -150,6 +184,14 @@ class Enabled:
             elif self._model.training and torch.is_grad_enabled() and not labelled:
                 self._warn(checks.NO_LABELS)
         return deferring
+
+    def _note_factors(self, outputs: Any) -> None:
+        """Keep what the model did to its logits, for `repr`."""
+        if not torch.compiler.is_compiling():
+            values = outputs if isinstance(outputs, tuple) else (getattr(outputs, "logits", None),)
+            for value in values:
+                if isinstance(value, DeferredLogits):
+                    self._factors = value.factors
 
     def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if kwargs.get("labels") is not None:
@@ -177,6 +219,8 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
             outputs = run(*args, **kwargs)
         finally:
             state._deferring = before
+        if deferring:
+            state._note_factors(outputs)
         evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         return as_tensors(outputs) if deferring and evaluating else outputs
 

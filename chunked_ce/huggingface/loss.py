@@ -21,6 +21,7 @@ def causal_lm_loss(
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
     **kwargs: Any,
 ) -> Tensor:
     """Compute the cross-entropy of each position's logits and the next position's label.
@@ -38,6 +39,7 @@ def causal_lm_loss(
         ignore_index: label of positions that are not scored.
         shift_labels: labels that are shifted already, one for each row of `logits`; `labels` are
             then not looked at.
+        label_smoothing: see :func:`chunked_ce.cross_entropy`.
         kwargs: what else the model's forward was given. Not used.
 
     Returns:
@@ -61,6 +63,7 @@ def causal_lm_loss(
         return cross_entropy(
             rows, target,
             dim=-1, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
+            label_smoothing=label_smoothing,
         )  # fmt: skip
     hidden, head, transforms = product
     if vocab_size is not None:
@@ -68,6 +71,7 @@ def causal_lm_loss(
     with head.autocast_then():
         loss = linear_cross_entropy(
             hidden, head.weight, target,
-            ignore_index=ignore_index, num_items=num_items, **transforms,
+            ignore_index=ignore_index, num_items=num_items,
+            label_smoothing=label_smoothing, **transforms,
         )  # fmt: skip
     return loss.to(logits.device)

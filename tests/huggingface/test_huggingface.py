@@ -220,9 +220,7 @@ def test_a_head_that_cannot_be_followed_warns_once():
     model = build("Llama")
     enable(model)
     model.lm_head = Quantised(16, VOCAB, bias=False)
-    with pytest.warns(
-        UserWarning, match="the head was replaced, and .*keep it out of quantisation"
-    ):
+    with pytest.warns(UserWarning, match="the head was replaced, .*enable again"):
         assert isinstance(model(**batch()).logits, torch.Tensor)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -237,6 +235,40 @@ def test_a_followed_head_is_disabled_with_the_others():
     handle.disable()
     assert not {"forward", "_chunked_ce", "__deepcopy__"} & vars(model.lm_head).keys()
     assert isinstance(model(**batch()).logits, torch.Tensor)
+
+
+def test_repr_names_model_head_and_transforms():
+    model = build("Gemma2")
+    handle = enable(model)
+    shape = list(model.lm_head.weight.shape)
+    assert repr(handle) == (
+        f"<Gemma2ForCausalLM enabled: head Linear {shape} defers its logits in training with "
+        "labels, softcap and logit scale seen at the first step; disable() undoes it>"
+    )
+    model(**batch())
+    softcap = model.config.final_logit_softcapping
+    assert f"softcap {softcap:g}, logit scale 1;" in repr(handle)
+    model.lm_head = Quantised(16, VOCAB, bias=False)
+    assert f"the head was replaced by Quantised {shape}" in repr(handle)
+    handle.disable()
+    assert repr(handle) == "<Gemma2ForCausalLM: enable was undone>"
+    smooth = enable(build("Granite"), evaluation=True, label_smoothing=0.1)
+    assert "in training and evaluation" in repr(smooth) and "smoothing 0.1;" in repr(smooth)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_label_smoothing(name):
+    model = build(name)
+    logits, given = model(input_ids=batch()["input_ids"]).logits, batch()
+    labels = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    truth = oracle.cross_entropy(logits, labels, label_smoothing=0.2)
+    with enable(model, label_smoothing=0.2), LogitsMade() as made:
+        outputs = model(**given)
+        assert made.count == 0
+        torch.testing.assert_close(outputs.loss.double(), truth, rtol=1e-5, atol=0)
+        torch.testing.assert_close(model.eval()(**given).loss.double(), truth, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="label_smoothing is 2.0"):
+        enable(model, label_smoothing=2)
 
 
 def test_a_deep_copy_of_the_head_alone_is_a_plain_layer():

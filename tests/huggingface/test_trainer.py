@@ -188,18 +188,33 @@ def test_prediction_gets_the_logits_that_evaluation_does_not_make(tmp_path):
         torch.testing.assert_close(causal, outputs.loss)
 
 
-@pytest.mark.parametrize("takes_them", ["label_smoothing_factor", "compute_loss_func"])
-def test_a_trainer_that_takes_the_labels_away_is_told(takes_them, tmp_path):
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_missing_labels_warn_once(option, tmp_path):
     model = build("Llama")
     enable(model)
-    smooth = {"label_smoothing_factor": 0.1} if takes_them == "label_smoothing_factor" else {}
+    smooth = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
     trainer = trainer_of(model, tmp_path, **smooth)
     if not smooth:
         trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    assert sum(takes_them in str(w.message) and "pass labels" in str(w.message) for w in said) == 1
+    messages = [str(w.message) for w in caught if "pass labels" in str(w.message)]
+    assert len(messages) == 1 and option in messages[0]
+    assert "enable(model, label_smoothing=...)" in messages[0]
+
+
+def test_label_smoothing_of_enable_agrees_with_trainer(tmp_path):
+    expected, logged, made = train("transformers", tmp_path, label_smoothing_factor=0.1)
+    assert made.count > 0
+    model = build("Llama")
+    enable(model, label_smoothing=0.1)
+    parameters, losses, made = train("already", tmp_path, model=model)
+    assert losses == pytest.approx(logged, abs=1e-4) and made.count == 0
+    for name, p in parameters.items():
+        torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-6)
+    plain, _, _ = train("transformers", tmp_path)
+    assert max((p - plain[n]).abs().max() for n, p in parameters.items()) > 1e-3
 
 
 def test_metrics_get_their_logits(tmp_path):
