@@ -58,6 +58,20 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
 
     While it is enabled, pickling the model and replicating it for DataParallel raise; a deep
     copy, `state_dict` and `save_pretrained` are as ever.
+
+    Example:
+        >>> import torch, transformers, chunked_ce.huggingface
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16)
+        >>> heads = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+        >>> config = transformers.LlamaConfig(**sizes, **heads)
+        >>> model = transformers.LlamaForCausalLM(config).train()
+        >>> handle = chunked_ce.huggingface.enable(model)
+        >>> ids = torch.arange(12).view(2, 6)
+        >>> outputs = model(input_ids=ids, labels=ids)  # the model shifts the labels
+        >>> outputs.logits  # not computed
+        DeferredLogits(shape=[2, 6, 64], dtype=torch.float32)
+        >>> outputs.loss.backward()
+        >>> handle.disable()
     """
     model = checks.causal_lm(model)
     checks.not_enabled(_STATE in vars(model))

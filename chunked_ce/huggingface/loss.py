@@ -49,6 +49,19 @@ def causal_lm_loss(
     Raises:
         ValueError: no labels, or labels and logits that disagree; `num_items_in_batch` of 0.
         TypeError, IndexError: as :func:`chunked_ce.cross_entropy`.
+
+    Example:
+        >>> import torch, transformers, chunked_ce.huggingface
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16)
+        >>> heads = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+        >>> config = transformers.LlamaConfig(**sizes, **heads)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> model.loss_function = chunked_ce.huggingface.causal_lm_loss
+        >>> ids = torch.arange(12).view(2, 6)
+        >>> loss = model(input_ids=ids, labels=ids).loss
+        >>> logits = model(input_ids=ids).logits
+        >>> torch.allclose(loss, chunked_ce.huggingface.causal_lm_loss(logits, ids))
+        True
     """
     checks.causal_lm_labels(logits, labels, shift_labels)
     num_items = checks.num_items_in_batch(num_items_in_batch)
