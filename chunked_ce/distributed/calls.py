@@ -36,12 +36,12 @@ def call_on_logits(
     vocab_size: int | None,
 ) -> Call:
     """Take this rank's part of the logits and the targets, out of DTensors too."""
-    checks.target_indices(target)
     rows = placements_of_rows(input) if is_dtensor(input) else None
     (local,), group, vocab_start, vocab_size = local_parts(
         dict(input=input), -1, group, vocab_start, vocab_size, rows=True
     )
     target = plain("target", target, rows)
+    checks.target_indices(target)
     shard_checks.shard_of_logits(local, target)
     columns = local.shape[-1]
     shard = shard_of(columns, group, vocab_start, vocab_size)

@@ -238,12 +238,12 @@ def vocab_parallel_linear_cross_entropy(
         >>> dist.destroy_process_group()
     """
     checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.active())
-    checks.target_indices(target)
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = local_parts(
         head, 0, group, vocab_start, vocab_size
     )
     input, target = plain("input", input, None), plain("target", target, None)
+    checks.target_indices(target)
     checks.hidden_states(input)
     shard_checks.shard_of_weight(weight, bias, input, target)
     label_smoothing, z_loss_weight, num_items = checks.loss_options(

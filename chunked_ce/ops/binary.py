@@ -150,6 +150,7 @@ class _Binary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        checks.plain_upstream(upstream)
         grad = torch.ops.chunked_ce.binary_grad(
             *ctx.saved_tensors, upstream, *ctx.options, ctx.backend
         )

@@ -142,6 +142,7 @@ def upstream_of(
 
     An output that was not asked for is empty, and a tracer may give it an empty gradient.
     """
+    checks.plain_upstream(*grads)
     lse, logprob, _, of_entropy, of_mean_logprob, _, of_classes, *_ = grads
     weighted = wants_mean_logprob and classes.are_weighted
     at_target = None
