@@ -11,6 +11,6 @@ from .loss import *
 from .mistakes import *
 from .planner import *
 from .targets import *
-from .values import plain_upstream as plain_upstream
+from .values import not_sharded as not_sharded
 from .values import target_indices as target_indices
 from .weights import *

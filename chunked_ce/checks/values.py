@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeGuard
 
@@ -53,13 +54,14 @@ def no_dtensor(name: str, value: object) -> None:
         )
 
 
-def plain_upstream(*gradients: Tensor | None) -> None:
-    """Refuse a DTensor as the gradient of a plain loss."""
+def not_sharded(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return the gradients of plain outputs, none of which may be a DTensor."""
     if any(map(is_dtensor, gradients)):
         raise TypeError(
             "the upstream gradient is a DTensor, but the loss is a plain tensor: pass its "
             ".full_tensor() to backward, or use .to_local() of the DTensor that the loss meets"
         )
+    return gradients
 
 
 def is_int(value: object) -> TypeGuard[int]:

@@ -75,7 +75,7 @@ def _outputs(ctx: Any, sent: Tensor, target: Tensor, options: Options, *saved: A
 def _coefficients(ctx: Any, grads: tuple[Tensor | None, ...], entropy: Tensor) -> Coefficients:
     if torch.is_grad_enabled():
         checks.double_backward()
-    checks.plain_upstream(*grads)
+    checks.not_sharded(grads)
     of_lse, of_logprob, of_entropy, of_mean_logprob, _ = grads
     wanted = ctx.options.wanted
     numbers = coefficients(

@@ -70,7 +70,7 @@ def checked_options(
         call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient,
         call.contents,
     )  # fmt: skip
-    backends.check_targets(call.target, call.shard.vocab_size, ignore_index, free=on_host)
+    backends.check_targets(call.target, call.shard.vocab_size, ignore_index, on_host=on_host)
     return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.head import compute_dtype
-from ..core.reduction import reduction_of, token_loss
+from ..core.reduction import make_reduction, token_loss
 from ..core.row_stats import TokenStats
 from ..functional.linear import autocast
 from ..ops import transforms
@@ -95,7 +95,7 @@ def vocab_parallel_token_stats(
         >>> (stats.logprob - 0.1 * stats.entropy).sum().backward()
         >>> dist.destroy_process_group()
     """
-    checks.no_transforms("vocab_parallel_token_stats", transforms.active())
+    checks.no_transforms("vocab_parallel_token_stats", transforms.is_active())
     call = call_on_logits(input, target, group, vocab_start, vocab_size)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, argmax=argmax)
     wanted = Wanted(entropy, mean_logprob, argmax)
@@ -154,7 +154,7 @@ def vocab_parallel_cross_entropy(
         (2.0794, -0.4375)
         >>> dist.destroy_process_group()
     """
-    checks.no_transforms("vocab_parallel_cross_entropy", transforms.active())
+    checks.no_transforms("vocab_parallel_cross_entropy", transforms.is_active())
     call = call_on_logits(input, target, group, vocab_start, vocab_size)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
@@ -166,12 +166,12 @@ def vocab_parallel_cross_entropy(
         inplace_backward, backend,
         (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
     )  # fmt: skip
-    reduce = reduction_of(
+    reducer = make_reduction(
         reduction, call.target, options.ignore_index, token_weight, num_items,
         compute_dtype(call.input.dtype),
     )  # fmt: skip
     stats = shard_stats(call.input, call.target, options)
-    return reduce.of(token_loss(stats, label_smoothing, z_loss_weight))
+    return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -237,7 +237,7 @@ def vocab_parallel_linear_cross_entropy(
         (2.0794, -0.375)
         >>> dist.destroy_process_group()
     """
-    checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.active())
+    checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.is_active())
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = local_parts(
         head, 0, group, vocab_start, vocab_size
@@ -253,14 +253,14 @@ def vocab_parallel_linear_cross_entropy(
     input, weight, bias = autocast(input, weight, bias)
     shard = shard_of(weight.shape[0], group, vocab_start, vocab_size)
     loss_options = (reduction, label_smoothing, z_loss_weight, token_weight, num_items)
-    contents = weight.t() if vocab_start is None else None
-    call = Call(input, target, shard, weight.shape[0], contents)
+    call = Call(input, target, shard, weight.shape[0], weight.t() if vocab_start is None else None)
     chunks = chunk_options(call, weight, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype)
     options = checked_options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale, False,
         backend, loss_options, input.requires_grad and torch.is_grad_enabled(),
     )._replace(**chunks)  # fmt: skip
-    dtype = compute_dtype(input.dtype)
-    reduce = reduction_of(reduction, target, options.ignore_index, token_weight, num_items, dtype)
+    reducer = make_reduction(
+        reduction, target, options.ignore_index, token_weight, num_items, compute_dtype(input.dtype)
+    )
     stats = linear_shard_stats(input, weight, bias, target, options)
-    return reduce.of(token_loss(stats, label_smoothing, z_loss_weight))
+    return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))

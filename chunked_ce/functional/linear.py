@@ -80,7 +80,7 @@ def linear_token_stats(
     wanted = (entropy, mean_logprob, rank, argmax)
     classes = Classes(weight if mean_logprob else None)
     outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return outputs.of_user(wanted)
+    return outputs.to_token_stats(wanted)
 
 
 def linear_cross_entropy(
@@ -156,7 +156,7 @@ def linear_cross_entropy(
         spread_rest, reduction, token_weight, num_items,
     )  # fmt: skip
     shared = (spec.ignore_index, *shared[1:])
-    fused = reduction != "none" and spec.is_plain and how.known_before_backward(input.dtype)
+    fused = reduction != "none" and spec.is_plain and how.allows_grad_in_forward(input.dtype)
     loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight, fused=fused)
     if linear_weight.dim() == 2:
         return loss_of(linear_weight, linear_bias, how, spec)
@@ -183,7 +183,7 @@ def _loss_of_head(
     """The loss of one [V, D] head: a sum, or that of each token."""
     if not fused:
         outputs = _outputs(input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec))
-        return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+        return how.reduce_with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
     of_tokens = None if how.weight is None else how.weight.reshape(-1)
     reuse = not torch.compiler.is_compiling()
     loss: Tensor  # autograd fills in which gradients are wanted

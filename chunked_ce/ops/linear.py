@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
-from ..core.reduction import is_scored, token_loss, weighted
+from ..core.reduction import apply_weight, is_scored, token_loss
 from .chunks import Gradients, chunk_indices, gradient_like, walk
-from .classes import check_classes, logits_at_classes
+from .classes import check_classes, class_logits
 from .library import (
     CLASSES_SCHEMA,
     FLAGS,
     FLAGS_SCHEMA,
-    INTEGERS,
+    NUM_FLOATING,
     OUTPUTS_SCHEMA,
     SHARED_SCHEMA,
     UPSTREAM_SCHEMA,
@@ -32,7 +32,7 @@ from .library import (
     new_outputs,
     no_double_backward,
 )
-from .logits import class_weights, outputs_of, rows_gradient, upstream_of
+from .logits import class_weights, make_outputs, rows_gradient, upstream_coefficients
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
@@ -72,7 +72,7 @@ def _linear_loss(
     wanted: list[bool],
     reuse: bool,
 ) -> tuple[Tensor, ...]:
-    backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
     input, weight = input.detach(), weight.detach()
     chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
@@ -93,7 +93,7 @@ def _linear_loss(
                 entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
             )  # fmt: skip
             loss = token_loss(stats, label_smoothing, z_loss_weight)
-        total += (loss if of_tokens is None else weighted(loss, of_tokens)).sum()
+        total += (loss if of_tokens is None else apply_weight(loss, of_tokens)).sum()
     value = total if divisor is None else total / divisor
     return value, *gradients.finish()
 
@@ -107,9 +107,9 @@ def _linear_stats(
 ) -> tuple[Tensor, ...]:
     classes, shared, flags = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
     ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _ = shared
-    backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
-    if classes.at is not None:
-        check_classes(classes.at, vocab_size)
+    backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
+    if classes.indices is not None:
+        check_classes(classes.indices, vocab_size)
     wanted = dict(zip(FLAGS, flags, strict=True))
     outputs = new_outputs(input, target, classes, *flags)
     for out in outputs:
@@ -119,15 +119,15 @@ def _linear_stats(
     head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
     for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
-        of_chunk, labels = classes.of_rows(index), target[index]
+        of_chunk, labels = classes.select_rows(index), target[index]
         found = backends.row_statistics(
             backend, logits, labels, ignore_index, vocab_size, head,
             class_weights(of_chunk, vocab_size), **wanted,
         )  # fmt: skip
-        at = None
-        if of_chunk.at is not None:
-            at = logits_at_classes(logits, labels, of_chunk.at, ignore_index, vocab_size, head)
-        for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
+        picked = None
+        if of_chunk.indices is not None:
+            picked = class_logits(logits, labels, of_chunk.indices, ignore_index, vocab_size, head)
+        for out, value in zip(outputs, make_outputs(found, picked, labels.shape), strict=True):
             if value is not None:
                 out[index] = value
     return outputs
@@ -148,7 +148,7 @@ def _linear_stats_grad(
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
         of_chunk: list[Any] = [None if n is None else n[index] for n in upstream]
         grad = rows_gradient(
-            logits, target[index], classes.of_rows(index), *of_chunk, *shared[:5], inplace=True
+            logits, target[index], classes.select_rows(index), *of_chunk, *shared[:5], inplace=True
         )
         gradients.add(index, x, grad)
     return gradients.finish()
@@ -193,7 +193,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
-        checks.plain_upstream(upstream)
+        checks.not_sharded([upstream])
         given, grads = ctx.saved_tensors, ctx.grads
         if ctx.reuse:
             ctx.grads = None
@@ -225,11 +225,11 @@ class _LinearStats(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_stats(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[INTEGERS:])
-        class_weight, prob, *_, at = ctx.classes
-        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
+        ctx.mark_non_differentiable(*outputs[NUM_FLOATING:])
+        class_weight, prob, *_, indices = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, indices=None)
         ctx.save_for_backward(
-            input, weight, bias, target, class_weight, prob, at, *outputs[:4], outputs[5]
+            input, weight, bias, target, class_weight, prob, indices, *outputs[:4], outputs[5]
         )
         return outputs
 
@@ -237,10 +237,14 @@ class _LinearStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
-        *given, class_weight, prob, at, lse, logprob, lse_low, entropy, mass = ctx.saved_tensors
-        classes = ctx.classes._replace(weight=class_weight, prob=prob, at=at)
+        *given, class_weight, prob, indices, lse, logprob, lse_low, entropy, weight_sum = (
+            ctx.saved_tensors
+        )
+        classes = ctx.classes._replace(weight=class_weight, prob=prob, indices=indices)
         _, vocab_size, *_ = ctx.options
-        upstream = upstream_of(grads, entropy, mass, given[3], classes, vocab_size, *ctx.wanted)
+        upstream = upstream_coefficients(
+            grads, entropy, weight_sum, given[3], classes, vocab_size, *ctx.wanted
+        )
         wanted = list(ctx.needs_input_grad[:3])
         found = torch.ops.chunked_ce.linear_stats_grad(
             *given, *classes, lse, logprob, lse_low, *upstream, *ctx.options, wanted
