@@ -1,8 +1,8 @@
 """Statistics of rows whose classes lie on several ranks, and their gradients.
 
-The gradient of a rank's logits is local: the row's statistics say all that is to know of the other
-shards. That of hidden states, which every rank holds, is the sum of what the shards say, an
-all-reduce in backward.
+The gradient of a rank's logits is local, because the row's statistics summarize the other shards.
+The gradient of the hidden states, which every rank holds, is a sum over the shards: an all-reduce
+in backward.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Options(NamedTuple):
 
 
 def shard_stats(input: Tensor, target: Tensor, options: Options) -> TokenStats:
-    """Of logits [..., C] and targets [...]."""
+    """Compute the statistics of logits [..., C] and targets [...]."""
     return _as_stats(_ShardStats.apply(input, target, options), target, options.wanted)  # type: ignore[no-untyped-call]
 
 
 def linear_shard_stats(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options
 ) -> TokenStats:
-    """Of hidden states [..., D] with a head [C, D], and targets [...]."""
+    """Compute the statistics of hidden states [..., D], a head [C, D] and targets [...]."""
     flat = input.reshape(-1, input.shape[-1])
     outputs = _LinearShardStats.apply(flat, weight, bias, target, options)  # type: ignore[no-untyped-call]
     return _as_stats(outputs, target, options.wanted)
@@ -57,7 +57,7 @@ def _as_stats(outputs: tuple[Tensor, ...], target: Tensor, wanted: Wanted) -> To
 
 
 def _outputs(ctx: Any, sent: Tensor, target: Tensor, options: Options, *saved: Any) -> Any:
-    """The statistics, flat, empty where not asked for; and what backward needs of them."""
+    """Return the flat statistics, empty if not requested, and save what backward needs."""
     stats, lse_low = merged(
         sent, target.reshape(-1), options.ignore_index, options.shard, options.wanted
     )
@@ -169,7 +169,7 @@ def _indices(local: Tensor, options: Options) -> Any:
 def _chunks(
     input: Tensor, weight: Tensor, bias: Tensor | None, local: Tensor, options: Options
 ) -> Any:
-    """(index, hidden states, logits) of each chunk."""
+    """Yield (index, hidden states, logits) of each chunk."""
     ignored = None if options.drop_ignored else local == IGNORED
     return walk(
         input.detach(), weight.detach(), None if bias is None else bias.detach(),

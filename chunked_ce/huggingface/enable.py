@@ -52,7 +52,7 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
 
     Raises:
         TypeError: not a model of transformers, or a head that is no plain linear layer (LoRA on the
-            head, quantised, sharded).
+            head, quantized, sharded).
         ValueError: nothing would change (no output head, no labels, a loss of its own), or the
             model is enabled already.
 
@@ -85,7 +85,7 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
 
 
 class Enabled:
-    """What :func:`enable` changed, and how it is undone."""
+    """Hold what :func:`enable` changed, and undo it."""
 
     def __init__(
         self, model: nn.Module, head: nn.Module, evaluation: bool, label_smoothing: float
@@ -105,7 +105,7 @@ class Enabled:
             model, forward=MethodType(_model_forward(model), model),
             _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
-        self._take(head)
+        self._enable_head(head)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
         for name, value in {_STATE: self, **values}.items():
@@ -113,21 +113,21 @@ class Enabled:
             self._changes.append((module, name, value, before))
             vars(module)[name] = value
 
-    def _take(self, head: nn.Module) -> None:
+    def _enable_head(self, head: nn.Module) -> None:
         copied = MethodType(_head_copied, head)
         self._change(head, forward=MethodType(_head_forward, head), __deepcopy__=copied)
 
-    def _follow(self) -> None:
-        """Take what has been put in the head's place since: resized, or PEFT's modules_to_save."""
+    def _enable_new_head(self) -> None:
+        """Enable a head that took the place of the first: resized, or PEFT's modules_to_save."""
         head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
         original = getattr(head, "original_module", None)
         heads = [head] if original is None else [original, *head.modules_to_save.values()]
         for each in heads:
-            ours = getattr(each, "base_layer", each)  # an adapter around it computes, and says so
-            if ours is None or vars(ours).get(_STATE) is self:
+            layer = getattr(each, "base_layer", each)  # an adapter computes its logits, and warns
+            if layer is None or vars(layer).get(_STATE) is self:
                 continue
             try:
-                self._take(checks.linear_head(self._model, each))
+                self._enable_head(checks.linear_head(self._model, each))
             except TypeError as error:
                 self._warn(checks.new_head(error))
 
@@ -194,7 +194,7 @@ class Enabled:
         deferring = (self._model.training or self._evaluation) and labelled
         if not torch.compiler.is_compiling():
             if deferring:
-                self._follow()
+                self._enable_new_head()
             elif self._model.training and torch.is_grad_enabled() and not labelled:
                 self._warn(checks.NO_LABELS)
         return deferring
@@ -256,9 +256,9 @@ def _head_copied(self: Any, memo: dict[int, Any]) -> Any:
     """Make a deep copy: enabled within a copy of the model, plain if copied alone."""
     state: Enabled = vars(self)[_STATE]
     whole = id(state._model) in memo
-    mine = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
-    now = {name: vars(self).pop(name) for _, name, _, _ in mine if name in vars(self)}
-    for _, _, _, before in mine:
+    changes = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
+    now = {name: vars(self).pop(name) for _, name, _, _ in changes if name in vars(self)}
+    for _, _, _, before in changes:
         vars(self).update(before)
     try:
         twin = copy.deepcopy(self, memo)

@@ -61,6 +61,6 @@ class HeadProduct(TorchFunctionMode):
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Return whether it is a strided tensor of floats: no shard, no quantised weight."""
+    """Return whether it is a strided tensor of floats: no shard, no quantized weight."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return plain and tensor.dtype in LOGIT_DTYPES

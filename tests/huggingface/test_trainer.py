@@ -77,13 +77,13 @@ def test_gradient_accumulation(way, per_device, reference, tmp_path):
     assert (made.count == 0) == (way == "enable")
 
 
-def test_the_reference_moves(reference):
+def test_reference_changes_parameters(reference):
     before = dict(build("Llama").named_parameters())
     assert all((p - before[n]).abs().max() > 1e-4 for n, p in reference[0].items())
 
 
 @pytest.mark.parametrize("options", [dict(bf16=True), dict(gradient_checkpointing=True)])
-def test_as_transformers_in_bfloat16_and_with_checkpointing(options, tmp_path):
+def test_bfloat16_and_checkpointing(options, tmp_path):
     expected, logged, _ = train("transformers", tmp_path, **options)
     for way in WAYS[1:]:
         parameters, losses, made = train(way, tmp_path, **options)
@@ -94,7 +94,7 @@ def test_as_transformers_in_bfloat16_and_with_checkpointing(options, tmp_path):
         assert (made.count == 0) == (way == "enable")
 
 
-def test_unwrapped_by_accelerate_it_is_enabled_still(tmp_path):
+def test_unwrapped_by_accelerate(tmp_path):
     model = build("Llama")
     handle = enable(model)
     trainer = trainer_of(model, tmp_path, bf16=True)
@@ -144,7 +144,7 @@ class MostLogits(TrainerCallback):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_evaluation_keeps_no_logits(way, tmp_path):
+def test_memory_of_evaluation(way, tmp_path):
     results = []
     for w in ("transformers", way):
         model, seen = build("Llama"), MostLogits()
@@ -156,7 +156,7 @@ def test_evaluation_keeps_no_logits(way, tmp_path):
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_evaluation_makes_no_logits_where_asked(tmp_path):
+def test_evaluation_without_logits(tmp_path):
     model = build("Llama")
     expected = trainer_of(model, tmp_path).evaluate()["eval_loss"]
     enable(model, evaluation=True)
@@ -165,7 +165,7 @@ def test_evaluation_makes_no_logits_where_asked(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6) and made.count == 0
 
 
-def test_prediction_gets_the_logits_that_evaluation_does_not_make(tmp_path):
+def test_prediction_with_evaluation_enabled(tmp_path):
     model = build("Gemma2")
     trainer = trainer_of(model, tmp_path, per_device_eval_batch_size=4)
     expected = trainer.predict(examples(10)).predictions
@@ -204,7 +204,7 @@ def test_missing_labels_warn_once(option, tmp_path):
     assert "enable(model, label_smoothing=...)" in messages[0]
 
 
-def test_label_smoothing_of_enable_agrees_with_trainer(tmp_path):
+def test_label_smoothing_of_trainer(tmp_path):
     expected, logged, made = train("transformers", tmp_path, label_smoothing_factor=0.1)
     assert made.count > 0
     model = build("Llama")
@@ -217,7 +217,7 @@ def test_label_smoothing_of_enable_agrees_with_trainer(tmp_path):
     assert max((p - plain[n]).abs().max() for n, p in parameters.items()) > 1e-3
 
 
-def test_metrics_get_their_logits(tmp_path):
+def test_compute_metrics(tmp_path):
     model = build("Llama")
     enable(model)
     trainer = trainer_of(model, tmp_path)
@@ -271,7 +271,7 @@ def tokenizer():
     )  # fmt: skip
 
 
-def test_trls_trainer(trl, tmp_path):
+def test_trl_trainer(trl, tmp_path):
     """It has a head of its own, beside which an enabled model is a model; or the model's own loss."""
 
     class OfTheModel(trl.SFTTrainer):
