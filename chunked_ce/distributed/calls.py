@@ -15,7 +15,15 @@ from ..core.head import Head
 from ..ops.chunks import CHUNK_BYTES, padded_row_bytes
 from . import checks as shard_checks
 from .autograd import Options
-from .shards import Shard, Wanted, check_agreement, local_parts, placements_of_rows, plain, shard_of
+from .shards import (
+    Shard,
+    Wanted,
+    check_agreement,
+    local_parts,
+    local_tensor,
+    placements_of_rows,
+    shard_of,
+)
 
 
 class Call(NamedTuple):
@@ -40,7 +48,7 @@ def call_on_logits(
     (local,), group, vocab_start, vocab_size = local_parts(
         dict(input=input), -1, group, vocab_start, vocab_size, rows=True
     )
-    target = plain("target", target, rows)
+    target = local_tensor("target", target, rows)
     checks.target_indices(target)
     shard_checks.shard_of_logits(local, target)
     columns = local.shape[-1]

@@ -22,7 +22,7 @@ from ..ops import transforms
 from . import checks as shard_checks
 from .autograd import linear_shard_stats, shard_stats
 from .calls import Call, call_on_logits, checked_options, chunk_options
-from .shards import Wanted, local_parts, plain, shard_of
+from .shards import Wanted, local_parts, local_tensor, shard_of
 
 __all__ = [
     "vocab_parallel_cross_entropy",
@@ -242,7 +242,7 @@ def vocab_parallel_linear_cross_entropy(
     (weight, bias), group, vocab_start, vocab_size = local_parts(
         head, 0, group, vocab_start, vocab_size
     )
-    input, target = plain("input", input, None), plain("target", target, None)
+    input, target = local_tensor("input", input, None), local_tensor("target", target, None)
     checks.target_indices(target)
     checks.hidden_states(input)
     shard_checks.shard_of_weight(weight, bias, input, target)

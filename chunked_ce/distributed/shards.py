@@ -96,7 +96,7 @@ def placements_of_rows(logits: Any) -> tuple[Any, ...]:
     return tuple(Replicate() if p.is_shard(last) else p for p in logits.placements)
 
 
-def plain(name: str, t: Any, rows: tuple[Any, ...] | None) -> Any:
+def local_tensor(name: str, t: Any, rows: tuple[Any, ...] | None) -> Any:
     """Return the plain tensor that every rank of the group holds whole."""
     if not is_dtensor(t):
         return t
@@ -122,12 +122,12 @@ def check_agreement(
         return
     dtype = LOGIT_DTYPES.index(input.dtype)
     flat = target.reshape(-1).long()
-    options_told = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
+    options_text = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
     fields = [len(flat), shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
-    fields += [int(_checksum(flat)), zlib.crc32(options_told.encode()), int(input_gradient)]
+    fields += [int(_checksum(flat)), zlib.crc32(options_text.encode()), int(input_gradient)]
     fields += [0 if contents is None or not shard.columns else _fingerprint(contents)]
-    mine = torch.tensor(fields, device=input.device)
-    reports = all_gather(mine, shard.group).tolist()
+    report = torch.tensor(fields, device=input.device)
+    reports = all_gather(report, shard.group).tolist()
     checks.shards_agree([checks.ShardReport(*report) for report in reports])
 
 
@@ -151,7 +151,7 @@ def _checksum(values: Tensor) -> float:
     return (flat * torch.arange(1, len(flat) + 1, dtype=dtype, device=flat.device)).sum().item()
 
 
-def fields(
+def partial_sums(
     backend: str,
     logits: Tensor,  # [..., C]
     target: Tensor,  # [rows], local
@@ -163,9 +163,12 @@ def fields(
     dtype = compute_dtype(logits.dtype)
     if shard.columns == 0 or target.numel() == 0:
         zeros = torch.zeros(target.shape, dtype=dtype, device=target.device)
-        nothing = zeros - math.inf
+        minus_infinity = zeros - math.inf
         best = zeros.long() if wanted.argmax else None
-        part, target_logit = Part(nothing, zeros, zeros, zeros, zeros, None, best), nothing
+        part, target_logit = (
+            Part(minus_infinity, zeros, zeros, zeros, zeros, None, best),
+            minus_infinity,
+        )
     else:
         part, target_logit = backends.row_part(
             backend, logits, target, IGNORED, shard.columns, head, **wanted._asdict()
@@ -185,7 +188,7 @@ def fields(
     return torch.stack([field.to(dtype) for field in sent])
 
 
-def merged(
+def exchange(
     sent: Tensor,  # [fields, rows]
     target: Tensor,  # [rows], of the whole vocabulary
     ignore_index: int,
@@ -194,7 +197,7 @@ def merged(
 ) -> tuple[TokenStats, Tensor]:
     """Exchange the partial sums; return the statistics of whole rows and lse's rounding."""
     received = all_gather(sent, shard.group)
-    part = reduce(merge, (_part(of_rank, wanted) for of_rank in received))
+    part = reduce(merge, (_part(rank_sums, wanted) for rank_sums in received))
     target = target.long()
     ignored = ~is_scored(target, ignore_index)
     target_logit = received[:, 2].amax(0)

@@ -88,7 +88,7 @@ class DeferredLogits:
         if self._parent is not None:
             self._parent._take_loss()
 
-    def _then(
+    def _record(
         self, operation: Callable[[Tensor], Tensor], **changes: Any
     ) -> DeferredLogits | Tensor:
         if self._real is not None:
@@ -102,7 +102,7 @@ class DeferredLogits:
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
         scale, cap = self.factors
         factors = (scale * factor, None) if cap is None else (scale, cap * factor)
-        return self._then(operation, factors=factors)
+        return self._record(operation, factors=factors)
 
     def mul(self, other: Any) -> Any:
         if _is_factor(other):
@@ -117,12 +117,12 @@ class DeferredLogits:
     def tanh(self) -> Any:
         if self.factors[1] is not None:  # capped already
             return self.tensor().tanh()
-        return self._then(torch.tanh, factors=(self.factors[0], 1.0))
+        return self._record(torch.tanh, factors=(self.factors[0], 1.0))
 
     def float(self) -> Any:
         if self.dtype == torch.float32 and self._real is None:
             return self
-        return self._then(Tensor.float, dtype=torch.float32)
+        return self._record(Tensor.float, dtype=torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and args == (torch.float32,):
@@ -132,18 +132,18 @@ class DeferredLogits:
         device = _device(*args, **kwargs)
         if device is None or self._real is not None:
             return self.tensor().to(*args, **kwargs)
-        moved = self._then(lambda x: x.to(*args, **kwargs), device=device)
+        moved = self._record(lambda x: x.to(*args, **kwargs), device=device)
         return self if device == self.device else moved
 
     def contiguous(self) -> Any:
-        return self._then(Tensor.contiguous)
+        return self._record(Tensor.contiguous)
 
     def __getitem__(self, index: Any) -> Any:
         recorded = None if self._real is not None else _split(index, self.dim(), self._classes)
         if recorded is None:
             return self.tensor()[index]
-        of_tokens, classes = recorded
-        return self._then(lambda x: x[index], hidden=self._hidden[of_tokens], classes=classes)
+        token_index, classes = recorded
+        return self._record(lambda x: x[index], hidden=self._hidden[token_index], classes=classes)
 
     __mul__ = __rmul__ = mul
     __truediv__ = div
@@ -215,8 +215,9 @@ def _split(index: Any, dims: int, classes: int) -> tuple[Any, int] | None:
     ellipses = sum(i is ... for i in items)  # torch has rules of its own for two
     if any(type(i) not in (int, slice, type(...)) for i in items) or ellipses > 1:
         return None
-    at = items.index(...) if ellipses else len(items)
-    items = (*items[:at], *[slice(None)] * (dims - len(items) + ellipses), *items[at + ellipses :])
+    split = items.index(...) if ellipses else len(items)
+    whole = [slice(None)] * (dims - len(items) + ellipses)
+    items = (*items[:split], *whole, *items[split + ellipses :])
     kept = range(classes)[items[-1]] if isinstance(items[-1], slice) else range(0)
     if len(items) > dims or not kept or kept.start or kept.step != 1:
         return None
@@ -237,7 +238,7 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _of_the_tensor(name: str) -> Callable[..., Any]:
+def _tensor_operator(name: str) -> Callable[..., Any]:
     def operator(self: DeferredLogits, *others: Any, **options: Any) -> Any:
         return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others), **options)
 
@@ -253,4 +254,4 @@ _OTHERS = (
 for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
     _operator = f"__{_name}__"  # looked up on the class, past __getattr__
     if hasattr(Tensor, _operator) and _name not in ("mul", "rmul", "truediv"):
-        setattr(DeferredLogits, _operator, _of_the_tensor(_operator))
+        setattr(DeferredLogits, _operator, _tensor_operator(_operator))

@@ -249,7 +249,7 @@ def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
     if state is None or not state._deferring or checks.is_sharded(input, self.weight):
         return nn.Linear.forward(self, input)
     checks.no_group_of_its_own(self)
-    return DeferredLogits(Head.of(input, self.weight, self.bias, state._on_use), input)
+    return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
 
 
 def _head_copied(self: Any, memo: dict[int, Any]) -> Any:

@@ -36,7 +36,7 @@ class HeadProduct(TorchFunctionMode):
             input, weight = args[:2]
             if args[1] is self.deferred:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                return DeferredLogits(Head.of(input, weight, bias, self._stop), input)
+                return DeferredLogits(Head.capture(input, weight, bias, self._stop), input)
             self.seen.append(weakref.ref(weight))
         return function(*args, **kwargs)
 

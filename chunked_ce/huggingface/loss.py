@@ -81,7 +81,7 @@ def causal_lm_loss(
     hidden, head, transforms = product
     if vocab_size is not None:
         transforms["vocab_size"] = class_count(vocab_size, logits)  # type: ignore[arg-type]
-    with head.autocast_then():
+    with head.original_autocast():
         loss = linear_cross_entropy(
             hidden, head.weight, target,
             ignore_index=ignore_index, num_items=num_items,

@@ -16,7 +16,7 @@ def deferred(shape=(2, 5), dtype=torch.float32, vocab=29):
     x = torch.randn(*shape, 6, dtype=dtype, requires_grad=True)
     w = torch.randn(vocab, 6, dtype=dtype, requires_grad=True)
     b = torch.randn(vocab, dtype=dtype, requires_grad=True)
-    return DeferredLogits(Head.of(x, w, b, lambda: None), x), (x, w, b)
+    return DeferredLogits(Head.capture(x, w, b, lambda: None), x), (x, w, b)
 
 
 RECORDED = {
@@ -185,7 +185,7 @@ def test_loss_outside_autocast_of_head():
     """Some models compute the loss with autocast off; bf16 hidden states meet an fp32 weight."""
     x, w = torch.randn(2, 5, 6).bfloat16(), torch.randn(29, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = DeferredLogits(Head.of(x, w, None, lambda: None), x)
+        logits = DeferredLogits(Head.capture(x, w, None, lambda: None), x)
     target = torch.randint(0, 29, (2, 5))
     expected = oracle.cross_entropy(F.linear(x, w.bfloat16()), target)
     ours = causal_lm_loss(logits, None, shift_labels=target)
@@ -205,7 +205,7 @@ def test_use_with_out_argument():
 
 
 def deferred_again(leaves):
-    return DeferredLogits(Head.of(*leaves, lambda: None), leaves[0])
+    return DeferredLogits(Head.capture(*leaves, lambda: None), leaves[0])
 
 
 class Square(torch.autograd.Function):
