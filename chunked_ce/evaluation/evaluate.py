@@ -109,6 +109,7 @@ def evaluate_perplexity(
     )  # fmt: skip
     checks.no_more_positional(positional)
     backend_name(backend)
+    checks.progress_bar(progress)
     checks.model(model)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
     where = checks.device(device_of(model) if device is None else device)
@@ -117,7 +118,6 @@ def evaluate_perplexity(
     stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
-    checks.progress_bar(progress)
     describe_text(text, shown=progress)
     documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
     ids = [document.ids for document in documents]
@@ -129,8 +129,12 @@ def evaluate_perplexity(
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
     settings |= dict(context_length=context_length, bos=before, eos=after, partial=interrupted)
-    report = scoring.report(per_document, per_position, per_window, **settings)
-    if interrupted:
+    return _complete(scoring.report(per_document, per_position, per_window, **settings))
+
+
+def _complete(report: EvaluationReport) -> EvaluationReport:
+    """Return the report; raise it where Ctrl-C left some of it out."""
+    if report.partial:
         raise EvaluationInterrupted(report)
     return report
 
