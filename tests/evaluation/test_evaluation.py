@@ -1,10 +1,12 @@
 """evaluate_perplexity and loglikelihood against loops over stock cross-entropy in fp64."""
 
+import json
 import math
 import random
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ pytest.importorskip("transformers")
 
 from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, causal_lm
 
-from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
+from chunked_ce import EvaluationInterrupted, PerplexityReport, evaluate_perplexity, loglikelihood
 from chunked_ce.evaluation import evaluate as module
 from chunked_ce.evaluation.documents import from_text
 from chunked_ce.evaluation.language_model import examine
@@ -583,6 +585,7 @@ MISTAKES = [
     ("a document on meta", dict(input_ids=[IDS.to("meta")]), ValueError, "document 0 of input_ids is on meta"),
     ("mask in a list", dict(input_ids=IDS[None], attention_mask=[[1] * 37]), TypeError, "attention_mask must be a Tensor beside input_ids .* got list"),
     ("text of bytes in a list", dict(text=[b"ab cd"], tokenizer="own"), TypeError, "document 0 of text must be a str, got bytes"),
+    ("text of a path", dict(text=[Path("a.txt")], tokenizer="own"), TypeError, r"got PosixPath: pass path.read_text\(\)|got WindowsPath"),
     ("text of a number", dict(text=7, tokenizer="own"), TypeError, "text must be a str or a sequence of them, got int"),
     ("bos below 0", dict(input_ids=IDS, bos=-1), ValueError, "bos is -1, expected a token id of at least 0"),
     ("context of one", dict(input_ids=IDS, context_length=1), ValueError, "context_length is 1, expected at least 2"),
@@ -635,11 +638,41 @@ def test_mistakes(gpt2, tokenizer, monkeypatch, arguments, error, message):
     assert "\n" not in str(caught.value)
 
 
+def test_text_and_tokenizer_by_position(gpt2, tokenizer):
+    with pytest.raises(TypeError, match="text and its tokenizer are passed by name"):
+        evaluate_perplexity(gpt2, "some text", tokenizer)
+
+
+def test_a_file_name_as_text_warns(gpt2, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("what the file holds")
+    with pytest.warns(UserWarning, match="names a file: the name is scored.*read_text") as caught:
+        evaluate_perplexity(gpt2, text=[str(tmp_path / "a.txt")], tokenizer=tokenizer)
+    assert caught[0].filename == __file__
+
+
+def test_a_short_repr(gpt2):
+    report = evaluate_perplexity(gpt2, IDS, per_document=True, per_position=True)
+    assert repr(report) == f"EvaluationReport({report})" and len(repr(report)) < 200
+
+
+def test_one_of_each_is_singular():
+    report = PerplexityReport(nll_sum=1.0, tokens=1, bytes=1, words=1)
+    assert " over 1 token, " in str(report) and " over 1 byte, " in str(report)
+    assert str(report).endswith(" over 1 word")
+    assert " 1,234 tokens" in str(PerplexityReport(nll_sum=1.0, tokens=1234))
+
+
+def test_json_has_null_for_what_is_no_number():
+    written = json.loads(PerplexityReport(nll_sum=0.0, tokens=0, nll_square_sum=0.0).to_json())
+    assert written["perplexity"] is written["mean_nll_stderr"] is None
+
+
 @pytest.mark.parametrize(
     ("pairs", "error", "message"),
     [
         ("ab", TypeError, "pairs must be a sequence"),
         ([([1], [2], [3])], TypeError, "pair 0 is .*expected .context, continuation."),
+        ([("a", "b")], TypeError, r"context of pair 0 is 'a', expected a sequence of token ids: tokenizer\(text\)"),
         ([([1], [2]), ([], [2])], ValueError, "context of pair 1 is empty"),
         ([([1], [])], ValueError, "continuation of pair 0 has 0 tokens, expected 1 to context_length, 32"),
         ([([1], list(range(33)))], ValueError, "continuation of pair 0 has 33 tokens"),
