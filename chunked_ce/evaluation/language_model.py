@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.row_stats import TokenStats
-from ..functional.linear import linear_token_stats
-from ..functional.logits import token_stats
+from ..functional.linear_stats import linear_token_stats
+from ..functional.logits_stats import token_stats
 from ..huggingface.deferred import DeferredLogits
 from ..huggingface.head_product import HeadProduct
 from . import checks
@@ -62,7 +62,7 @@ class LanguageModel:
             real = logits.tensor() if isinstance(logits, DeferredLogits) else logits
             return token_stats(real, target.to(real.device), rank=rank, backend=backend)
         hidden, head, transforms = product
-        with head.autocast_then():
+        with head.original_autocast():
             target = target.to(hidden.device)
             return linear_token_stats(
                 hidden, head.weight, target, rank=rank, backend=backend, **transforms

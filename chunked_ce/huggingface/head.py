@@ -42,28 +42,30 @@ class Head(NamedTuple):
     on_use: Callable[[], None]
 
     @classmethod
-    def of(
+    def capture(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, on_use: Callable[[], None]
     ) -> Head:
-        device, given = hidden.device.type, [t for t in (hidden, weight, bias) if t is not None]
+        """Keep an output head's arguments, and the modes it was called in."""
+        device, tensors = hidden.device.type, [t for t in (hidden, weight, bias) if t is not None]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = [version(t) for t in given], [address(t) for t in given]
+        state = [version(t) for t in tensors], [address(t) for t in tensors]
         return cls(hidden, weight, bias, *state, autocast, torch.is_grad_enabled(), on_use)
 
     def logits(self) -> Tensor:
-        """Compute them as the head would have, whatever the modes of whoever asks."""
+        """Compute the logits in the modes of the original call."""
         self.on_use()
-        given = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-        freed = any(t.numel() and not t.untyped_storage().size() for t in given)
+        tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        freed = any(t.numel() and not t.untyped_storage().size() for t in tensors)
         moved = any(
-            then and then != address(t) for then, t in zip(self.addresses, given, strict=True)
+            before and before != address(t)
+            for before, t in zip(self.addresses, tensors, strict=True)
         )
-        written = self.versions != [version(t) for t in given]
+        written = self.versions != [version(t) for t in tensors]
         checks.head_unchanged(not (freed or moved or written))
-        with self.autocast_then():
+        with self.original_autocast():
             return F.linear(self.hidden, self.weight, self.bias)
 
-    def autocast_then(self) -> torch.autocast:
+    def original_autocast(self) -> torch.autocast:
         """Return autocast as it was when the logits were deferred."""
         enabled = self.autocast is not None
         return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)

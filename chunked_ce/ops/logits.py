@@ -2,7 +2,7 @@
 
 chunked_ce::token_stats  statistics of rows of logits, differentiable in the logits
 chunked_ce::token_grad   their gradient, in a new tensor
-chunked_ce::token_grad_  the same over the logits, whose version counter says so
+chunked_ce::token_grad_  the same, written over the logits
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def upstream_coefficients(
 
     An output that was not requested is empty, and a tracer may give it an empty gradient.
     """
-    lse, logprob, _, entropy_grad, mean_logprob_grad, _, class_grad, *_ = grads
+    lse, logprob, _, entropy_grad, mean_logprob_grad, _, class_grad, *_ = checks.not_sharded(grads)
     weighted = wants_mean_logprob and classes.has_weights
     target_weight = None
     if weighted:
