@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .evaluation.meter import Perplexity, perplexity
     from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
     from .functional.binary import binary_cross_entropy_with_logits
-    from .functional.linear import linear_cross_entropy, linear_token_stats
-    from .functional.logits import cross_entropy, token_stats
+    from .functional.linear import linear_cross_entropy
+    from .functional.linear_stats import linear_token_stats
+    from .functional.logits import cross_entropy
+    from .functional.logits_stats import token_stats
     from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
@@ -53,7 +55,9 @@ _MODULES = (  # the same as above, which type checkers read
     "evaluation.report",
     "functional.binary",
     "functional.linear",
+    "functional.linear_stats",
     "functional.logits",
+    "functional.logits_stats",
     "modules",
 )
 
