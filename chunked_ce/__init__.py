@@ -61,18 +61,26 @@ _MODULES = (  # the same as above, which type checkers read
 )
 
 
+_is_loading = False
+
+
 def _load() -> None:
     """Import every public name into this module."""
-    for name in _MODULES:
-        found = vars(import_module(f".{name}", __name__))
-        globals().update({public: found[public] for public in __all__ if public in found})
+    global _is_loading
+    _is_loading = True  # meanwhile the modules import one another from this package
+    try:
+        for name in _MODULES:
+            found = vars(import_module(f".{name}", __name__))
+            globals().update({public: found[public] for public in __all__ if public in found})
+    finally:
+        _is_loading = False
 
 
 if not TYPE_CHECKING:  # a type checker must not take any name for a public one
 
     def __getattr__(name: str) -> object:
         """Load the library at the first use of a name (PEP 562)."""
-        if not name.startswith("_"):
+        if not (name.startswith("_") or _is_loading):
             _load()
         if name in globals():
             return globals()[name]
