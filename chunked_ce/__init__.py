@@ -6,6 +6,7 @@ torch is imported already, everything is loaded at once, the operators `torch.op
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,29 +62,22 @@ _MODULES = (  # the same as above, which type checkers read
 )
 
 
-_is_loading = False
-
-
 def _load() -> None:
     """Import every public name into this module."""
-    global _is_loading
-    _is_loading = True  # `from .. import checks` asks for a name, too: it must not load anew
-    try:
-        for name in _MODULES:
-            found = vars(import_module(f".{name}", __name__))
-            globals().update({public: found[public] for public in __all__ if public in found})
-    finally:
-        _is_loading = False
+    for name in _MODULES:
+        found = vars(import_module(f".{name}", __name__))
+        globals().update({public: found[public] for public in __all__ if public in found})
 
 
 if not TYPE_CHECKING:  # a type checker must not take any name for a public one
 
     def __getattr__(name: str) -> object:
-        """Load the library at the first use of a name (PEP 562)."""
-        if not (name.startswith("_") or _is_loading):
+        """Load the library at the first use of a public name, or one module (PEP 562)."""
+        if name in __all__:
             _load()
-        if name in globals():
             return globals()[name]
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
