@@ -7,6 +7,7 @@ from typing import Any
 from griffe import Extension, Object
 
 ROLE = re.compile(r":(?:func|class|mod|meth):`([\w.]+)`")
+SESSION = re.compile(r"^>>> (?:.+\n?)+", re.MULTILINE)  # at the margin, outside of an "Examples:"
 API = (Path(__file__).parent / "api.md").read_text(encoding="utf-8")
 PATHS = {path.rpartition(".")[2]: path for path in re.findall(r"^::: (\S+)$", API, re.MULTILINE)}
 
@@ -23,4 +24,5 @@ class References(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
             text = ROLE.sub(linked, obj.docstring.value)
-            obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")  # code, not prose
+            text = text.replace("\nExample:\n", "\nExamples:\n")  # code, not prose
+            obj.docstring.value = SESSION.sub(lambda m: f"```pycon\n{m[0].rstrip()}\n```\n", text)

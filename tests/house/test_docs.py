@@ -168,3 +168,8 @@ def test_every_install_is_from_the_clone_with_extras_that_exist():
     for what in set(found) - {"-e ."}:
         named = re.fullmatch(r"-e '\.\[([\w,]+)\]'", what)
         assert named and set(named[1].split(",")) <= existing, what
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_no_page_holds_a_conflict(page):
+    assert not re.search(r"^(<{7}|>{7}|={7})( |$)", page.read_text("utf-8"), re.M)
