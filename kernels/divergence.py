@@ -48,8 +48,8 @@ def probabilities(z, y, row, inverse):
 
 @triton.jit
 def exponential_tail(d):
-    """Return (exp(d) - 1 - d) / d², by its series, for |d| below 1/4."""
-    TERMS: tl.constexpr = 13 if d.dtype == tl.float64 else 8
+    """Return (exp(d) - 1 - d) / d², by its series, for |d| up to 1/2."""
+    TERMS: tl.constexpr = 13 if d.dtype == tl.float64 else 9
     series = tl.full(d.shape, 1.0 / TERMS, d.dtype)
     for i in tl.static_range(TERMS - 3):
         series = (1.0 + d * series) * (1.0 / (TERMS - 1 - i))
@@ -61,7 +61,7 @@ def class_term(weight, d, other):
     """Return weight f(d), `other` being weight exp(-d), where weight is 0 too."""
     near = weight * (d * d * exponential_tail(-d))
     far = weight * (d - 1.0) + other  # exp(-d) may be too large a number
-    return tl.where(weight == 0.0, other, tl.where(tl.abs(d) < 0.25, near, far))
+    return tl.where(weight == 0.0, other, tl.where(tl.abs(d) < 0.5, near, far))
 
 
 @triton.jit

@@ -113,4 +113,4 @@ def _terms(probability: Tensor, d: Tensor, other: Tensor) -> Tensor:
         series = term - d * series
     near = probability * (d * d * series)
     far = probability * (d - 1.0) + other  # exp(-d) may be too large a number
-    return torch.where(probability == 0, other, torch.where(d.abs() < 0.25, near, far))
+    return torch.where(probability == 0, other, torch.where(d.abs() < 0.5, near, far))

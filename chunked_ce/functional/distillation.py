@@ -133,14 +133,23 @@ def linear_kl_div(
         linear_weight: the student's head [V, D].
         teacher_input: the teacher's hidden states [..., another D].
         teacher_weight: the teacher's head [V, another D]. The teacher gets no gradient.
-        linear_bias, teacher_bias: [V] or None.
-        kind, beta, temperature: which divergence; see :func:`kl_div`.
+        linear_bias: the student's bias [V], or None.
+        teacher_bias: the teacher's bias [V], or None.
+        kind: "forward", "reverse" or "jsd"; see :func:`kl_div`.
+        beta: the teacher's share of the mixture, from 0 to 1; used by "jsd" alone.
+        temperature: what both models' logits are divided by, above 0.
         target: class indices [...]; tokens that equal `ignore_index` count for nothing.
         cross_entropy_weight: adds so many times the cross-entropy of `target`, at temperature 1,
             to each token's loss, from the same chunk of logits.
-        ignore_index, reduction, token_weight, num_items, vocab_size: see :func:`kl_div`.
+        ignore_index: the target of tokens that count for nothing.
+        reduction: "mean" over the tokens that count, "sum" or "none".
+        token_weight: weight of each token's loss [...]; "mean" is then the weighted mean.
+        num_items: what "mean" divides by instead, an int or a 0-d tensor on any device.
+        vocab_size: number of classes; columns at or past it do not exist. Needed where the two
+            models pad their vocabulary differently.
         acc_dtype: dtype that the gradient of `linear_weight` is summed in over chunks.
-        chunk_bytes: bytes of both models' logits at a time; None: 256 MiB, 128 MiB on a CPU.
+        chunk_bytes: bytes of both models' logits at a time; None: the default of
+            :func:`linear_cross_entropy`.
         token_chunk_size: tokens at a time, instead of `chunk_bytes`.
         backend: "auto", "cpu", "torch" or "triton"; see :func:`chunked_ce.token_stats`.
 

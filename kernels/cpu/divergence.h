@@ -20,7 +20,7 @@ static inline REAL KIND(excess)(REAL probability, REAL d, REAL other)
         series = (1 - d * series) * (REAL)(1.0 / n);
     series = d * d * (1 - d * series) * (REAL)0.5;
     REAL far = probability * (d - 1) + other; /* exp(-d) may be too large */
-    REAL value = size < (REAL)0.25 ? probability * series : far;
+    REAL value = size < (REAL)0.5 ? probability * series : far;
     return probability == 0 ? other : value;
 }
 
