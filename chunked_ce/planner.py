@@ -8,8 +8,8 @@ of logits, X of hidden states, W of the weight, the tensors alive at the peak ar
     torch.compile         the logits, which become their gradient            L + X + W
     cross_entropy         the logits, their gradient                         2 L
       inplace_backward    the gradient over the logits                       L + X + W
-    linear_cross_entropy  a chunk of logits, the gradients, and where chunks
-                          are added up in float32 that sum                   C + X + W + W32
+    linear_cross_entropy  a chunk of logits, the gradients                   C + X + W
+      in several chunks   those, the weight's added up in float32            X + W32 + max(C, W)
 
 (where that is more, a logits path's peak is the product for the weight's gradient: L + X + W).
 Hidden states and weight themselves are not counted in a peak: any way of computing needs them. What
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks
-from .ops.chunks import PRODUCT_BYTES, default_chunk_bytes, padded_row_bytes
+from .ops.chunks import WIDE_BYTES, default_rows, padded_row_bytes
 
 CHUNKS = (None, 64 << 20, 1 << 30)  # bytes of logits at a time; None: the default
 _MOST_TOKENS = 1 << 40
@@ -250,25 +250,32 @@ def _logits_in_place(head: HeadShape, tokens: int, device: str) -> int:
 def _linear(
     chunk_bytes: int | None, wide_sums: bool, even: bool, head: HeadShape, tokens: int, device: str
 ) -> int:
-    """`even`: in chunks of like size; else the most that one may hold, a bound for fewer tokens."""
+    """`even`: in chunks of like size; else the most that any batch up to `tokens` may hold."""
+    row = padded_row_bytes(head.vocab_size, head.dtype.itemsize)
+    if chunk_bytes is not None:
+        whole = most = max(1, chunk_bytes // row)
+    else:
+        whole, most = (default_rows(n, row, device) for n in (0, tokens))
+    if tokens <= whole:
+        return _one_walk(head, tokens, tokens, False, device)
+    rows = -(-tokens // -(-tokens // most)) if even else most
+    peak = _one_walk(head, tokens, rows, wide_sums, device)
+    return peak if even else max(peak, _one_walk(head, whole, whole, False, device))
+
+
+def _one_walk(head: HeadShape, tokens: int, rows: int, wide_sums: bool, device: str) -> int:
+    """The peak where chunks of so many rows are walked, and what they add to one sum."""
     size = head.dtype.itemsize
-    row = padded_row_bytes(head.vocab_size, size)
-    if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(tokens * row if even else 0, device)
-    most = max(1, chunk_bytes // row)
-    chunks = -(-tokens // most)
-    rows = -(-tokens // chunks) if even else min(tokens, most)
-    buffer = rows * row
     of_input = tokens * head.hidden_size * size
-    added_up = chunks > 1 and size < 4 and wide_sums
-    in_float32 = head.vocab_size * head.hidden_size * 4 if added_up else 0
-    if device == "cpu":
-        return buffer + of_input + head.weight_bytes + in_float32
-    buffer += rows * head.hidden_size * size  # hidden states, those of ignored tokens zeroed
-    if not in_float32:
-        return buffer + of_input + head.weight_bytes
-    product = min(in_float32, PRODUCT_BYTES)
-    return of_input + in_float32 + buffer + max(product, head.weight_bytes)
+    buffer = rows * padded_row_bytes(head.vocab_size, size)
+    if device != "cpu":
+        buffer += rows * head.hidden_size * size  # hidden states, those of ignored tokens zeroed
+    if size >= 4 or not wide_sums:
+        return of_input + buffer + head.weight_bytes
+    in_float32 = head.vocab_size * head.hidden_size * 4
+    if device == "cpu":  # where products of half-precision tensors come from wider copies
+        buffer += rows * head.hidden_size * 4 + min(WIDE_BYTES, rows * head.vocab_size * 4)
+    return of_input + in_float32 + max(buffer, head.weight_bytes)
 
 
 def _largest_batch(way: _Way, head: HeadShape, device: str, memory: int) -> int:

@@ -142,7 +142,7 @@ def acc_dtype(value: object, weight: Tensor) -> torch.dtype:
 
 
 def rows_per_chunk(
-    chunk_bytes: object, token_chunk_size: object, row_bytes: int, default_bytes: int
+    chunk_bytes: object, token_chunk_size: object, row_bytes: int, default: int
 ) -> int:
     """Tokens whose logits are held at a time."""
     if token_chunk_size is not None:
@@ -153,12 +153,12 @@ def rows_per_chunk(
             raise ValueError(f"token_chunk_size is {size}, expected at least 1")
         return size
     if chunk_bytes is None:
-        return max(1, default_bytes // row_bytes)
+        return default
     size = integer("chunk_bytes", chunk_bytes, "an int or None")
     if size < row_bytes:
         raise ValueError(
             f"chunk_bytes is {size}, but the logits of one token take {row_bytes} bytes: "
-            f"give at least that, or None for {default_bytes}"
+            f"give at least that, or None for {default} tokens"
         )
     return size // row_bytes
 

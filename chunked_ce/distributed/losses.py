@@ -23,7 +23,7 @@ from ..core.reduction import reduction_of, token_loss
 from ..core.row_stats import TokenStats
 from ..functional.linear import autocast
 from ..ops import transforms
-from ..ops.chunks import CHUNK_BYTES, padded_row_bytes
+from ..ops.chunks import default_rows, padded_row_bytes
 from . import checks as shard_checks
 from .autograd import Options, linear_shard_stats, shard_stats
 from .shards import Shard, Wanted, check_agreement, local_parts, placements_of_rows, plain, shard_of
@@ -232,8 +232,9 @@ def _chunks(
     acc_dtype: torch.dtype,
 ) -> dict[str, Any]:
     row_bytes = padded_row_bytes(max(1, call.shard.columns), weight.element_size())
+    rows = default_rows(call.target.numel(), row_bytes, call.input.device.type)
     return dict(
-        rows_per_chunk=checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, CHUNK_BYTES),
+        rows_per_chunk=checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, rows),
         drop_ignored=checks.drop_ignored(drop_ignored, call.input.device),
         acc_dtype=checks.acc_dtype(acc_dtype, weight),
     )

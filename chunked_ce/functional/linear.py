@@ -14,7 +14,7 @@ from ..backends import choose_backend
 from ..core.reduction import Reduction
 from ..core.row_stats import TokenStats
 from ..ops import transforms
-from ..ops.chunks import default_chunk_bytes, padded_row_bytes
+from ..ops.chunks import default_rows, padded_row_bytes
 from ..ops.library import Classes, Outputs
 from .targets import AnyTarget, ClassIndices, Target, describe_target, wanted_of
 
@@ -52,9 +52,9 @@ def linear_token_stats(
         target: class indices [...], any integer dtype.
         linear_bias: [V] or None.
         acc_dtype: in which the chunks' gradients of `linear_weight` are added, to be rounded once.
-        chunk_bytes: of logits held at a time; by default 256 MiB, on a CPU 128 MiB where that
-            does not hold all; or
-        token_chunk_size: as a number of tokens.
+        chunk_bytes: of logits held at a time; or
+        token_chunk_size: as a number of tokens. By default 4096 tokens, or all of them where their
+            logits take 1 GiB at most; on a CPU 128 MiB, or all where they take 256 MiB at most.
         drop_ignored: whether ignored tokens are left out of the products. Finding them makes a GPU
             wait, so by default that is done on the CPU alone.
         others: see :func:`chunked_ce.token_stats`.
@@ -229,7 +229,7 @@ def _shared(
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = padded_row_bytes(classes, weight.element_size())
     tokens = input.numel() // input.shape[-1]
-    default = default_chunk_bytes(tokens * row_bytes, input.device.type)
+    default = default_rows(tokens, row_bytes, input.device.type)
     return (
         checks.ignore_index(ignore_index),
         classes,

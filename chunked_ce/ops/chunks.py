@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,14 +14,20 @@ from ..core.reduction import is_scored
 Index = slice | Tensor
 
 PRODUCT_BYTES = 256 << 20
-"""Of a product for the weight's gradient that is added up: enough for its full speed."""
+"""Of a product for the weight's gradient where no product can add to its sum."""
 
+WIDE_BYTES = 16 << 20
+"""Of a copy in a wider dtype, for a product on a CPU: it stays in the cache."""
 
-CHUNK_BYTES = 256 << 20
-"""Of logits at a time: large enough for the products' full speed, and to add dW up seldom."""
+CHUNK_ROWS = 4096
+"""Tokens at a time on an accelerator. The traffic of the weight gradient's sum takes about
+355 / rows of the products' time on an H100, whatever the vocabulary."""
 
-_CPU_CHUNK_BYTES = 128 << 20
-"""On a CPU, where that is not enough for all: products need workspace of their own."""
+WHOLE_BYTES = 1 << 30
+"""Of logits that an accelerator takes in one chunk, whatever the number of tokens."""
+
+CHUNK_BYTES, _CPU_CHUNK_BYTES = 256 << 20, 128 << 20
+"""Of logits that a CPU takes in one chunk, and of a chunk of more: products need workspace."""
 
 
 def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
@@ -28,10 +35,12 @@ def padded_row_bytes(vocab_size: int, itemsize: int) -> int:
     return -(-vocab_size * itemsize // 128) * 128
 
 
-def default_chunk_bytes(logits_bytes: int, device_type: str) -> int:
-    """Of logits at a time, where all of them take `logits_bytes`."""
-    whole = logits_bytes <= CHUNK_BYTES
-    return CHUNK_BYTES if whole or device_type != "cpu" else _CPU_CHUNK_BYTES
+def default_rows(tokens: int, row_bytes: int, device_type: str) -> int:
+    """Return the most tokens in a chunk; never fewer than all that fit one chunk."""
+    whole = CHUNK_BYTES if device_type == "cpu" else WHOLE_BYTES
+    if tokens * row_bytes <= whole:
+        return max(1, whole // row_bytes)  # no function of `tokens`, which may be symbolic
+    return max(1, _CPU_CHUNK_BYTES // row_bytes) if device_type == "cpu" else CHUNK_ROWS
 
 
 def chunk_indices(target: Tensor, ignore_index: int, rows: int, drop_ignored: bool) -> list[Index]:
@@ -90,18 +99,14 @@ class Gradients:
         self.input = gradient_like(input, for_input)
         if for_input and not whole:
             self.input.zero_()
-        self.whole_weight, self.of_weight = weight, gradient_like(weight, False)
-        self.of_bias = gradient_like(bias, for_bias)
-        self.sum: Tensor | None = None
-        if for_weight and len(chunks) > 1 and weight.dtype.itemsize < acc_dtype.itemsize:
-            self.sum = weight.new_zeros(vocab_size, weight.shape[1], dtype=acc_dtype)
+        self.whole_weight, self.of_bias = weight, gradient_like(bias, for_bias)
+        self.sum: Tensor | None = None  # [V, D], made by the first chunk
+        added_up = len(chunks) > 1 and weight.dtype.itemsize < acc_dtype.itemsize
+        self.sum_dtype = acc_dtype if added_up else weight.dtype
         self.bias_sum = self.of_bias.new_zeros(
             vocab_size if for_bias else 0, dtype=compute_dtype(weight.dtype)
         )
-        self.wanted, self.seen = wanted, 0
-        self.products_in_full = self.sum is not None and products_in_full(weight, acc_dtype)
-        if not self.products_in_full:  # else nothing is written to it before the end
-            self.of_weight = gradient_like(weight, for_weight)
+        self.wanted = wanted
 
     def add(self, index: Index, x: Tensor, grad: Tensor) -> None:
         for_input, for_weight, for_bias = self.wanted
@@ -111,36 +116,55 @@ class Gradients:
             else:
                 self.input.index_copy_(0, index, grad @ self.weight)
         if for_weight:
-            out = self.of_weight[: self.vocab_size]
-            if self.sum is not None and self.products_in_full:
-                # A product in fp32 is twice the weight: so much of it at a time.
-                classes = max(1, PRODUCT_BYTES // (x.shape[1] * self.sum.element_size()))
-                for part in zip(grad.split(classes, dim=1), self.sum.split(classes), strict=True):
-                    of_classes, sum = part
-                    sum.add_(torch.mm(of_classes.t(), x, out_dtype=sum.dtype))
-            elif self.sum is not None:
-                self.sum.add_(torch.mm(grad.t(), x, out=out))
-            elif self.seen == 0:
-                torch.mm(grad.t(), x, out=out)
-            else:
-                out.addmm_(grad.t(), x)
+            first = self.sum is None
+            if self.sum is None:
+                shape = self.whole_weight.shape
+                rows = self.vocab_size if self.sum_dtype != self.weight.dtype else shape[0]
+                self.sum = grad.new_empty(rows, shape[1], dtype=self.sum_dtype)
+            add_product(self.sum[: self.vocab_size], grad, x, first=first)
         if for_bias:
             self.bias_sum += grad.sum(0, dtype=self.bias_sum.dtype)
-        self.seen += 1
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each rounded once to its dtype; columns that do not exist have gradient 0."""
         _, for_weight, for_bias = self.wanted
-        if for_weight:
-            if self.products_in_full:
-                self.of_weight = gradient_like(self.whole_weight, True)
+        of_weight = gradient_like(self.whole_weight, False)
+        if for_weight and self.sum is not None and self.sum.dtype == self.whole_weight.dtype:
+            of_weight = self.sum
+        elif for_weight:
+            of_weight = gradient_like(self.whole_weight, True)
             if self.sum is not None:
-                self.of_weight[: self.vocab_size].copy_(self.sum)
-            self.of_weight[self.vocab_size if self.seen else 0 :].zero_()
+                of_weight[: self.vocab_size].copy_(self.sum)
+        if for_weight:
+            of_weight[0 if self.sum is None else self.vocab_size :].zero_()
         if for_bias:
             self.of_bias[: self.vocab_size].copy_(self.bias_sum)
             self.of_bias[self.vocab_size :].zero_()
-        return self.input, self.of_weight, self.of_bias
+        return self.input, of_weight, self.of_bias
+
+
+def add_product(sum: Tensor, grad: Tensor, x: Tensor, *, first: bool) -> None:
+    """Write grad [R, V]^T x [R, D] to `sum` [V, D], or add it; rounded to the sum's dtype only."""
+    if sum.dtype == x.dtype:
+        torch.mm(grad.t(), x, out=sum) if first else sum.addmm_(grad.t(), x)
+    elif has_wide_products(x, sum.dtype) and first:
+        torch.mm(grad.t(), x, out_dtype=sum.dtype, out=sum)
+    elif has_wide_products(x, sum.dtype) and adds_in_products(x):
+        torch.addmm(sum, grad.t(), x, out_dtype=sum.dtype, out=sum)
+    elif x.device.type == "cpu":
+        x = x.to(sum.dtype)
+        classes = max(1, WIDE_BYTES // (x.shape[0] * x.element_size()))
+        for part, of_classes in zip(grad.split(classes, 1), sum.split(classes), strict=True):
+            wide = part.to(sum.dtype).t()
+            torch.mm(wide, x, out=of_classes) if first else of_classes.addmm_(wide, x)
+    else:
+        classes = max(1, PRODUCT_BYTES // (x.shape[1] * sum.element_size()))
+        for part, of_classes in zip(grad.split(classes, 1), sum.split(classes), strict=True):
+            if has_wide_products(x, sum.dtype):
+                product = torch.mm(part.t(), x, out_dtype=sum.dtype)
+            else:
+                product = torch.mm(part.t(), x)
+            of_classes.copy_(product) if first else of_classes.add_(product)
 
 
 def gradient_like(t: Tensor | None, wanted: bool) -> Tensor:
@@ -150,13 +174,31 @@ def gradient_like(t: Tensor | None, wanted: bool) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def products_in_full(weight: Tensor, acc_dtype: torch.dtype) -> bool:
-    """Whether a product of half-precision tensors can stay in fp32, as their sum then does."""
+def has_wide_products(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of half-precision tensors like `x` can stay in `dtype`."""
     return (
-        weight.device.type == "cuda"
-        and acc_dtype == torch.float32
-        and "dtype" in torch.ops.aten.mm.overloads()
+        x.device.type == "cuda"
+        and dtype == torch.float32
+        and "dtype_out" in torch.ops.aten.mm.overloads()
     )
+
+
+def adds_in_products(x: Tensor) -> bool:
+    """Whether such a product can be added to a sum in fp32 as it is made."""
+    return _adds_in_products(x.device, x.dtype)
+
+
+@functools.cache
+def _adds_in_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Try it: the first releases of torch with `out_dtype` want a sum of the operands' dtype."""
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    a, sum = (torch.zeros(16, 16, dtype=d, device=device) for d in (dtype, torch.float32))
+    try:
+        torch.addmm(sum, a, a, out_dtype=torch.float32, out=sum)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def walk(

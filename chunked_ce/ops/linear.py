@@ -87,6 +87,7 @@ def _linear_loss(
                 ignore_index, vocab_size, head, inplace=True,
             )  # fmt: skip
             gradients.add(index, x, grad)
+            del grad
         else:
             stats, *_ = backends.row_statistics(
                 backend, logits, target[index], ignore_index, vocab_size, head,
@@ -94,6 +95,7 @@ def _linear_loss(
             )  # fmt: skip
             loss = token_loss(stats, label_smoothing, z_loss_weight)
         total += (loss if of_tokens is None else weighted(loss, of_tokens)).sum()
+        del x, logits  # the last chunk ends before the gradients are rounded
     value = total if divisor is None else total / divisor
     return value, *gradients.finish()
 
@@ -151,6 +153,7 @@ def _linear_stats_grad(
             logits, target[index], classes.of_rows(index), *of_chunk, *shared[:5], inplace=True
         )
         gradients.add(index, x, grad)
+        del x, logits, grad
     return gradients.finish()
 
 
