@@ -141,6 +141,21 @@ def acc_dtype(value: object, weight: Tensor) -> torch.dtype:
     return value if value.itemsize > weight.dtype.itemsize else weight.dtype
 
 
+def logits_dtype(value: object, weight: Tensor) -> torch.dtype:
+    """The dtype of a chunk's logits: the operands', or float32 where these are narrower."""
+    if value is None:
+        return weight.dtype
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype must be a floating dtype or None, got {brief(value)}")
+    if value not in (weight.dtype, torch.float32) or value.itemsize < weight.dtype.itemsize:
+        narrower = value.itemsize < weight.dtype.itemsize
+        raise ValueError(
+            f"logits_dtype is {value}, {'narrower than' if narrower else 'but'} the operands' "
+            f"{weight.dtype}: give torch.float32 for half-precision operands, or None for theirs"
+        )
+    return value
+
+
 def rows_per_chunk(
     chunk_bytes: object, token_chunk_size: object, row_bytes: int, default: int
 ) -> int:

@@ -35,6 +35,7 @@ def linear_token_stats(
     argmax: bool = False,
     weight: Tensor | None = None,
     acc_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
@@ -52,6 +53,8 @@ def linear_token_stats(
         target: class indices [...], any integer dtype.
         linear_bias: [V] or None.
         acc_dtype: in which the chunks' gradients of `linear_weight` are added, to be rounded once.
+        logits_dtype: torch.float32 keeps the logits of half-precision operands in float32, and on a
+            CPU their gradient too; None: as the operands.
         chunk_bytes: of logits held at a time; or
         token_chunk_size: as a number of tokens. By default 4096 tokens, or all of them where their
             logits take 1 GiB at most; on a CPU 128 MiB, or all where they take 256 MiB at most.
@@ -74,7 +77,7 @@ def linear_token_stats(
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
+        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
     wanted = (entropy, mean_logprob, rank, argmax)
@@ -101,6 +104,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     spread_rest: bool = False,
     acc_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
@@ -147,7 +151,7 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = _shared(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
+        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     ignore_index, classes, *_ = shared
     weight = weight if weight is None else checks.head_class_weight(weight, linear_weight, classes)
@@ -165,7 +169,7 @@ def linear_cross_entropy(
     return losses.view(spec.index.shape) if reduction == "none" else losses.sum()
 
 
-Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
+Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype, torch.dtype]
 
 
 def _loss_of_head(
@@ -224,10 +228,12 @@ def _shared(
     token_chunk_size: int | None,
     drop_ignored: bool | None,
     acc_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
 ) -> Shared:
     """The arguments that both operators share, checked."""
+    logits_dtype = checks.logits_dtype(logits_dtype, weight)
     classes = checks.linear_vocab_size(vocab_size, weight)
-    row_bytes = padded_row_bytes(classes, weight.element_size())
+    row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
     tokens = input.numel() // input.shape[-1]
     default = default_rows(tokens, row_bytes, input.device.type)
     return (
@@ -239,6 +245,7 @@ def _shared(
         checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
         checks.drop_ignored(drop_ignored, input.device),
         checks.acc_dtype(acc_dtype, weight),
+        logits_dtype,
     )
 
 

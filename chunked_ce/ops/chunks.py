@@ -64,20 +64,36 @@ class Logits:
     An odd vocabulary would slow down the product, and the kernels' accesses.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.weight, self.bias = weight, bias
-        per_line = 128 // weight.element_size()
-        padded = -(-weight.shape[0] // per_line) * per_line
-        self.buffer = weight.new_empty(rows, padded)
+        dtype = weight.dtype if dtype is None else dtype
+        padded = padded_row_bytes(weight.shape[0], dtype.itemsize) // dtype.itemsize
+        self.buffer = weight.new_empty(rows, padded, dtype=dtype)
         # No result depends on the padding, unless it is NaN: some bf16 products on a CPU read it.
         self.buffer[:, weight.shape[0] :].zero_()
 
     def of(self, x: Tensor) -> Tensor:
         """[R, V] of hidden states [R, D]."""
         out = self.buffer[: x.shape[0], : self.weight.shape[0]]
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+        if out.dtype == x.dtype:
+            if self.bias is None:
+                return torch.mm(x, self.weight.t(), out=out)
+            return torch.addmm(self.bias, x, self.weight.t(), out=out)
+        if has_wide_products(x, out.dtype):
+            torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            x = x.to(out.dtype)
+            for w, part in _class_slices(self.weight, out):
+                torch.mm(x, w.to(out.dtype).t(), out=part)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def _class_slices(weight: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows of the weight, columns of the logits), so few that a wider copy of either is small."""
+    classes = max(1, WIDE_BYTES // (max(weight.shape[1], logits.shape[0]) * 4))
+    return zip(weight.split(classes), logits.split(classes, 1), strict=True)
 
 
 class Gradients:
@@ -110,11 +126,17 @@ class Gradients:
 
     def add(self, index: Index, x: Tensor, grad: Tensor) -> None:
         for_input, for_weight, for_bias = self.wanted
+        if for_bias:
+            self.bias_sum += grad.sum(0, dtype=self.bias_sum.dtype)
+        if grad.dtype != x.dtype and has_wide_products(x, grad.dtype):
+            grad = grad.to(x.dtype)  # as products want it, which then sum in fp32
         if for_input:
-            if isinstance(index, slice):
+            if isinstance(index, slice) and grad.dtype == x.dtype:
                 torch.mm(grad, self.weight, out=self.input[index])
+            elif isinstance(index, slice):
+                self.input[index].copy_(input_gradient(grad, self.weight))
             else:
-                self.input.index_copy_(0, index, grad @ self.weight)
+                self.input.index_copy_(0, index, input_gradient(grad, self.weight))
         if for_weight:
             first = self.sum is None
             if self.sum is None:
@@ -122,8 +144,6 @@ class Gradients:
                 rows = self.vocab_size if self.sum_dtype != self.weight.dtype else shape[0]
                 self.sum = grad.new_empty(rows, shape[1], dtype=self.sum_dtype)
             add_product(self.sum[: self.vocab_size], grad, x, first=first)
-        if for_bias:
-            self.bias_sum += grad.sum(0, dtype=self.bias_sum.dtype)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each rounded once to its dtype; columns that do not exist have gradient 0."""
@@ -143,24 +163,37 @@ class Gradients:
         return self.input, of_weight, self.of_bias
 
 
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return grad [R, V] times weight [V, D], in the weight's dtype."""
+    if grad.dtype == weight.dtype:
+        return grad @ weight
+    sum = grad.new_zeros(grad.shape[0], weight.shape[1])
+    for w, part in _class_slices(weight, grad):
+        sum.addmm_(part, w.to(sum.dtype))
+    return sum.to(weight.dtype)
+
+
 def add_product(sum: Tensor, grad: Tensor, x: Tensor, *, first: bool) -> None:
     """Write grad [R, V]^T x [R, D] to `sum` [V, D], or add it; rounded to the sum's dtype only."""
-    if sum.dtype == x.dtype:
+    in_full = grad.dtype == x.dtype and has_wide_products(x, sum.dtype)
+    if sum.dtype == x.dtype == grad.dtype:
         torch.mm(grad.t(), x, out=sum) if first else sum.addmm_(grad.t(), x)
-    elif has_wide_products(x, sum.dtype) and first:
+    elif in_full and first:
         torch.mm(grad.t(), x, out_dtype=sum.dtype, out=sum)
-    elif has_wide_products(x, sum.dtype) and adds_in_products(x):
+    elif in_full and adds_in_products(x):
         torch.addmm(sum, grad.t(), x, out_dtype=sum.dtype, out=sum)
-    elif x.device.type == "cpu":
-        x = x.to(sum.dtype)
-        classes = max(1, WIDE_BYTES // (x.shape[0] * x.element_size()))
-        for part, of_classes in zip(grad.split(classes, 1), sum.split(classes), strict=True):
-            wide = part.to(sum.dtype).t()
-            torch.mm(wide, x, out=of_classes) if first else of_classes.addmm_(wide, x)
+    elif grad.dtype != x.dtype or (x.device.type == "cpu" and not in_full):
+        x = x.to(torch.promote_types(sum.dtype, grad.dtype))
+        for of_classes, part in _class_slices(sum, grad):
+            part = part.to(x.dtype).t()
+            if of_classes.dtype != x.dtype:
+                of_classes.copy_(part @ x) if first else of_classes.add_(part @ x)
+            else:
+                torch.mm(part, x, out=of_classes) if first else of_classes.addmm_(part, x)
     else:
         classes = max(1, PRODUCT_BYTES // (x.shape[1] * sum.element_size()))
         for part, of_classes in zip(grad.split(classes, 1), sum.split(classes), strict=True):
-            if has_wide_products(x, sum.dtype):
+            if in_full:
                 product = torch.mm(part.t(), x, out_dtype=sum.dtype)
             else:
                 product = torch.mm(part.t(), x)
@@ -208,13 +241,14 @@ def walk(
     vocab_size: int,
     chunks: list[Index],
     ignored: Tensor | None,  # [N]; None: no chunk holds any
+    dtype: torch.dtype | None = None,  # of the logits; None: the weight's
 ) -> Iterator[tuple[Index, Tensor, Tensor]]:
     """(index, hidden states, logits) of each chunk."""
     if not chunks:
         return
     rows = input[chunks[0]].shape[0]
     bias = None if bias is None else bias[:vocab_size]
-    logits = Logits(weight[:vocab_size], bias, rows)
+    logits = Logits(weight[:vocab_size], bias, rows, dtype)
     for index in chunks:
         x = input[index]
         if ignored is not None:  # 0 times a NaN of theirs would be one in the weight's gradient
