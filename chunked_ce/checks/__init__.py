@@ -5,6 +5,7 @@ The only place that words an error; a file for each kind of argument.
 
 from .backend import *
 from .backward import *
+from .heads import *
 from .labels import *
 from .linear import *
 from .loss import *

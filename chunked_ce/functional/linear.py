@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,16 @@ from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.chunks import default_rows, padded_row_bytes
 from ..ops.library import Classes, Outputs
-from .targets import AnyTarget, ClassIndices, Target, describe_target, wanted_of
+from .several_heads import loss_of_heads
+from .targets import AnyTarget, Target, describe_target, wanted_of
+
+Result = TypeVar("Result")
+Head = Tensor | Callable[[Tensor], Tensor]
 
 
 def linear_token_stats(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Head,
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
@@ -69,13 +73,15 @@ def linear_token_stats(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
             computed.
     """
+    if callable(linear_weight):
+        return _with_head(linear_token_stats, locals())
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_token_stats, locals(), rows=("input", "target"))
     checks.target_indices(target)
     checks.linear_input(input, linear_weight, linear_bias, target, dims=False)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
-    shared = _shared(
+    shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
@@ -88,7 +94,7 @@ def linear_token_stats(
 
 def linear_cross_entropy(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Head,
     target: AnyTarget,
     *,
     linear_bias: Tensor | None = None,
@@ -125,7 +131,8 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
-        linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
+        linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...]; or
+            a head: a module or function of hidden states [N, D] that returns logits [N, V].
         target: class indices [...], class probabilities [..., V], or the pair (indices [..., K],
             probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
         linear_bias: [V] (or [V, d1, ...]) or None.
@@ -140,6 +147,8 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
             computed.
     """
+    if callable(linear_weight):
+        return _with_head(linear_cross_entropy, locals())
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
@@ -149,7 +158,7 @@ def linear_cross_entropy(
         z_loss_weight, spread_rest, token_weight, num_items,
     )  # fmt: skip
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
-    shared = _shared(
+    shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
@@ -159,14 +168,18 @@ def linear_cross_entropy(
         input, target, -1, weight, label_smoothing, z_loss_weight, ignore_index, classes,
         spread_rest, reduction, token_weight, num_items,
     )  # fmt: skip
-    shared = (spec.ignore_index, *shared[1:])
     fused = reduction != "none" and spec.is_plain and how.known_before_backward(input.dtype)
     loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight, fused=fused)
     if linear_weight.dim() == 2:
         return loss_of(linear_weight, linear_bias, how, spec)
-    heads = _heads(linear_weight, linear_bias, how, spec)
-    losses = torch.stack([loss_of(*head) for head in heads], -1)
-    return losses.view(spec.index.shape) if reduction == "none" else losses.sum()
+    return loss_of_heads(loss_of, linear_weight, linear_bias, how, spec)
+
+
+def _with_head(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
+    from .heads import call_with_head
+
+    result: Result = call_with_head(function, arguments)
+    return result
 
 
 Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype, torch.dtype]
@@ -185,6 +198,7 @@ def _loss_of_head(
     fused: bool,
 ) -> Tensor:
     """The loss of one [V, D] head: a sum, or that of each token."""
+    shared = (spec.ignore_index, *shared[1:])
     if not fused:
         outputs = _outputs(input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec))
         return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
@@ -198,25 +212,7 @@ def _loss_of_head(
     return loss
 
 
-def _heads(
-    weight: Tensor, bias: Tensor | None, how: Reduction, spec: Target
-) -> list[tuple[Tensor, Tensor | None, Reduction, Target]]:
-    """Of a weight [V, d1, ..., D] each head [V, D], with what belongs to it."""
-    heads = weight.flatten(1, -2).unbind(1)
-
-    def of_each(t: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
-
-    assert isinstance(spec, ClassIndices)
-    return [
-        (head, of_head, how._replace(weight=of_tokens), replace(spec, index=labels))
-        for head, of_head, labels, of_tokens in zip(
-            heads, of_each(bias), spec.index.flatten(1).unbind(1), of_each(how.weight), strict=True
-        )
-    ]
-
-
-def _shared(
+def shared_arguments(
     input: Tensor,
     weight: Tensor,
     ignore_index: int,
@@ -258,19 +254,27 @@ def _outputs(
     shared: Shared,
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> Outputs:
-    """An operator's outputs in target's shape."""
+    outputs = torch.ops.chunked_ce.linear_stats(
+        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows_of(classes),
+        *shared, *wanted,
+    )  # fmt: skip
+    return in_target_shape(outputs, target)
+
+
+def rows_of(classes: Classes) -> Classes:
+    """Those of [...] tokens for tokens [N]."""
     of_class, prob, scale, shift, at = classes
-    rows = Classes(  # torch.compile of torch 2.6 cannot trace _replace
+    return Classes(  # torch.compile of torch 2.6 cannot trace _replace
         of_class,
         None if prob is None else prob.reshape(-1, prob.shape[-1]),
         scale,
         shift,
         None if at is None else at.reshape(-1, at.shape[-1]),
     )
-    outputs = torch.ops.chunked_ce.linear_stats(
-        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows, *shared,
-        *wanted,
-    )  # fmt: skip
+
+
+def in_target_shape(outputs: tuple[Tensor, ...], target: Tensor) -> Outputs:
+    """An operator's outputs [N] in target's shape."""
     n = target.numel()
     return Outputs(*(o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs))
 

@@ -18,10 +18,9 @@ from .. import backends, checks
 from ..core.head import Head, compute_dtype
 from ..core.reduction import is_scored, token_loss, weighted
 from .chunks import Gradients, chunk_indices, gradient_like, walk
-from .classes import check_classes, logits_at_classes
+from .classes import check_classes
 from .library import (
     CLASSES_SCHEMA,
-    FLAGS,
     FLAGS_SCHEMA,
     INTEGERS,
     OUTPUTS_SCHEMA,
@@ -32,7 +31,8 @@ from .library import (
     new_outputs,
     no_double_backward,
 )
-from .logits import class_weights, outputs_of, rows_gradient, upstream_of
+from .logits import rows_gradient, upstream_of
+from .statistics import fill_outputs
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype, ScalarType logits_dtype"
@@ -113,26 +113,15 @@ def _linear_stats(
     backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
     if classes.at is not None:
         check_classes(classes.at, vocab_size)
-    wanted = dict(zip(FLAGS, flags, strict=True))
     outputs = new_outputs(input, target, classes, *flags)
-    for out in outputs:
-        out.fill_(0 if out.is_floating_point() else -1)  # those ignored
     chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
-    for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored, dtype):
-        of_chunk, labels = classes.of_rows(index), target[index]
-        found = backends.row_statistics(
-            backend, logits, labels, ignore_index, vocab_size, head,
-            class_weights(of_chunk, vocab_size), **wanted,
-        )  # fmt: skip
-        at = None
-        if of_chunk.at is not None:
-            at = logits_at_classes(logits, labels, of_chunk.at, ignore_index, vocab_size, head)
-        for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
-            if value is not None:
-                out[index] = value
+    walked = walk(input, weight, bias, vocab_size, chunks, ignored, dtype)
+    fill_outputs(
+        outputs, ((index, logits) for index, _, logits in walked), target, classes, flags,
+        (ignore_index, vocab_size, Head(softcap, logit_scale), backend),
+    )  # fmt: skip
     return outputs
 
 
