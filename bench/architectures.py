@@ -149,7 +149,7 @@ def _child(model_type: str, results: Any) -> None:
     results.send(compare(model_type))
 
 
-def apart(model_type: str) -> Result:
+def measure_difference(model_type: str) -> Result:
     """Run `compare` in a process of its own."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     table, counts = Table(args.csv, Result._fields), Counter[str]()
     for model_type in args.only:
-        result = apart(model_type)
+        result = measure_difference(model_type)
         counts[result.status] += 1
         table.add(**result._asdict())
         print(*("" if v == "" else f"{v:.1e}" if isinstance(v, float) else v for v in result))

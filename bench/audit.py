@@ -88,16 +88,18 @@ Call = Callable[[], Any]
 
 
 def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[Call, float]]:
-    """name -> (a call of the backend, bytes of memory it moves per logit)."""
+    """Return by name: (a call of the backend, bytes of memory that it moves per logit)."""
     x = torch.empty(rows, vocab, dtype=dtype, device="meta")
     target = torch.empty(rows, dtype=torch.int64, device="meta")
     numbers = torch.empty(rows, device="meta")
     divisor = torch.empty((), device="meta")
     plain = Head(None, 1.0)
-    nothing = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), False)
+    no_statistics = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), False)
 
     def statistics() -> Any:
-        return backend_triton.row_statistics(x, target, -100, vocab, plain, UNIFORM, **nothing)
+        return backend_triton.row_statistics(
+            x, target, -100, vocab, plain, UNIFORM, **no_statistics
+        )
 
     def gradient() -> Any:
         only_c = Coefficients(None, None, numbers, None)
@@ -121,7 +123,7 @@ def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[C
 
 
 def recorded(call: Call, on: Gpu) -> list[Launch]:
-    """The launches of `call` on that GPU."""
+    """Return the launches of `call` on a GPU."""
     with (
         mock.patch.object(gpu, "architecture", lambda device: on.target),
         mock.patch.object(gpu, "processors", lambda device: on.processors),
@@ -139,7 +141,7 @@ def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
                 continue  # a few numbers a row
             if name == "one pass, clusters" and not (
                 target in CLUSTERED
-                and clusters.triton_has_them()
+                and clusters.triton_supports_clusters()
                 and launch.arguments.get("num_ctas", 1) > 1
             ):
                 continue  # no other than "one pass", or not to be had
@@ -183,7 +185,7 @@ def findings(
 
 
 def bound(on: Gpu, instructions: float, moved: float, logits: float) -> tuple[float, str]:
-    """(the least seconds that GPU needs, what says so)."""
+    """Return (lower bound in seconds on a GPU, which resource sets it: memory or issue)."""
     memory = logits * moved / (on.terabytes * 1e12)
     issue = logits * instructions / (on.processors * ISSUE * on.gigahertz * 1e9)
     return max((memory, "memory"), (issue, "issue"))
@@ -201,7 +203,7 @@ def bounds(found: Sequence[Finding], rows: int = ROWS) -> Iterator[tuple[str, ..
 
 
 def instructions_of(parts: Sequence[Finding]) -> float:
-    """Of a whole kernel per logit: the loop that sums, and the shorter of those that write."""
+    """Return a kernel's instructions per logit: its summing loop plus its shortest writing loop."""
     best: dict[str, float] = {}
     for f in parts:
         if f.part != "zeros" and f.instructions is not None:
@@ -210,7 +212,7 @@ def instructions_of(parts: Sequence[Finding]) -> float:
 
 
 def liger(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
-    """Liger-Kernel's cross-entropy, whose two loops are in one kernel."""
+    """Yield the findings about Liger-Kernel's cross-entropy, one kernel with two loops."""
     from liger_kernel.ops import cross_entropy as ops
 
     x = torch.empty(ROWS, vocab, dtype=getattr(torch, dtype), device="meta")
@@ -235,7 +237,7 @@ def liger(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
 
 
 def growth(target: str = "sm_90") -> Iterator[tuple[str, ...]]:
-    """What the launches do as N and V grow: programs, bytes moved, buffers."""
+    """Yield rows with programs, bytes moved and buffers of the launches, for growing N and V."""
     on = next(g for g in GPUS if g.target == target)
     for vocab in (32, 1000, 50257, 128256, 1200000):
         for rows in (1, 8, 64, 512, 4096, 65536, 1048576):
@@ -273,17 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for target in args.target:
         for dtype in args.dtype:
             for vocab in args.vocab:
-                here = list(audit(target, dtype, vocab))
+                target_findings = list(audit(target, dtype, vocab))
                 if args.against:
-                    here += liger(target, dtype, vocab)
-                found += here
+                    target_findings += liger(target, dtype, vocab)
+                found += target_findings
                 print(f"\n## {target}, {dtype}, V = {vocab}\n")
                 _table(
                     ("provider", "kernel", "part", "regs", "spills", "shared", "CTAs", "in flight",
                      "instr", "ex2", "bytes", "accesses"),
-                    [_row(f) for f in here],
+                    [_row(f) for f in target_findings],
                 )  # fmt: skip
-                ours = [f for f in here if f.provider == "chunked_ce"]
+                ours = [f for f in target_findings if f.provider == "chunked_ce"]
                 if lines := list(bounds(ours)):
                     print(f"\nLower bounds for N = {ROWS}, not measurements:\n")
                     _table(("GPU", "kernel", "ms", "bound by"), lines)

@@ -1,4 +1,4 @@
-"""A case, its batch, and the check of an answer: a fast wrong answer is not timed.
+"""A case, its batch, and the check of a result: a fast wrong result is not timed.
 
 A loss from logits takes (logits [N, V], target [N]). A linear loss, which includes the last layer,
 takes (input [N, D], weight [V, D], target [N]). Both return the mean.
@@ -28,7 +28,7 @@ ROUNDED_LOSS_LIMIT, ROUNDED_GRADIENT_FACTOR = 2.0**-5, 4
 
 Loss = Callable[..., Tensor]
 Batch = tuple[Tensor, ...]  # leaves, then the target
-Answer = tuple[Tensor, ...]  # loss, then the gradients of the leaves
+Results = tuple[Tensor, ...]  # loss, then the gradients of the leaves
 
 
 class Case(NamedTuple):
@@ -103,7 +103,7 @@ def own(x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return Own.apply(like, x, sink), sink
 
 
-def answer(loss: Loss, batch: Batch, mode: str = BOTH, overwrites: bool = False) -> Answer:
+def run_loss(loss: Loss, batch: Batch, mode: str = BOTH, overwrites: bool = False) -> Results:
     """Return the loss and, unless of forward alone, the gradients of the leaves."""
     if mode == FORWARD:
         with torch.no_grad():
@@ -119,8 +119,8 @@ def answer(loss: Loss, batch: Batch, mode: str = BOTH, overwrites: bool = False)
     return value.detach(), *torch.autograd.grad(value, wanted)
 
 
-def reference(batch: Batch) -> Answer:
-    """Return eager's answer, the product in the batch's dtype and the rest in float32.
+def reference(batch: Batch) -> Results:
+    """Return eager's results, the product in the batch's dtype and the rest in float32.
 
     It is computed a block of rows at a time, so that it fits where the gradients do.
     """
@@ -144,7 +144,7 @@ def reference(batch: Batch) -> Answer:
     return (total, rows_grad) if weight_grad is None else (total, rows_grad, weight_grad)
 
 
-def check(name: str, got: Answer, expected: Answer, exact: bool) -> tuple[float, float]:
+def check(name: str, got: Results, expected: Results, exact: bool) -> tuple[float, float]:
     """Return the errors of the loss and of the worst gradient. Raise ValueError beyond the limits.
 
     `exact`: loss and gradients are rounded once. Half-precision answers of others may be rounded

@@ -71,10 +71,10 @@ def variants(target: str, dtypes: Sequence[str]) -> list[Variant]:
 
 
 def instructions(target: str, fusion: bool) -> dict[str, float]:
-    """The most per bfloat16 logit that each main kernel takes over VOCABULARIES."""
+    """Return each main kernel's largest number of instructions per bfloat16 logit."""
     most: dict[str, float] = {}
     if target.startswith("gfx"):
-        return most  # whose machine code is not read
+        return most  # its machine code is not read
     with mock.patch.dict(launch.COMPILER, enable_fp_fusion=fusion):
         for vocab in VOCABULARIES:
             found = list(audit.audit(target, "bfloat16", vocab))
@@ -97,7 +97,7 @@ def row(target: str, built: Sequence[Variant], counts: Sequence[dict[str, float]
 
 
 def faults(built: Sequence[Variant], counts: Sequence[dict[str, float]]) -> list[str]:
-    """What a user's GPU would stumble over, a line each."""
+    """Return one line for each error, spill or missed bound."""
     lines = [f"{v.target}, {v.kernel}, {v.label}: {v.error}" for v in built if v.error]
     lines += [
         f"{v.target}, {v.kernel}, {v.label}: {v.spills} bytes spilled" for v in built if v.spills

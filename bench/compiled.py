@@ -68,7 +68,7 @@ class Built:
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
-    """What `call` would launch. Tensors it makes are never written to."""
+    """Return the launches that `call` would make. Nothing is launched or written."""
     recorded: list[Launch] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -167,7 +167,7 @@ def _read_hip(launch: Launch, target: str, compiled: Any) -> Built:
 
 
 def _nvidia(tool: str, *arguments: str) -> str:
-    """Triton's package carries NVIDIA's disassemblers."""
+    """Run one of NVIDIA's disassemblers from Triton's package, and return its output."""
     from triton.backends import nvidia
 
     path = Path(nvidia.__file__).parent / "bin" / tool

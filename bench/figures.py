@@ -91,44 +91,50 @@ def draw_all(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     names: Counter[str] = Counter()
     for device, dtype, n in _distinct(rows, "device", "dtype", "N"):
-        here = [r for r in rows if (r["device"], r["dtype"], r["N"]) == (device, dtype, n)]
+        selected = [r for r in rows if (r["device"], r["dtype"], r["N"]) == (device, dtype, n)]
         end = "_predicted" if device.startswith("predicted") else ""
-        heads = [r for r in here if r["D"] and r["mode"] == BOTH]
+        heads = [r for r in selected if r["D"] and r["mode"] == BOTH]
         sizes = [d for (d,) in _distinct(heads, "D")]
         for d in sizes:
-            of_head = [r for r in heads if r["D"] == d]
+            head_rows = [r for r in heads if r["D"] == d]
             name = f"vocabulary_{dtype}_N{n}{f'_D{d}' if len(sizes) > 1 else ''}{end}"
             title = f"head and loss, {BOTH}: N = {n}, D = {d}, {dtype}\n{device}"
-            yield _draw(of_head, _of_training(of_head), "V", title, folder / _new(name, names))
-        of_logits = [r for r in here if not r["D"] and r["metric"] == "seconds"]
-        if of_logits:
+            yield _draw(
+                head_rows,
+                _training_panels(head_rows),
+                "V",
+                title,
+                folder / _unused_name(name, names),
+            )
+        logits_rows = [r for r in selected if not r["D"] and r["metric"] == "seconds"]
+        if logits_rows:
             title = f"the loss alone, from logits: N = {n}, {dtype}\n{device}"
-            path = folder / _new(f"logits_{dtype}_N{n}{end}", names)
+            path = folder / _unused_name(f"logits_{dtype}_N{n}{end}", names)
             panels = [(m, "seconds", 1e-3, f"time of {m}, ms") for m in (FORWARD, BOTH)]
-            yield _draw(of_logits, panels, "V", title, path)
+            yield _draw(logits_rows, panels, "V", title, path)
     for device, d, v in _distinct([r for r in rows if r["D"]], "device", "D", "V"):
-        of_size = [r for r in rows if (r["device"], r["D"], r["V"]) == (device, d, v)]
-        if len(_distinct(of_size, "N")) > 2:
+        size_rows = [r for r in rows if (r["device"], r["D"], r["V"]) == (device, d, v)]
+        if len(_distinct(size_rows, "N")) > 2:
             title = f"head and loss, {BOTH}: D = {d}, V = {v}\n{device}"
-            path = folder / _new(f"tokens_D{d}_V{v}", names)
-            yield _draw(of_size, _of_training(of_size), "N", title, path)
+            path = folder / _unused_name(f"tokens_D{d}_V{v}", names)
+            yield _draw(size_rows, _training_panels(size_rows), "N", title, path)
 
 
-def _new(name: str, names: Counter[str]) -> str:
+def _unused_name(name: str, names: Counter[str]) -> str:
     """Return the file's name: of another device the same one would be taken."""
     names[name] += 1
     return f"{name}.png" if names[name] == 1 else f"{name}_{names[name]}.png"
 
 
-def _of_training(rows: Sequence[Row]) -> list[Panel]:
+def _training_panels(rows: Sequence[Row]) -> list[Panel]:
     """Return the panels of time, where it was measured, and of peak memory."""
     metrics = {r["metric"] for r in rows}
     panels = [(BOTH, "seconds", 1e-3, "time, ms")] if "seconds" in metrics else []
     peak = PEAK if PEAK in metrics else PREDICTED
-    how = "measured" if peak == PEAK else "predicted, exact tensor bytes"
+    source = "measured" if peak == PEAK else "predicted, exact tensor bytes"
     most = max((float(r["value"]) for r in rows if r["metric"] == peak), default=0.0)
     unit, name = (2.0**30, "GiB") if most >= 2**30 else (2.0**20, "MiB")
-    return [*panels, (BOTH, peak, unit, f"peak extra memory, {name}\n({how})")]
+    return [*panels, (BOTH, peak, unit, f"peak extra memory, {name}\n({source})")]
 
 
 def _draw(rows: Sequence[Row], panels: Sequence[Panel], x: str, title: str, path: Path) -> Path:
@@ -164,7 +170,7 @@ def _lines(rows: Sequence[Row], metric: str, x: str, unit: float) -> Iterator[Li
 
 
 def _point(rows: Sequence[Row], x: str, unit: float) -> Point:
-    """Measured more than once, it is the median, within the widest of the spreads."""
+    """Return the point of some rows: the median of their values, with the widest spread."""
     return (
         float(rows[0][x]),
         median(float(r["value"]) for r in rows) / unit,

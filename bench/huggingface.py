@@ -129,8 +129,8 @@ def differences(name: str) -> list[Difference]:
         undo = use(model)
         loss, ours, made = step(model)
         undo.disable()
-        apart = largest_difference(ours, gradients)
-        found.append(Difference(name, way, float(abs(loss / expected - 1)), apart, made))
+        difference = largest_difference(ours, gradients)
+        found.append(Difference(name, way, float(abs(loss / expected - 1)), difference, made))
     return found
 
 

@@ -30,7 +30,7 @@ ONE_PASS = {"on chip": (12000, False), "streamed": (50257, False), "cluster": (1
 
 
 def every_call(target: str, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Call]:
-    """All of them, for kernels built for `target`."""
+    """Yield the calls of all variants of the kernels for `target`."""
     dtypes = tuple(dtypes)
     yield from head_calls(dtypes)
     yield from weighted_calls(dtypes)
@@ -39,7 +39,7 @@ def every_call(target: str, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[
 
 
 def head_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
-    """Statistics and gradient, with the head's transforms and further statistics."""
+    """Yield calls for statistics and gradient with head transforms and further statistics."""
     for dtype, view, head, everything in itertools.product(
         dtypes, VIEWS, (PLAIN, CAPPED), (False, True)
     ):
@@ -54,14 +54,14 @@ def head_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         vector = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         only_c = Coefficients(None, None, vector, None)
         numbers = Coefficients(*[vector] * 4) if everything else only_c
-        given: Any = (x, target, vector, vector, vector, numbers, -100, vocab, head)
+        arguments: Any = (x, target, vector, vector, vector, numbers, -100, vocab, head)
         statistics = partial(backend_triton.row_statistics, x, target, -100, vocab, head, **wanted)
         yield f"stats {label}", statistics
-        yield f"grad {label}", partial(backend_triton.logits_gradient, *given, inplace=False)
+        yield f"grad {label}", partial(backend_triton.logits_gradient, *arguments, inplace=False)
 
 
 def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
-    """Class weights and probabilities, the latter of the logits' dtype and of another."""
+    """Yield calls with class weights, and with probabilities of two dtypes."""
     for dtype, view in itertools.product(dtypes, VIEWS):
         if dtype == torch.float16 or (view == "strided" and dtype != torch.bfloat16):
             continue  # as bfloat16 but for the conversion
@@ -73,15 +73,18 @@ def weighted_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         for prob in (x, torch.empty(rows, vocab)):
             weights = ClassWeights(torch.empty(vocab), prob, 0.9, 0.1)
             label = f"weighted {dtype} {view} {prob.dtype}"
-            given: Any = (x, target, -100, vocab, PLAIN, weights)
-            yield f"stats {label}", partial(backend_triton.row_statistics, *given, **wanted)
+            arguments: Any = (x, target, -100, vocab, PLAIN, weights)
+            yield f"stats {label}", partial(backend_triton.row_statistics, *arguments, **wanted)
             numbers = Coefficients(vector, None, vector, vector)
-            given = (x, target, vector, vector, vector, numbers, -100, vocab, PLAIN, weights)
-            yield f"grad {label}", partial(backend_triton.logits_gradient, *given, inplace=False)
+            arguments = (x, target, vector, vector, vector, numbers, -100, vocab, PLAIN, weights)
+            yield (
+                f"grad {label}",
+                partial(backend_triton.logits_gradient, *arguments, inplace=False),
+            )
 
 
 def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
-    """Sums and gradients, of dense labels and of labels by index."""
+    """Yield calls for binary sums and gradients, with dense labels and label indices."""
     for dtype, view, everything in itertools.product(dtypes, VIEWS, (False, True)):
         if dtype == torch.float16 and (view == "strided" or everything):
             continue
@@ -90,14 +93,14 @@ def binary_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         per_class = torch.empty(x.shape[-1]).expand(x.shape) if everything else None
         left_out = None if everything else torch.empty(x.shape[0], 5, dtype=torch.int32)
         label = f"binary {dtype} {view} {'everything' if everything else 'by index'}"
-        total = partial(binary_triton.total, x, labels, per_class, per_class, left_out)
+        total = partial(binary_triton.loss_sum, x, labels, per_class, per_class, left_out)
         yield f"sum {label}", total
         yield f"grad {label}", partial(binary_triton.gradient, x, labels, per_class, per_class, x)
 
 
 def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Call]:
-    """Loss and gradient at once, in each of the forms that hold a row."""
-    has_clusters = target in ("sm_90", "sm_100") and clusters.triton_has_them()
+    """Yield calls for loss and gradient in one pass, in each form of the kernel."""
+    has_clusters = target in ("sm_90", "sm_100") and clusters.triton_supports_clusters()
     for dtype, form, everything in itertools.product(dtypes, ONE_PASS, (False, True)):
         vocab, on_clusters = ONE_PASS[form]
         if on_clusters and (dtype == torch.float64 or not has_clusters):
@@ -105,12 +108,12 @@ def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Cal
         if dtype == torch.float16 and everything:
             continue
         x, numbers = torch.empty(8, vocab, dtype=dtype), torch.empty(8)
-        options: Any = (None, None, 0.0, 0.0)
+        loss_options: Any = (None, None, 0.0, 0.0)
         head = PLAIN
         if everything:
-            options, head = (numbers, torch.empty(()), 0.1, 1e-4), CAPPED
+            loss_options, head = (numbers, torch.empty(()), 0.1, 1e-4), CAPPED
             vocab -= 7
-        given: Any = (x, numbers.long(), *options, -100, vocab, head)
-        how: Any = dict(inplace=False, on_clusters=on_clusters)
+        arguments: Any = (x, numbers.long(), *loss_options, -100, vocab, head)
+        options: Any = dict(inplace=False, on_clusters=on_clusters)
         label = f"one pass {dtype} {form} {'everything' if everything else ''}"
-        yield label, partial(backend_triton.loss_and_gradient, *given, **how)
+        yield label, partial(backend_triton.loss_and_gradient, *arguments, **options)

@@ -106,13 +106,13 @@ def beside_the_gradients(config: Config, runner: Runner) -> None:
     if OURS not in found:
         return
     gradients = (case.N + case.V) * case.D * case.dtype.itemsize
-    how = "measured" if EAGER in found else "computed"
+    source = "measured" if EAGER in found else "computed"
     eager = found.get(EAGER, 3 * case.logits_bytes)
     print(
         f"{OURS} {found[OURS] / 2**20:.0f} MiB, with gradients of {gradients / 2**20:.0f}; "
-        f"{EAGER} {eager / 2**20:.0f} MiB, {how}"
+        f"{EAGER} {eager / 2**20:.0f} MiB, {source}"
     )
-    what = f"memory, bfloat16 {BOTH}, 8 N: ({OURS} - gradients) / {EAGER}, {how}"
+    what = f"memory, bfloat16 {BOTH}, 8 N: ({OURS} - gradients) / {EAGER}, {source}"
     ratio = (found[OURS] - gradients) / max(eager, 4096)
     runner.report.compare([Comparison(what, ratio, LARGE_BOUND)])
 

@@ -186,7 +186,7 @@ def free_bytes(device: str) -> float:
 
 
 def release() -> None:
-    """Free what a failure's traceback has held, and what the GPU's allocator caches."""
+    """Release the memory held by a failure's traceback and cached by the GPU's allocator."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """The one runner: check every provider of a case, time them in interleaved rounds, weigh them.
 
-A provider whose answer is not eager's is not timed. One that fails gets a row with the reason, and
+A provider whose result is not eager's is not timed. One that fails gets a row with the reason, and
 the others go on. Only what eager and chunked_ce raise, but for want of memory, is a fault.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import measure
-from .cases import BOTH, MODES, Answer, Batch, Case, Loss, answer, batch_of, check, reference
+from .cases import BOTH, MODES, Batch, Case, Loss, Results, batch_of, check, reference, run_loss
 from .measure import Quantiles
 from .providers import EAGER, HEAD, OURS, Provider, Unavailable, bytes_needed, find
 from .records import Comparison, Report, one_line
@@ -26,7 +26,7 @@ LEAST_ROUNDS = 3
 
 
 class Entry(NamedTuple):
-    """A provider whose answer is right, and what it is timed with."""
+    """A provider whose result is right, and what it is timed with."""
 
     provider: Provider
     case: Case
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
         return self.provider.name + (f", {self.variant}" if self.variant else "")
 
     def step(self, mode: str) -> measure.Step:
-        return lambda: answer(self.loss, self.batch, mode, self.provider.overwrites)
+        return lambda: run_loss(self.loss, self.batch, mode, self.provider.overwrites)
 
 
 class Timed(NamedTuple):
@@ -124,13 +124,13 @@ class Runner:
         return entries
 
     def _checked(
-        self, case: Case, provider: Provider, batch: Batch, expected: Answer, variant: str
+        self, case: Case, provider: Provider, batch: Batch, expected: Results, variant: str
     ) -> Entry:
         loss = self._load(case, provider)
         if provider.overwrites:
             batch = tuple(t.clone() for t in batch)
         got: list[Tensor] = []
-        first = self.clock(lambda: got.extend(answer(loss, batch, BOTH, provider.overwrites)))
+        first = self.clock(lambda: got.extend(run_loss(loss, batch, BOTH, provider.overwrites)))
         errors = check(provider.name, tuple(got), expected, provider.exact and self.strict)
         if provider.compiles and self.device != "interpreter":
             self.report.add(case, provider.name, BOTH, "first_call_seconds", first)
@@ -263,9 +263,9 @@ def peak_bytes(threads: int, case: Case, name: str, mode: str) -> int:
     (provider,) = find(case.form, [name])
     loss = provider.load("cpu")
     for rows in (4, 8):  # two sizes, so that torch.compile takes the next one as it is
-        answer(loss, batch_of(case._replace(N=rows)), mode, provider.overwrites)
+        run_loss(loss, batch_of(case._replace(N=rows)), mode, provider.overwrites)
     batch = batch_of(case)
-    extra, got = measure.extra_peak_memory(lambda: answer(loss, batch, mode, provider.overwrites))
+    extra, got = measure.extra_peak_memory(lambda: run_loss(loss, batch, mode, provider.overwrites))
     if provider.exact and mode == BOTH:
         check(name, got, reference(batch_of(case)), exact=True)
     return extra

@@ -21,7 +21,7 @@ import torch
 from chunked_ce import planner
 
 from . import measure, options
-from .cases import BOTH, DTYPES, FORWARD, LINEAR, LOGITS, Case, answer, fake_batch
+from .cases import BOTH, DTYPES, FORWARD, LINEAR, LOGITS, Case, fake_batch, run_loss
 from .providers import (
     COMPILED,
     CUT,
@@ -145,7 +145,8 @@ def predict(report: Report, case: Case, names: Sequence[str], mode: str, fake: s
         if mode in provider.modes:
             loss = provider.load("cpu")
             peak = predicted_peak(
-                lambda: fake_batch(case, fake), lambda *batch, loss=loss: answer(loss, batch, mode)
+                lambda: fake_batch(case, fake),
+                lambda *batch, loss=loss: run_loss(loss, batch, mode),
             )
             report.add(case, provider.name, mode, metric, peak, device)
 

@@ -94,13 +94,13 @@ def predicted_peak(
     """
     with fake_gpu(architecture), FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        given = make()
+        arguments = make()
         with TensorBytes() as counter:
-            for leaf in tree_leaves(given):
+            for leaf in tree_leaves(arguments):
                 if isinstance(leaf, torch.Tensor):  # a view or an alias of it is nothing new
                     counter._follow(leaf.untyped_storage())
             before = counter.peak = counter.now
-            kept = step(*given)
+            kept = step(*arguments)
             del kept
     peak: int = counter.peak - before
     return peak
@@ -121,9 +121,9 @@ class _NoKernel:
 
 @contextmanager
 def fake_gpu(architecture: str) -> Iterator[None]:
-    """Take "meta" for a GPU of that architecture whose kernels do nothing."""
+    """Make the "meta" device act as a GPU of an architecture with kernels that do nothing."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(clusters, "checked", lambda device: False))
+        stack.enter_context(mock.patch.object(clusters, "is_verified", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "has_wide_products", _has_wide_products))
         stack.enter_context(mock.patch.object(chunks, "adds_in_products", lambda x: True))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))

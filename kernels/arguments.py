@@ -1,18 +1,17 @@
-"""The arguments of the kernels as tuples: where tensors lie, and what is compiled in.
+"""Tuples of kernel arguments: addresses of tensors and compile-time options.
 
-Triton compiles a kernel anew for each kind of argument: a pointer on 16 bytes or not, an integer
-that is 1, a multiple of 16, or neither. Another number of rows or of classes must compile nothing
-new. Two rules see to that, and this file is where they stand:
+Triton compiles a kernel anew for each kind of argument. A pointer may be aligned to 16 bytes or
+not. An integer may be 1, a multiple of 16, or neither. Another number of rows or classes must not
+compile anything. Two rules ensure that:
 
-- An integer that is an argument by itself has its name in NOT_SPECIALIZED.
-- Triton looks at every field of a tuple, also where `do_not_specialize` names the tuple (found with
-  3.6, 3.7, 3.8 and 3.9). So integers in a tuple are passed as 4 n + 3, which is neither 1 nor a
-  multiple of 16: `encode` here and `rows.decode`. Pointers in a tuple are specialised on 16 bytes,
-  as they should be.
+- An integer argument has its name in NOT_SPECIALIZED.
+- An integer in a tuple is passed as 4 n + 3, which is neither 1 nor a multiple of 16; see `encode`
+  and `rows.decode`. Triton specializes on every field of a tuple, even if `do_not_specialize` names
+  the tuple (seen with 3.6 to 3.9). Pointers in a tuple are specialized on alignment, as intended.
 
-A float in a tuple becomes fp32, so floats are arguments by themselves, of the type "fp64". No field
-is None: with Triton 3.6 such a tuple cannot be used inside a loop. Where an option says that a
-tensor is absent, another stands in for it and is not touched.
+A float in a tuple would become fp32. So floats are separate arguments of type "fp64". No field is
+None, because Triton 3.6 cannot use such a tuple inside a loop. For an absent tensor the caller
+passes another tensor, and an option tells the kernel not to touch it.
 """
 
 from typing import Any, NamedTuple
@@ -35,9 +34,9 @@ def encode(*numbers: int) -> tuple[int, ...]:
 
 
 class Address(NamedTuple):
-    """Rows of a tensor [rows, V]. All but the pointer as `encode` gives it."""
+    """Address of the rows of a tensor [rows, V]. All fields but the pointer are encoded."""
 
-    ptr: Any  # on 16 bytes
+    ptr: Any  # aligned to 16 bytes
     offset: Any  # of the first logit
     stride_outer: Any
     stride_inner: Any
@@ -56,14 +55,14 @@ class Weights(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Sums over the segments of rows, from the kernel that sums to the one that merges."""
+    """Sums over the segments of rows: output of `token_stats`, input of `merge_parts`."""
 
     floats_ptr: Any  # [2 or 6, rows, segments]
     integers_ptr: Any  # [2, rows, segments], touched only for RANK and ARGMAX
 
 
 class Outputs(NamedTuple):
-    """Pointers to the statistics, all [rows]; the last five are written only when asked for."""
+    """Pointers to the statistics, all [rows]. The last five are written only on request."""
 
     lse: Any
     logprob: Any
@@ -76,7 +75,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Pointers to what the gradient needs of the statistics, all [rows]."""
+    """Pointers to the statistics that the gradient needs, all [rows]."""
 
     lse: Any
     logprob: Any
@@ -84,7 +83,7 @@ class Saved(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Pointers to the gradient's numbers, all [rows], read only where HAS_* says so."""
+    """Pointers to a, b, c, u of the gradient, all [rows]. Each is read only if its HAS_* is set."""
 
     a: Any
     b: Any
@@ -93,14 +92,14 @@ class Coefficients(NamedTuple):
 
 
 class TileShape(NamedTuple):
-    """Compile-time: groups of a tile, and logits of a group."""
+    """Shape of a tile at compile time: number of groups, and logits per group."""
 
     GROUPS: int
     WIDTH: int
 
 
 class Options(NamedTuple):
-    """Compile-time: what a kernel of the softmax family has to do."""
+    """Compile-time options of the softmax kernels."""
 
     HAS_SOFTCAP: bool = False
     HAS_SCALE: bool = False
@@ -115,25 +114,25 @@ class Options(NamedTuple):
     HAS_WEIGHT: bool = False  # class weights
     HAS_PROB: bool = False  # probabilities
     PROB_CONTIGUOUS: bool = False  # the stride of classes is 1
-    PROB_ALIGNED: bool = False  # rows start at the same place in 16 bytes as the logits'
+    PROB_ALIGNED: bool = False  # its rows have the alignment of the logits' rows
     CONTIGUOUS: bool = False
     GRAD_CONTIGUOUS: bool = False
     GRAD_ALIGNED: bool = False
     PADDED: bool = False  # vocab_size is less than the columns in memory
     HAS_TOKEN_WEIGHT: bool = False
     HAS_DIVISOR: bool = False
-    ON_CHIP: bool = False  # a tile holds a row, whose logits have no transform
+    ON_CHIP: bool = False  # a tile holds a whole row; the head has no transforms
 
 
 class BinaryOptions(NamedTuple):
-    """Compile-time: what the binary kernel has to do."""
+    """Compile-time options of the binary kernel."""
 
-    GRADIENT: bool  # times the upstream gradient; else the loss
-    HAS_Y: bool  # labels; else 0
-    HAS_W: bool  # weights; else 1
-    HAS_V: bool  # weights of positive labels; else 1
-    HAS_OUT: bool  # each logit's value is written; else their sum
-    HAS_LEFT_OUT: bool  # labels that the sum leaves out
+    GRADIENT: bool  # compute the gradient times its upstream gradient; else the loss
+    HAS_Y: bool  # there are labels; else all are 0
+    HAS_W: bool  # there are weights; else all are 1
+    HAS_V: bool  # there are weights of positive labels; else all are 1
+    HAS_OUT: bool  # write one value per logit; else their sum
+    HAS_LEFT_OUT: bool  # leave some labels out of the sum
     CONTIGUOUS: bool
     Y_CONTIGUOUS: bool
     Y_ALIGNED: bool

@@ -1,12 +1,12 @@
-"""Binary cross-entropy of every logit with its label, and its gradient.
+"""Binary cross-entropy of each logit with its label, and its gradient.
 
 With softplus(z) = max(z, 0) + log(1 + exp(-|z|)), label y, weight w and positive weight v:
 
     loss = w [(1 - y) softplus(z) + v y softplus(-z)]
     dloss/dz = w [(1 - y) sigmoid(z) - v y sigmoid(-z)]
 
-No term cancels for a label of 0 or 1. Labels given by index are no labels here: y = 0, and the loss
-leaves them out; what they add is not worth a kernel.
+No term cancels for a label of 0 or 1. Labels given by index count as y = 0 here, and the sum of
+losses leaves them out. They are few, so `ops/binary.py` adds their terms without a kernel.
 """
 
 from typing import Any, NamedTuple
@@ -24,14 +24,14 @@ from .rows import (
     edge_columns,
     group_starts,
     lane_ids,
-    moved,
+    move_row,
     row_start,
     row_window,
 )
 
 
 class Tensors(NamedTuple):
-    """A Row of each tensor, from column 0 on; that of an absent tensor is not touched."""
+    """One Row of each tensor, starting at column 0. Rows of absent tensors are not touched."""
 
     x: Any
     y: Any
@@ -42,10 +42,10 @@ class Tensors(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Labels of a row that the sum leaves out."""
+    """Labels of a row that are left out of the sum."""
 
     labels: Any  # [LABELS] ascending
-    ptr: Any  # of the first
+    ptr: Any  # pointer to the first
 
 
 @triton.jit
@@ -63,32 +63,32 @@ def label_terms(
         offsets = column_offsets(columns, y.stride_v, OPTIONS.Y_CONTIGUOUS)
         label = tl.load(y.ptr + offsets, mask=valid, other=0.0)
         positive = label.to(DTYPE)
-        if label.dtype == tl.float64:  # near 1, whose difference is not that of the rounded
+        if label.dtype == tl.float64:  # near 1, 1 - y must be computed before rounding
             negative = tl.where(valid, 1.0 - label, 0.0).to(DTYPE)
         else:
             negative -= positive
     if OPTIONS.HAS_V:
-        positive *= load_at(v, row_columns, valid, OPTIONS.V_CONTIGUOUS, DTYPE)
+        positive *= load_columns(v, row_columns, valid, OPTIONS.V_CONTIGUOUS, DTYPE)
     if OPTIONS.HAS_W:
-        weight = load_at(w, row_columns, valid, OPTIONS.W_CONTIGUOUS, DTYPE)
+        weight = load_columns(w, row_columns, valid, OPTIONS.W_CONTIGUOUS, DTYPE)
         negative *= weight
         positive *= weight
     return negative, positive
 
 
 @triton.jit
-def load_at(row, columns, valid, CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the numbers of a row at columns of 64 bits; 0 where not valid."""
+def load_columns(row, columns, valid, CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return a row's numbers at `columns` (64 bits), or 0 where not valid."""
     offsets = column_offsets(columns, row.stride_v, CONTIGUOUS)
     return tl.load(row.ptr + offsets, mask=valid, other=0.0).to(DTYPE)
 
 
 @triton.jit
 def losses(z, negative, positive):
-    """Return the loss of logits; NaN where they are."""
+    """Return the loss of each logit. A NaN logit has loss NaN."""
     small = log1p(tl.exp(-tl.abs(z)))
     above, below = tl.maximum(z, 0.0), tl.maximum(-z, 0.0)
-    # 0 softplus(inf) would be NaN.
+    # 0 times softplus(inf) would be NaN.
     loss = tl.where(negative == 0.0, 0.0, negative * (above + small))
     loss += tl.where(positive == 0.0, 0.0, positive * (below + small))
     return tl.where(z == z, loss, z)
@@ -96,7 +96,7 @@ def losses(z, negative, positive):
 
 @triton.jit
 def slopes(z, negative, positive):
-    """Return the derivative of the loss of logits; NaN where they are."""
+    """Return the derivative of each loss. A NaN logit has derivative NaN."""
     e = tl.exp(-tl.abs(z))
     larger = 1.0 / (1.0 + e)
     up = tl.where(z >= 0, larger, e * larger)
@@ -108,7 +108,7 @@ def slopes(z, negative, positive):
 def write_values(
     z, y, out, columns, first_column, valid, row, OPTIONS: tl.constexpr
 ):  # fmt: skip
-    """Return each logit's loss or gradient, written where HAS_OUT.
+    """Return each logit's loss or gradient, and write it if HAS_OUT.
 
     y and out start at column `first_column`, from which `columns` are counted. row: Tensors.
     """
@@ -118,7 +118,7 @@ def write_values(
     if OPTIONS.GRADIENT:
         row_columns = (first_column + columns).to(tl.int64)
         CONTIGUOUS: tl.constexpr = OPTIONS.UPSTREAM_CONTIGUOUS
-        upstream = load_at(row.upstream, row_columns, valid, CONTIGUOUS, z.dtype)
+        upstream = load_columns(row.upstream, row_columns, valid, CONTIGUOUS, z.dtype)
         value = slopes(z, negative, positive) * upstream
     else:
         value = losses(z, negative, positive)
@@ -129,8 +129,8 @@ def write_values(
 
 
 @triton.jit
-def without_labels(valid, columns, first, last, left_out):
-    """Return `valid`, but false at labels from column `first` to before `last`."""
+def exclude_labels(valid, columns, first, last, left_out):
+    """Return `valid` with False at the labels in columns [first, last)."""
     labels = left_out.labels
     begin = tl.sum((labels < first).to(tl.int32))
     for k in range(begin, tl.sum((labels < last).to(tl.int32))):
@@ -143,7 +143,7 @@ def body_sum(x, y, out, length, first, left_out, row, DTYPE: tl.constexpr, TILE:
              OPTIONS: tl.constexpr):  # fmt: skip
     """Write `length` positions of a row's body, or return their sum.
 
-    x, y and out start at the first position, which is column `first`.
+    x, y and out start at the first position. It is column `first` of the row.
     """
     total = tl.full([TILE.GROUPS], 0.0, DTYPE)
     x_ptr = x.ptr
@@ -160,7 +160,7 @@ def body_sum(x, y, out, length, first, left_out, row, DTYPE: tl.constexpr, TILE:
             if OPTIONS.HAS_LEFT_OUT:
                 begin = first + i
                 end = begin + TILE.GROUPS * TILE.WIDTH
-                valid = without_labels(valid, first + columns, begin, end, left_out)
+                valid = exclude_labels(valid, first + columns, begin, end, left_out)
             total += tl.sum(tl.where(valid, value, 0.0), 1)
     return tl.sum(total, 0)
 
@@ -170,12 +170,12 @@ def edge_sum(window, classes, left_out, row, DTYPE: tl.constexpr, WIDTH: tl.cons
              OPTIONS: tl.constexpr):  # fmt: skip
     """Write a row's edges, or return their sum."""
     edge, valid = edge_columns(window, classes, WIDTH)
-    z = load_at(row.x, edge.to(tl.int64), valid, OPTIONS.CONTIGUOUS, DTYPE)
+    z = load_columns(row.x, edge.to(tl.int64), valid, OPTIONS.CONTIGUOUS, DTYPE)
     value = write_values(z, row.y, row.out, edge, 0, valid, row, OPTIONS)
     if OPTIONS.HAS_LEFT_OUT:
-        valid = without_labels(valid, edge, 0, window.prefix, left_out)
+        valid = exclude_labels(valid, edge, 0, window.prefix, left_out)
         end = window.prefix + window.body
-        valid = without_labels(valid, edge, end, classes, left_out)
+        valid = exclude_labels(valid, edge, end, classes, left_out)
     return tl.sum(tl.where(valid, value, 0.0))
 
 
@@ -191,8 +191,8 @@ def load_left_out(label_ptr, row, labels_per_row, LABELS: tl.constexpr, OPTIONS:
 
 
 @triton.jit
-def row_of(row, inner_rows, address):
-    """Return the Row of a tensor, from column 0 on."""
+def make_row(row, inner_rows, address):
+    """Return the Row of a tensor that starts at column 0."""
     return Row(address.ptr + row_start(row, inner_rows, address), address.stride_v)
 
 
@@ -204,7 +204,7 @@ def binary_kernel(
     v,  # Address of weights of positive labels
     out,  # Address of each logit's value: its loss, or where GRADIENT its gradient
     upstream,  # Address, or [] with strides 0
-    part_ptr,  # [rows, segments] sums of losses, where nothing is written to `out`
+    part_ptr,  # [rows, segments] sums of losses, written unless HAS_OUT
     label_ptr,  # [rows, K] labels to leave out of the sum, ascending
     labels_per_row,
     columns,
@@ -215,18 +215,18 @@ def binary_kernel(
     TILE: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Write or sum a segment of a row."""
+    """Compute a segment of a row: write its values to `out`, or its sum to `part_ptr`."""
     number, segment = tl.program_id(0), tl.program_id(1)
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     row = Tensors(
-        row_of(number, inner_rows, x), row_of(number, inner_rows, y),
-        row_of(number, inner_rows, w), row_of(number, inner_rows, v),
-        row_of(number, inner_rows, out), row_of(number, inner_rows, upstream),
+        make_row(number, inner_rows, x), make_row(number, inner_rows, y),
+        make_row(number, inner_rows, w), make_row(number, inner_rows, v),
+        make_row(number, inner_rows, out), make_row(number, inner_rows, upstream),
     )  # fmt: skip
     start = row_start(number, inner_rows, x)
     window = row_window(start, columns, -1, TILE.WIDTH, OPTIONS.CONTIGUOUS)
     prefix = window.prefix
-    # Aligned only as a whole: a tile's offset is a multiple of WIDTH from a body's start.
+    # Only the start of the body is known to be aligned. Tiles lie at multiples of WIDTH from it.
     x_body = body_row(x, start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
     y_start, out_start = row_start(number, inner_rows, y), row_start(number, inner_rows, out)
     y_body = body_row(y, y_start, prefix, TILE.WIDTH, OPTIONS.Y_CONTIGUOUS, OPTIONS.Y_ALIGNED)
@@ -236,8 +236,8 @@ def binary_kernel(
     left_out = load_left_out(label_ptr, number, labels_per_row, LABELS, OPTIONS)
     begin = segment * SEGMENT
     total = body_sum(
-        moved(x_body, begin, OPTIONS.CONTIGUOUS), moved(y_body, begin, OPTIONS.Y_CONTIGUOUS),
-        moved(out_body, begin, OPTIONS.OUT_CONTIGUOUS), tl.minimum(window.body - begin, SEGMENT),
+        move_row(x_body, begin, OPTIONS.CONTIGUOUS), move_row(y_body, begin, OPTIONS.Y_CONTIGUOUS),
+        move_row(out_body, begin, OPTIONS.OUT_CONTIGUOUS), tl.minimum(window.body - begin, SEGMENT),
         prefix + begin, left_out, row, DTYPE, TILE, OPTIONS,
     )  # fmt: skip
     if segment == 0:

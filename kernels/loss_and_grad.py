@@ -1,13 +1,13 @@
-"""Loss and gradient of a row at once, where the loss's weights are known beforehand.
+"""Loss and gradient of a row in one pass, if the weights of the losses are known beforehand.
 
-With label smoothing s, z-loss weight y, and w = token_weight / divisor read on the device:
+Let s be the label smoothing, y the z-loss weight, and w = token_weight / divisor:
 
     loss = -(1 - s) logprob - s mean_logprob + y lse²
     dL/dz_j = p_j w (2 y lse + s (V - 1) / V) + c ([j = target] - p_j) - (w s / V) [j != target]
     c = -w (1 - s + s / V)
 
-A row comes from memory once, 4 bytes a 16-bit logit for loss and gradient: on chip it stays in
-registers; streamed, so few rows are under way that the second read finds it in the L2 cache.
+A row is read from memory once, so a 16-bit logit moves 4 bytes. A short row stays in registers ("on
+chip"). A long row is streamed twice. So few rows run at once that the second read hits the L2.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from .arguments import NOT_SPECIALIZED
-from .online_softmax import LOG2_E, Factors, Sums, log2_e_of, merge, row_loss, typed_head
+from .online_softmax import LOG2_E, Factors, Sums, log2_e_like, merge, row_loss, typed_head
 from .rows import Row, body_row, group_starts, lane_ids, row_start, row_window
-from .token_grad import Affine, affine_of, gradient, write_edges, write_span
+from .token_grad import Affine, gradient, make_affine, write_edges, write_span
 from .token_stats import read_target, sum_body, sum_edges
 
 
@@ -30,31 +30,34 @@ class LossTerms(NamedTuple):
     vocab_size: Any
 
 
-class Held(NamedTuple):
-    """A row's body on chip."""
+class ChipRow(NamedTuple):
+    """The body of a row, held in registers."""
 
     x: Any  # [GROUPS, WIDTH]
-    read: Any  # which logits were read
+    read: Any  # mask of the logits that were read
     sums: Any
     logit_sum: Any
 
 
 @triton.jit
 def token_loss(z, logit_sum, z_target, terms, OPTIONS: tl.constexpr):
-    """Return the token's loss, before its weight. z: RowLoss; logit_sum: of all but the target."""
+    """Return the token's loss before its weight.
+
+    z: RowLoss; logit_sum: the sum over all classes but the target.
+    """
     loss = z.loss
     smoothing = terms.smoothing
     if OPTIONS.MEAN_LOGPROB:
         mean = logit_sum / terms.vocab_size + tl.where(z_target == float("-inf"), -z.lse, -loss)
-        # All smoothed: else 0 * inf where the target is masked.
-        of_target = tl.where(smoothing == 1.0, 0.0, (1.0 - smoothing) * loss)
-        loss = of_target - smoothing * mean
+        # With smoothing 1 and a masked target, 0 * inf would be NaN.
+        target_loss = tl.where(smoothing == 1.0, 0.0, (1.0 - smoothing) * loss)
+        loss = target_loss - smoothing * mean
     return loss + terms.z_loss_weight * z.lse * z.lse
 
 
 @triton.jit
 def token_affine(z, weight_ptr, divisor_ptr, terms, OPTIONS: tl.constexpr):
-    """Return the Affine of a row, and the gradient at its target. weight_ptr: of the row."""
+    """Return (Affine of a row, gradient at its target). weight_ptr points to the row's weight."""
     w = tl.full([], 1.0, z.lse.dtype)
     if OPTIONS.HAS_TOKEN_WEIGHT:
         w *= tl.load(weight_ptr)
@@ -64,12 +67,12 @@ def token_affine(z, weight_ptr, divisor_ptr, terms, OPTIONS: tl.constexpr):
     if OPTIONS.HAS_U:
         u = -w * terms.smoothing / terms.vocab_size
         a, c = a - u * (terms.vocab_size - 1), w * (terms.smoothing - 1.0) + u
-    return affine_of(z.lse, z.lse_low, -z.loss, a, tl.zeros([], z.lse.dtype), c, u, OPTIONS)
+    return make_affine(z.lse, z.lse_low, -z.loss, a, tl.zeros([], z.lse.dtype), c, u, OPTIONS)
 
 
 @triton.jit
-def hold_body(row, window, readable, origin, m, TILE: tl.constexpr, OPTIONS: tl.constexpr):
-    """Return the Held body of a row that fits a tile; m: the other logits' maximum."""
+def load_chip_row(row, window, readable, origin, m, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Return the ChipRow of a row that fits a tile; m: the maximum of the edges."""
     groups = group_starts(TILE)
     position = groups + lane_ids(TILE.WIDTH)
     valid = body_positions(window, TILE)
@@ -80,24 +83,24 @@ def hold_body(row, window, readable, origin, m, TILE: tl.constexpr, OPTIONS: tl.
     if OPTIONS.MEAN_LOGPROB:
         logit_sum += tl.sum(tl.where(read, z - origin, 0.0))
     m = tl.maximum(tl.max(z) * LOG2_E, m)
-    e = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(m, z.shape)))
-    return Held(x, read, Sums(m, tl.sum(e), tl.zeros([], origin.dtype)), logit_sum)
+    e = tl.exp2(tl.fma(z, log2_e_like(z), -tl.broadcast_to(m, z.shape)))
+    return ChipRow(x, read, Sums(m, tl.sum(e), tl.zeros([], origin.dtype)), logit_sum)
 
 
 @triton.jit
 def body_positions(window, TILE: tl.constexpr):
-    """Return which positions of a tile are in the body, and not of the target's group."""
+    """Return the mask of a tile's positions in the body, without the target's group."""
     groups = group_starts(TILE)
     inside = (groups < window.body) & (groups != window.group)
     return tl.broadcast_to(inside, [TILE.GROUPS, TILE.WIDTH])
 
 
 @triton.jit
-def write_held(grad, held, window, affine, head, TILE: tl.constexpr, OPTIONS: tl.constexpr):
-    """Write the gradient of a Held body."""
-    value = gradient(held.x.to(affine.lse.dtype), affine, affine.uniform, head, OPTIONS)
+def write_chip_row(grad, chip_row, window, affine, head, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Write the gradient of a ChipRow."""
+    value = gradient(chip_row.x.to(affine.lse.dtype), affine, affine.uniform, head, OPTIONS)
     if OPTIONS.HAS_U:  # else exp(-inf) is 0
-        value = tl.where(held.read, value, 0.0)
+        value = tl.where(chip_row.read, value, 0.0)
     address = grad.ptr + group_starts(TILE) + lane_ids(TILE.WIDTH)
     valid = body_positions(window, TILE)
     tl.store(address, value.to(grad.ptr.dtype.element_ty), mask=valid)
@@ -108,15 +111,15 @@ def row_loss_and_grad(
     x, grad, x_body, grad_body, window, target, scored, columns, columns_in_memory,
     loss_ptr, weight_ptr, divisor_ptr, terms, head, TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss and the gradient of one row. Pointers: of the row, from column 0 on."""
+    """Write the loss and the gradient of one row. x and grad start at column 0."""
     one = tl.full([], 1.0, target.logit.dtype)
-    factors = Factors(x.ptr, x.ptr, x.stride_v, one, one)  # are absent
+    factors = Factors(x.ptr, x.ptr, x.stride_v, one, one)  # unused: there are no class weights
     sums, extra = sum_edges(x, window, columns, target, head, factors, TILE.WIDTH, OPTIONS)
     prefix = window.prefix
     readable = tl.minimum(columns - prefix, window.body)
     if OPTIONS.ON_CHIP:
-        held = hold_body(x_body, window, readable, target.origin, sums.m, TILE, OPTIONS)
-        body_sums, body_logit_sum = held.sums, held.logit_sum
+        chip_row = load_chip_row(x_body, window, readable, target.origin, sums.m, TILE, OPTIONS)
+        body_sums, body_logit_sum = chip_row.sums, chip_row.logit_sum
     else:
         body_sums, body_extra = sum_body(
             x_body, readable, prefix, window.group, target, head, factors, OPTIONS.PADDED, TILE,
@@ -131,13 +134,13 @@ def row_loss_and_grad(
     exponent = tl.where(scored, affine.exponent, 0.0)
     scale = tl.where(scored, affine.scale, 0.0)
     affine = Affine(affine.lse, exponent, scale, affine.slope, affine.uniform)
-    # In place, none writes what another has yet to sum: all sums are in `affine`.
+    # In place this is safe: all sums over the row are already in `affine`.
     write_edges(
         x, grad, window, columns_in_memory, columns, target.column, at_target, affine, head,
         factors, TILE.WIDTH, OPTIONS,
     )  # fmt: skip
     if OPTIONS.ON_CHIP:
-        write_held(grad_body, held, window, affine, head, TILE, OPTIONS)
+        write_chip_row(grad_body, chip_row, window, affine, head, TILE, OPTIONS)
     else:
         write_span(
             x_body, grad_body, window.body, columns - prefix, window.group, scored, affine, head,
@@ -157,7 +160,7 @@ def loss_and_grad_kernel(
     smoothing: "fp64", z_loss_weight: "fp64", softcap: "fp64", logit_scale: "fp64",
     TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """On chip a row a program; streamed, one row after another: row, row + programs, ..."""
+    """Compute one row (on chip), or the rows p, p + programs, ... (streamed) of program p."""
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     head = typed_head(softcap, logit_scale, DTYPE)
     smoothing, z_weight = tl.full([], smoothing, DTYPE), tl.full([], z_loss_weight, DTYPE)

@@ -1,4 +1,4 @@
-"""From the parts of a row to its statistics: merging, and what the target adds."""
+"""Merge the parts of each row and compute its statistics, the target included."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ from .token_stats import MAX_INT, Extra, empty_extra, merge_extra, target_logit
 
 @triton.jit
 def load_part(parts, part, field, valid, OPTIONS: tl.constexpr):
-    """Return (Sums, Extra) of a segment of each row, as `token_stats.store_part` left them."""
+    """Return (Sums, Extra) of a segment of each row, as stored by `token_stats.store_part`."""
     floats, integers = parts.floats_ptr + part, parts.integers_ptr + part
     m = tl.load(floats, mask=valid, other=0.0)
     s = tl.load(floats + field, mask=valid, other=0.0)
@@ -43,7 +43,7 @@ def load_part(parts, part, field, valid, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def entropy_of(sums, z):
+def finish_entropy(sums, z):
     """Return the entropy; z: the RowLoss.
 
     -sum p log p = p_t loss + sum over the others of e^(m - lse) e_j (lse - z_j): no term is
@@ -54,10 +54,10 @@ def entropy_of(sums, z):
 
 
 @triton.jit
-def mean_logprob_of(
+def finish_mean_logprob(
     extra, z, target, z_target, read, vocab_size, factors, OPTIONS: tl.constexpr
 ):  # fmt: skip
-    """Return mean_logprob; z: the RowLoss. factors: of targets, which are valid where `read`."""
+    """Return mean_logprob; z: the RowLoss. `read`: which targets have valid factors."""
     from_origin = tl.where(z_target == float("-inf"), -z.lse, -z.loss)
     mean = extra.logit_sum / vocab_size + from_origin
     if OPTIONS.HAS_WEIGHT or OPTIONS.HAS_PROB:
@@ -67,8 +67,8 @@ def mean_logprob_of(
 
 
 @triton.jit
-def best_of(extra, target, z_target, inside):
-    """Return the class of the largest logit, NaN the largest of all; on a tie the lowest class."""
+def overall_best_class(extra, target, z_target, inside):
+    """Return the class of the largest logit. NaN counts as largest; the lowest class wins a tie."""
     value = tl.where(z_target != z_target, float("inf"), z_target)
     tied = (value == extra.best_value) & (target < extra.best_class)
     ahead = (value > extra.best_value) | tied
@@ -79,7 +79,7 @@ def best_of(extra, target, z_target, inside):
 def merge_parts_kernel(
     x,  # Address of logits
     target_ptr,  # [rows] integers
-    weights,  # Weights, as `token_stats` has them
+    weights,  # Weights, the same as for `token_stats`
     parts,  # Parts
     out,  # Outputs, written
     rows, segments, inner_rows, vocab_size, ignore_index,
@@ -107,7 +107,7 @@ def merge_parts_kernel(
     tl.store(out.logprob + row, tl.where(scored, -z.loss, 0.0), mask=valid)
     tl.store(out.lse_low + row, tl.where(scored, z.lse_low, 0.0), mask=valid)
     if OPTIONS.ENTROPY:
-        tl.store(out.entropy + row, tl.where(scored, entropy_of(sums, z), 0.0), mask=valid)
+        tl.store(out.entropy + row, tl.where(scored, finish_entropy(sums, z), 0.0), mask=valid)
     if OPTIONS.MEAN_LOGPROB:
         start = row_start(row, inner_rows, weights)
         scale, shift = tl.full([], prob_scale, DTYPE), tl.full([], prob_shift, DTYPE)
@@ -116,11 +116,11 @@ def merge_parts_kernel(
         if OPTIONS.HAS_WEIGHT or OPTIONS.HAS_PROB:
             tl.store(out.weight_sum + row, extra.weight_sum, mask=valid)
         read = valid & scored & inside
-        mean = mean_logprob_of(extra, z, target, z_target, read, vocab_size, factors, OPTIONS)
+        mean = finish_mean_logprob(extra, z, target, z_target, read, vocab_size, factors, OPTIONS)
         tl.store(out.mean_logprob + row, tl.where(scored, mean, 0.0), mask=valid)
     if OPTIONS.RANK:
         rank = tl.where(z_target == z_target, extra.num_better, vocab_size - 1)
         tl.store(out.rank + row, tl.where(inside & scored, rank, -1).to(tl.int64), mask=valid)
     if OPTIONS.ARGMAX:
-        best = best_of(extra, target, z_target, inside)
+        best = overall_best_class(extra, target, z_target, inside)
         tl.store(out.argmax + row, tl.where(scored, best, -1), mask=valid)

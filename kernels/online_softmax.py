@@ -1,8 +1,8 @@
-"""The softmax of a row, without storing it: running sums, merging, and the row's loss.
+"""Online softmax: running sums over a row, merging them, and the loss of the row.
 
-Sums over logits are m, a maximum of z log2 e; s = sum exp2(z log2 e - m); and for the entropy
-ez_sum = sum exp2(z log2 e - m) (z log2 e - m). Each group of a tile keeps its own, so the loops
-need no barrier and no shuffle. An exponential has one rounding: exp2(fma(z, log2 e, -m)).
+The sums are m, a maximum of z log2 e; s = sum exp2(z log2 e - m); and for the entropy
+ez_sum = sum exp2(z log2 e - m) (z log2 e - m). Each group of a tile has its own sums, so the loops
+need no barrier and no shuffle. An exponent is rounded once: exp2(fma(z, log2 e, -m)).
 """
 
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ import triton.language as tl
 from .rows import body_row, column_offsets, row_start
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# log2 e is rounded: 1 / fl(log2 e) = LN_2 + what it lacks, and log2 e / fl(log2 e) - 1.
+# log2 e is rounded. 1 / fl(log2 e) = LN_2 + LN_2_LOW, and log2 e / fl(log2 e) = 1 + LOG2_E_LOW.
 LN_2 = tl.constexpr(0.6931471805599453)
 LN_2_LOW, LN_2_LOW_FP64 = tl.constexpr(7.3487e-09), tl.constexpr(3.297e-17)
 LOG2_E_LOW, LOG2_E_LOW_FP64 = tl.constexpr(1.335e-08), tl.constexpr(1.411e-17)
 
 
 class Sums(NamedTuple):
-    """Sums over logits, in base 2. m is finite, and at least the largest that was met."""
+    """Sums over logits in base 2. m is finite, and at least as large as each logit so far."""
 
     m: Any
     s: Any
@@ -28,24 +28,24 @@ class Sums(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The numbers of the head's transforms, in the dtype of the computation."""
+    """The parameters of the head's transforms, in the dtype of the computation."""
 
     softcap: Any
     logit_scale: Any
 
 
 class Factors(NamedTuple):
-    """Weights w (scale q + shift) of a row's classes from some column on; options say which are."""
+    """Class weights w (scale q + shift) of a row from some column on. Options enable w and q."""
 
     w_ptr: Any
     q_ptr: Any
-    q_stride_v: Any  # as `arguments.encode` gives it
+    q_stride_v: Any  # encoded by `arguments.encode`
     scale: Any
     shift: Any
 
 
 class RowLoss(NamedTuple):
-    """The loss of a row, and its lse: lse + lse_low is nearer. above: lse - m in base 2."""
+    """Loss and lse of a row. lse_low: the rounding error of lse; above: lse - m in base 2."""
 
     loss: Any
     lse: Any
@@ -55,7 +55,7 @@ class RowLoss(NamedTuple):
 
 @triton.jit
 def tanh(x):
-    """Return tanh x = 2 sigmoid(2x) - 1, by its Taylor series where that would cancel."""
+    """Return tanh x = 2 sigmoid(2x) - 1. Near 0, where that cancels, use the Taylor series."""
     wide = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
     if x.dtype == tl.float32:
         y = x * x
@@ -72,7 +72,7 @@ def typed_head(softcap, logit_scale, DTYPE: tl.constexpr):
 
 @triton.jit
 def head_transform(x, head, OPTIONS: tl.constexpr):
-    """Return z = softcap tanh(logit_scale x / softcap); each part optional."""
+    """Return z = softcap tanh(logit_scale x / softcap). Scale and cap are optional."""
     if OPTIONS.HAS_SCALE:
         x = x * head.logit_scale
     if OPTIONS.HAS_SOFTCAP:
@@ -97,7 +97,7 @@ def head_derivative(x, head, OPTIONS: tl.constexpr):
 
 @triton.jit
 def class_weights(factors, columns, valid, DTYPE: tl.constexpr, OPTIONS: tl.constexpr):
-    """Return the weights of columns; a factor that is absent is 1. 0 where not valid."""
+    """Return the class weights of `columns`, or 0 where not valid. An absent factor is 1."""
     weights = tl.where(valid, 1.0, 0.0).to(DTYPE)
     if OPTIONS.HAS_PROB:
         offsets = column_offsets(columns, factors.q_stride_v, OPTIONS.PROB_CONTIGUOUS)
@@ -115,7 +115,7 @@ def class_weights(factors, columns, valid, DTYPE: tl.constexpr, OPTIONS: tl.cons
 @triton.jit
 def row_factors(weights, row, inner_rows, prefix, scale, shift, WIDTH: tl.constexpr,
                 OPTIONS: tl.constexpr):  # fmt: skip
-    """Return the Factors of a row's classes from column 0 on, and from its body on."""
+    """Return (Factors from column 0 on, Factors from the body on) of a row."""
     start = row_start(row, inner_rows, weights)
     body = body_row(weights, start, prefix, WIDTH, OPTIONS.PROB_CONTIGUOUS, OPTIONS.PROB_ALIGNED)
     whole = Factors(weights.w_ptr, weights.ptr + start, weights.stride_v, scale, shift)
@@ -123,25 +123,24 @@ def row_factors(weights, row, inner_rows, prefix, scale, shift, WIDTH: tl.conste
 
 
 @triton.jit
-def moved_factors(factors, columns, OPTIONS: tl.constexpr):
-    """Return the Factors from that column on."""
+def move_factors(factors, columns, OPTIONS: tl.constexpr):
+    """Return the Factors that start `columns` further on."""
     offset = column_offsets(columns, factors.q_stride_v, OPTIONS.PROB_CONTIGUOUS)
     w_ptr, q_ptr = factors.w_ptr + columns, factors.q_ptr + offset
     return Factors(w_ptr, q_ptr, factors.q_stride_v, factors.scale, factors.shift)
 
 
 @triton.jit
-def log2_e_of(x):
-    """Return log2 e in x's dtype and shape, for tl.fma."""
+def log2_e_like(x):
+    """Return log2 e with the dtype and shape of x, as tl.fma requires."""
     return tl.full(x.shape, LOG2_E, x.dtype)
 
 
 @triton.jit
 def empty_sums(N: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the Sums [N] of no logits.
+    """Return the Sums [N] over no logits.
 
-    Its maximum is so low that every logit moves away from it, but finite: -inf logits less it are
-    -inf, not NaN.
+    The maximum is lower than every finite logit, but finite. So -inf minus it is -inf, not NaN.
     """
     lowest: tl.constexpr = -1e308 if DTYPE == tl.float64 else -3e38
     return Sums(tl.full([N], lowest, DTYPE), tl.zeros([N], DTYPE), tl.zeros([N], DTYPE))
@@ -161,7 +160,7 @@ def merge(a, b):
 def add_exponentials(sums, z, ENTROPY: tl.constexpr):
     """Add a tile z [G, W] to each group's sums [G]."""
     m = tl.maximum(sums.m, tl.max(z, 1) * LOG2_E)
-    shifted = tl.fma(z, log2_e_of(z), -tl.broadcast_to(m[:, None], z.shape))
+    shifted = tl.fma(z, log2_e_like(z), -tl.broadcast_to(m[:, None], z.shape))
     e = tl.exp2(shifted)
     rescale = tl.exp2(sums.m - m)
     ez_sum = sums.ez_sum
@@ -173,7 +172,7 @@ def add_exponentials(sums, z, ENTROPY: tl.constexpr):
 
 @triton.jit
 def fold_sums(sums):
-    """Return the sums [G] of all groups as one."""
+    """Return one Sums over all groups [G]."""
     m = tl.max(sums.m, 0)
     scale = tl.exp2(sums.m - m)
     ez_sum = tl.sum((sums.ez_sum + sums.s * (sums.m - m)) * scale, 0)
@@ -184,7 +183,7 @@ def fold_sums(sums):
 def log1p(e):
     """Return log(1 + e) for e >= 0.
 
-    With u = 1 + e, log(u) e / (u - 1) cancels the rounding of u (Kahan).
+    With u = 1 + e, log(u) e / (u - 1) cancels the rounding error of u (Kahan).
     """
     u = 1.0 + e
     return tl.where(u == 1.0, e, tl.log(u) * e / tl.where(u == 1.0, 1.0, u - 1.0))
@@ -202,14 +201,14 @@ def minus_expm1(y):
 def row_loss(m, s, z_target):
     """Return the RowLoss of whole rows from m and s of all classes but the target.
 
-    With d = m + log s - z_target the loss is
-    log(1 + exp(d)), so a confident token's 1e-8 is 1e-8, not log(1 + 1e-8) = 0.
+    With d = m + log s - z_target the loss is log(1 + exp(d)). So the loss of a confident token
+    is 1e-8, not log(1 + 1e-8) = 0.
     """
-    e = log2_e_of(z_target)
+    e = log2_e_like(z_target)
     scaled = z_target * e
     gap = m - scaled
     back = gap - m
-    low = (m - (gap - back)) - (scaled + back)  # what rounding took from gap (Knuth's TwoSum)
+    low = (m - (gap - back)) - (scaled + back)  # rounding error of gap (Knuth's TwoSum)
     low -= tl.fma(z_target, e, -scaled)
     if z_target.dtype == tl.float32:
         low += gap * LOG2_E_LOW

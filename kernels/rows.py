@@ -1,13 +1,13 @@
-"""Where a row lies in memory, and how it is cut for 16-byte accesses.
+"""Addresses of rows, and how a row is split for 16-byte accesses.
 
-A row is read from its first 16-byte boundary on, so that any vocabulary (GPT-2's 50257) and any
-row start gets 16-byte accesses:
+The body of a row starts at its first 16-byte boundary. So every vocabulary (GPT-2's 50257) and
+every row start has 16-byte accesses:
 
     | prefix |  body: whole groups of WIDTH logits, 16 bytes each  | tail |
 
-The loops walk the body in tiles [GROUPS, WIDTH] and leave out the target's group. Prefix, tail and
-that group, at most 3 WIDTH logits, are a small tile of their own: the edges. Only there is a column
-compared with the target.
+The loops walk the body in tiles [GROUPS, WIDTH] and leave out the target's group. The edges are the
+prefix, the tail and the target's group: at most 3 WIDTH logits, in one small tile. Only in the
+edges are columns compared with the target.
 """
 
 from typing import Any, NamedTuple
@@ -17,23 +17,23 @@ import triton.language as tl
 
 
 class Row(NamedTuple):
-    """One row, or the rest of one: class v is at ptr + v stride_v."""
+    """A row, or the rest of one. Class v is at ptr + v stride_v."""
 
     ptr: Any
-    stride_v: Any  # as `arguments.encode` gives it
+    stride_v: Any  # encoded by `arguments.encode`
 
 
 class Window(NamedTuple):
-    """How a row is cut. Positions are counted from the start of the body."""
+    """The split of a row. Positions are counted from the start of the body."""
 
-    prefix: Any  # logits before the body
-    body: Any  # logits of the body
-    group: Any  # position of the target's group in the body; -1: not there
+    prefix: Any  # number of logits before the body
+    body: Any  # number of logits in the body
+    group: Any  # position of the target's group in the body, or -1
 
 
 @triton.jit
 def decode(number):
-    """Return the number that `encode` was given."""
+    """Return n from its encoding 4 n + 3."""
     return number >> 2
 
 
@@ -41,8 +41,8 @@ def decode(number):
 def row_start(row, inner_rows, address):
     """Return the offset of a row's first logit.
 
-    Two strides, because `logits[:, :-1]` of [B, T, V] should need no copy. `row` has 32 bits: the
-    division of 64 bits is a subroutine.
+    There are two strides so that `logits[:, :-1]` of [B, T, V] needs no copy. `row` has 32 bits
+    because a division of 64 bits is a subroutine.
     """
     outer, inner = row // inner_rows, row % inner_rows
     start = decode(address.offset) + outer.to(tl.int64) * decode(address.stride_outer)
@@ -63,29 +63,29 @@ def row_window(start, columns, target_column, WIDTH: tl.constexpr, CONTIGUOUS: t
 
 @triton.jit
 def column_offsets(columns, stride_v, CONTIGUOUS: tl.constexpr):
-    """Return offsets of columns: 32 bits where classes are neighbours, for 64 cost registers."""
+    """Return the offsets of columns, with 32 bits if CONTIGUOUS because 64 cost registers."""
     return columns if CONTIGUOUS else tl.cast(columns, tl.int64) * decode(stride_v)
 
 
 @triton.jit
 def advance(columns: tl.constexpr, stride_v, CONTIGUOUS: tl.constexpr):
-    """Return how far a pointer goes in that many columns."""
+    """Return the offset of `columns` columns."""
     return columns if CONTIGUOUS else tl.cast(decode(stride_v), tl.int64) * columns
 
 
 @triton.jit
 def body_row(address, start, prefix, WIDTH: tl.constexpr, CONTIGUOUS: tl.constexpr,
              ALIGNED: tl.constexpr):  # fmt: skip
-    """Return the Row that starts at a row's body, on 16 bytes where ALIGNED."""
+    """Return the Row that starts at a row's body. ALIGNED: it starts on 16 bytes."""
     offset = start + column_offsets(prefix, address.stride_v, CONTIGUOUS)
-    if ALIGNED:  # the compiler cannot see that
+    if ALIGNED:  # the compiler cannot infer it
         offset = tl.multiple_of(offset, WIDTH)
     return Row(address.ptr + offset, address.stride_v)
 
 
 @triton.jit
-def moved(row, columns, CONTIGUOUS: tl.constexpr):
-    """Return the Row from that column on."""
+def move_row(row, columns, CONTIGUOUS: tl.constexpr):
+    """Return the Row that starts `columns` further on."""
     return Row(row.ptr + column_offsets(columns, row.stride_v, CONTIGUOUS), row.stride_v)
 
 
@@ -103,7 +103,7 @@ def lane_ids(WIDTH: tl.constexpr):
 
 @triton.jit
 def edge_columns(window, columns, WIDTH: tl.constexpr):
-    """Return the tile of edges: (columns [4, WIDTH], which exist): prefix, tail, target's group."""
+    """Return (columns [4, WIDTH], valid) of the edges: prefix, tail, target's group."""
     prefix, body, group = window.prefix, window.body, window.group
     edge = tl.arange(0, 4)[:, None]
     first = tl.where(edge == 0, 0, tl.where(edge == 1, prefix + body, prefix + group))

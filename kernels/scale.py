@@ -1,5 +1,7 @@
-"""Gradients times the upstream gradient, which is read on the device: usually 1, then nothing is
-done."""
+"""Multiply a gradient by its upstream gradient.
+
+The upstream gradient is read on the device. If it is 1, as usual, nothing else is done.
+"""
 
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from .rows import column_offsets, row_start
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def scale_kernel(
     grad,  # Address, overwritten
-    upstream_ptr,  # [rows], or one number: upstream_stride 0
+    upstream_ptr,  # [rows], or one number with upstream_stride 0
     columns,
     inner_rows,
     upstream_stride,

@@ -1,9 +1,9 @@
-"""The gradient of any function of a row's statistics, from four numbers per row.
+"""Gradient of any function of the statistics of a row, from four numbers per row.
 
     dL/dz_j = p_j (a + b (z_j - lse)) + c ([j = target] - p_j) + u w_j [j != target]
 
-with p_j = exp(z_j - lse). c is kept apart from a: at the target, c (1 - p) = -c expm1(logprob)
-keeps its digits when p is near 1. w_j: `class_weights`.
+with p_j = exp(z_j - lse) and w_j from `class_weights`. a and c are separate because
+c (1 - p) = -c expm1(logprob) is accurate at the target when p is near 1.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from .online_softmax import (
     class_weights,
     head_derivative,
     head_transform,
-    log2_e_of,
+    log2_e_like,
     minus_expm1,
-    moved_factors,
+    move_factors,
     row_factors,
     typed_head,
 )
@@ -30,26 +30,26 @@ from .rows import (
     edge_columns,
     group_starts,
     lane_ids,
-    moved,
+    move_row,
     row_start,
     row_window,
 )
 
 
 class Affine(NamedTuple):
-    """The gradient of a row's classes but the target: p (scale + slope (z - lse)) + uniform w."""
+    """The gradient p (scale + slope (z - lse)) + uniform w of a row's classes but the target."""
 
     lse: Any
-    exponent: Any  # p is exp2(z log2 e - exponent), but for a factor that scale and slope have
+    exponent: Any  # p = factor exp2(z log2 e - exponent); scale and slope include the factor
     scale: Any
     slope: Any
     uniform: Any
 
 
 @triton.jit
-def affine_of(lse, lse_low, logprob, a, b, c, u, OPTIONS: tl.constexpr):
-    """Return the Affine of a row, and the gradient at its target."""
-    e = log2_e_of(lse)
+def make_affine(lse, lse_low, logprob, a, b, c, u, OPTIONS: tl.constexpr):
+    """Return (Affine of a row, gradient at its target)."""
+    e = log2_e_like(lse)
     exponent = lse * e
     low = tl.fma(lse, e, -exponent) + lse_low * e
     factor = tl.exp2(-low)
@@ -58,7 +58,7 @@ def affine_of(lse, lse_low, logprob, a, b, c, u, OPTIONS: tl.constexpr):
     at_target += c * minus_expm1(logprob)
     scale = a - c
     if OPTIONS.HAS_B:
-        scale -= b * lse_low  # what z - lse lacks
+        scale -= b * lse_low  # corrects z - lse
     return Affine(lse, exponent, scale * factor, b * factor, u), at_target
 
 
@@ -66,7 +66,7 @@ def affine_of(lse, lse_low, logprob, a, b, c, u, OPTIONS: tl.constexpr):
 def gradient(x, affine, uniform, head, OPTIONS: tl.constexpr):
     """Return dL/dx at classes other than the target. uniform: u w."""
     z = head_transform(x, head, OPTIONS)
-    p = tl.exp2(tl.fma(z, log2_e_of(z), -tl.broadcast_to(affine.exponent, z.shape)))
+    p = tl.exp2(tl.fma(z, log2_e_like(z), -tl.broadcast_to(affine.exponent, z.shape)))
     grad = p * affine.scale
     if OPTIONS.HAS_B:
         grad = tl.where(p == 0.0, 0.0, p * (affine.scale + affine.slope * (z - affine.lse)))
@@ -79,7 +79,7 @@ def gradient(x, affine, uniform, head, OPTIONS: tl.constexpr):
 
 @triton.jit
 def weighted_gradient(x, columns, valid, affine, head, factors, OPTIONS: tl.constexpr):
-    """Return dL/dx at columns other than the target's. Factors are those from column 0 on."""
+    """Return dL/dx at columns other than the target's. `factors` start at column 0."""
     uniform = affine.uniform
     if OPTIONS.HAS_U and (OPTIONS.HAS_WEIGHT or OPTIONS.HAS_PROB):
         uniform *= class_weights(factors, columns, valid, x.dtype, OPTIONS)
@@ -93,8 +93,8 @@ def write_body(
 ):  # fmt: skip
     """Write `length` positions of a row's body, without the target's group.
 
-    x, grad and factors start at the first position. PADDED: those at or past `read` are not read
-    and get 0. FOLDED: the exponent has -log2 scale in it.
+    x, grad and factors start at the first position. PADDED: positions from `read` on are not read,
+    and their gradient is 0. FOLDED: the exponent includes -log2 scale.
     """
     x_ptr, grad_ptr = x.ptr, grad.ptr
     tile = group_starts(TILE) + lane_ids(TILE.WIDTH)
@@ -108,7 +108,7 @@ def write_body(
         if FOLDED:
             z = logits.to(tl.float32)
             exponent = tl.broadcast_to(affine.exponent, z.shape)
-            value = tl.exp2(tl.fma(z, log2_e_of(z), -exponent))
+            value = tl.exp2(tl.fma(z, log2_e_like(z), -exponent))
         else:
             z = logits.to(affine.lse.dtype)
             value = weighted_gradient(z, i + tile, readable, affine, head, factors, OPTIONS)
@@ -122,7 +122,7 @@ def write_body(
 
 @triton.jit
 def write_zeros(grad, length, CONTIGUOUS: tl.constexpr, TILE: tl.constexpr):
-    """Write 0 to `length` positions of the body of a row that is ignored."""
+    """Write 0 to `length` positions of the body of an ignored row."""
     grad_ptr = grad.ptr
     tile = group_starts(TILE) + lane_ids(TILE.WIDTH)
     for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
@@ -155,20 +155,20 @@ def write_span(
     x, grad, length, read, group, scored, affine, head, factors,
     TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Write `length` positions of a row's body, by the loop that suits the row."""
+    """Write `length` positions of a row's body with the loop that suits the row."""
     write_zeros(grad, tl.where(scored, 0, length), OPTIONS.GRAD_CONTIGUOUS, TILE)
     length = tl.where(scored, length, 0)
     TRANSFORMED: tl.constexpr = OPTIONS.HAS_SOFTCAP or OPTIONS.HAS_SCALE or OPTIONS.PADDED
     PLAIN: tl.constexpr = not (TRANSFORMED or OPTIONS.HAS_B or OPTIONS.HAS_U)
     if PLAIN and x.ptr.dtype.element_ty.primitive_bitwidth == 16:
-        # A positive scale goes into the exponent: an instruction a logit less. The sum is rounded
-        # to fp32: up to 2^8 by 2^-17, a 60th of what float16 rounds by; at 2^24 by all there is.
+        # Folding a positive scale into the exponent saves an instruction per logit. The sum is
+        # rounded to fp32. Below 2^8 the error is 2^-17, a 60th of the rounding of float16.
         small = tl.abs(affine.exponent) < 256.0
         folded = tl.where((affine.scale > 0.0) & small, length, 0)
         length -= folded
         exponent = affine.exponent - tl.log2(affine.scale)
-        into = Affine(affine.lse, exponent, affine.scale, affine.slope, affine.uniform)
-        write_body(x, grad, folded, read, group, into, head, factors, True, TILE, OPTIONS)
+        shifted = Affine(affine.lse, exponent, affine.scale, affine.slope, affine.uniform)
+        write_body(x, grad, folded, read, group, shifted, head, factors, True, TILE, OPTIONS)
     write_body(x, grad, length, read, group, affine, head, factors, False, TILE, OPTIONS)
 
 
@@ -193,7 +193,7 @@ def load_numbers(coefficients, row, DTYPE: tl.constexpr, OPTIONS: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def token_grad_kernel(
     x,  # Address of logits
-    grad,  # Address, may be x: each element is read and written by one program
+    grad,  # Address, may be that of x: one program reads and writes each element
     target_ptr,  # [rows] integers
     saved,  # Saved
     coefficients,  # Coefficients
@@ -204,7 +204,7 @@ def token_grad_kernel(
     prob_scale: "fp64", prob_shift: "fp64", softcap: "fp64", logit_scale: "fp64",
     SPAN: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Write SPAN columns of a row's body; the first program of a row its edges too."""
+    """Write SPAN columns of a row's body. The first program of a row also writes its edges."""
     row = tl.program_id(0)
     target = tl.load(target_ptr + row).to(tl.int64)
     scored = target != ignore_index
@@ -218,7 +218,7 @@ def token_grad_kernel(
     lse, lse_low = tl.load(saved.lse + row), tl.load(saved.lse_low + row)
     a, b, c, u = load_numbers(coefficients, row, DTYPE, OPTIONS)
     logprob = tl.load(saved.logprob + row)
-    affine, at_target = affine_of(lse, lse_low, logprob, a, b, c, u, OPTIONS)
+    affine, at_target = make_affine(lse, lse_low, logprob, a, b, c, u, OPTIONS)
     x_body = body_row(x, x_start, prefix, TILE.WIDTH, OPTIONS.CONTIGUOUS, OPTIONS.CONTIGUOUS)
     grad_body = body_row(
         grad, grad_start, prefix, TILE.WIDTH, OPTIONS.GRAD_CONTIGUOUS, OPTIONS.GRAD_ALIGNED
@@ -229,9 +229,10 @@ def token_grad_kernel(
     )
     first = tl.program_id(1) * SPAN
     write_span(
-        moved(x_body, first, OPTIONS.CONTIGUOUS), moved(grad_body, first, OPTIONS.GRAD_CONTIGUOUS),
+        move_row(x_body, first, OPTIONS.CONTIGUOUS),
+        move_row(grad_body, first, OPTIONS.GRAD_CONTIGUOUS),
         tl.minimum(window.body - first, SPAN), columns - prefix - first, window.group - first,
-        scored, affine, head, moved_factors(body_factors, first, OPTIONS), TILE, OPTIONS,
+        scored, affine, head, move_factors(body_factors, first, OPTIONS), TILE, OPTIONS,
     )  # fmt: skip
     if first == 0:
         write_edges(

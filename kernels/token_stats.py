@@ -1,10 +1,9 @@
-"""Row statistics in one read of the logits.
+"""Statistics of rows in one read of the logits.
 
-lse and logprob, and on request entropy, mean_logprob, rank, argmax.
+They are lse and logprob, and on request entropy, mean_logprob, rank and argmax.
 
 A row is summed in segments of SEGMENT columns. `merge_parts` merges their sums in ascending order.
-How many segments one program walks is the launch's choice: no result depends on it. The target is
-in no sum but logit_sum.
+So no result depends on the number of segments per program. Only logit_sum includes the target.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from .online_softmax import (
     fold_sums,
     head_transform,
     merge,
-    moved_factors,
+    move_factors,
     row_factors,
     typed_head,
 )
@@ -33,7 +32,7 @@ from .rows import (
     edge_columns,
     group_starts,
     lane_ids,
-    moved,
+    move_row,
     row_start,
     row_window,
 )
@@ -44,24 +43,24 @@ MAX_INT = tl.constexpr(2147483647)
 class Target(NamedTuple):
     """The target of a row."""
 
-    column: Any  # -1: not among the columns that are read
+    column: Any  # -1 if it is not among the columns that are read
     logit: Any
-    origin: Any  # logits are summed from here, so that a large common offset cancels
+    origin: Any  # subtracted from logits before they are summed, so a large common offset cancels
 
 
 class Extra(NamedTuple):
-    """What the statistics beyond lse and logprob need."""
+    """Sums for the statistics other than lse, logprob and entropy."""
 
     logit_sum: Any  # sum w (z - origin)
     weight_sum: Any  # sum w of all classes but the target
-    num_better: Any  # classes that beat the target
+    num_better: Any  # number of classes that beat the target
     best_value: Any
     best_class: Any
 
 
 @triton.jit
 def target_logit(row, target, valid, head, OPTIONS: tl.constexpr):
-    """Return the target's logit; NaN where it is +inf, as torch has it, or not valid."""
+    """Return the target's logit, or NaN if it is +inf (as in torch) or not valid."""
     DTYPE: tl.constexpr = tl.float64 if row.ptr.dtype.element_ty == tl.float64 else tl.float32
     address = row.ptr + target * decode(row.stride_v)
     x = tl.load(address, mask=valid, other=float("nan")).to(DTYPE)
@@ -80,7 +79,7 @@ def read_target(row, target, columns, head, OPTIONS: tl.constexpr):
 
 @triton.jit
 def empty_extra(N: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the Extra [N] of no logits."""
+    """Return the Extra [N] over no logits."""
     return Extra(
         tl.zeros([N], DTYPE),
         tl.zeros([N], DTYPE),
@@ -92,7 +91,7 @@ def empty_extra(N: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_logits(extra, z, columns, valid, target, factors, OPTIONS: tl.constexpr):
-    """Add w (z - origin) and w to each group's sums [G]. Factors are those from column 0 on."""
+    """Add w (z - origin) and w to each group's sums [G]. `factors` start at column 0."""
     logit_sum, weight_sum = extra.logit_sum, extra.weight_sum
     if OPTIONS.HAS_WEIGHT or OPTIONS.HAS_PROB:
         w = class_weights(factors, columns, valid, z.dtype, OPTIONS)
@@ -120,23 +119,23 @@ def add_ranks(extra, z, columns, valid, target, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def better(value, column, other_value, other_column):
-    """Return the larger value and its class; on a tie the lower class."""
+def pick_better(value, column, other_value, other_column):
+    """Return the larger value and its class. The lower class wins a tie."""
     wins = (other_value > value) | ((other_value == value) & (other_column < column))
     return tl.maximum(value, other_value), tl.where(wins, other_column, column)
 
 
 @triton.jit
 def merge_extra(a, b):
-    """Return the Extra of both parts of a row."""
-    value, column = better(a.best_value, a.best_class, b.best_value, b.best_class)
+    """Return the Extra over both parts of a row."""
+    value, column = pick_better(a.best_value, a.best_class, b.best_value, b.best_class)
     logit_sum, weight_sum = a.logit_sum + b.logit_sum, a.weight_sum + b.weight_sum
     return Extra(logit_sum, weight_sum, a.num_better + b.num_better, value, column)
 
 
 @triton.jit
 def fold_extra(extra):
-    """Return the Extra [G] of all groups as one."""
+    """Return one Extra over all groups [G]."""
     value = tl.max(extra.best_value, 0)
     column = tl.min(tl.where(extra.best_value == value, extra.best_class, MAX_INT), 0)
     logit_sum, weight_sum = tl.sum(extra.logit_sum, 0), tl.sum(extra.weight_sum, 0)
@@ -155,7 +154,7 @@ def sum_body(
     x_ptr = row.ptr
     sums = empty_sums(TILE.GROUPS, target.origin.dtype)
     extra = empty_extra(TILE.GROUPS, target.origin.dtype)
-    nowhere = Target(tl.full([], -1, tl.int32), target.logit, target.origin)
+    no_target = Target(tl.full([], -1, tl.int32), target.logit, target.origin)
     tile = group_starts(TILE) + lane_ids(TILE.WIDTH)
     for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
         groups = i + group_starts(TILE)
@@ -164,14 +163,14 @@ def sum_body(
             valid &= i + tile < length
         offsets = column_offsets(tile, row.stride_v, OPTIONS.CONTIGUOUS)
         x = tl.load(x_ptr + offsets, mask=valid, other=float("-inf"))
-        # An offset from the loop's counter would make that, and its comparisons, 64 bits wide.
+        # An offset from the loop counter would make it and its comparisons 64 bits wide.
         x_ptr += advance(TILE.GROUPS * TILE.WIDTH, row.stride_v, OPTIONS.CONTIGUOUS)
         z = x.to(target.origin.dtype)
         if OPTIONS.HAS_SOFTCAP or OPTIONS.HAS_SCALE:
-            # Mask after the transform: softcap would make a padding of -inf finite.
+            # Mask after the transform, because softcap makes -inf finite.
             z = tl.where(valid, head_transform(z, head, OPTIONS), float("-inf"))
         if OPTIONS.MEAN_LOGPROB:
-            extra = add_logits(extra, z, i + tile, valid, nowhere, factors, OPTIONS)
+            extra = add_logits(extra, z, i + tile, valid, no_target, factors, OPTIONS)
         extra = add_ranks(extra, z, first_column + i + tile, valid, target, OPTIONS)
         sums = add_exponentials(sums, z, OPTIONS.ENTROPY)
     return fold_sums(sums), fold_extra(extra)
@@ -198,7 +197,7 @@ def sum_edges(row, window, columns, target, head, factors, WIDTH: tl.constexpr,
 
 @triton.jit
 def shard_origin(row, target, scored, head, OPTIONS: tl.constexpr):
-    """Return the Target; where it lies in another shard, with the first class's logit as origin."""
+    """Return the Target. If it lies in another shard, its origin is the first class's logit."""
     first = tl.load(row.ptr, mask=scored, other=0.0).to(target.origin.dtype)
     first = head_transform(first, head, OPTIONS)
     first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
@@ -208,7 +207,7 @@ def shard_origin(row, target, scored, head, OPTIONS: tl.constexpr):
 
 @triton.jit
 def store_part(parts, part, field, sums, extra, OPTIONS: tl.constexpr):
-    """Store a segment's sums; `field` numbers lie between one sum and the next."""
+    """Store a segment's sums. `field` is the distance between one sum and the next."""
     floats = parts.floats_ptr + part
     tl.store(floats, sums.m)
     tl.store(floats + field, sums.s)
@@ -235,7 +234,7 @@ def token_stats_kernel(
     prob_scale: "fp64", prob_shift: "fp64", softcap: "fp64", logit_scale: "fp64",
     SEGMENT: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Sum some segments of a row."""
+    """Sum the segments of a row that belong to this program."""
     row = tl.program_id(0)
     target_class = tl.load(target_ptr + row).to(tl.int64)
     scored = target_class != ignore_index
@@ -259,8 +258,9 @@ def token_stats_kernel(
         begin = segment * SEGMENT
         length = tl.minimum(window.body - begin, SEGMENT)
         sums, extra = sum_body(
-            moved(x_body, begin, OPTIONS.CONTIGUOUS), length, prefix + begin, window.group - begin,
-            target, head, moved_factors(body_factors, begin, OPTIONS), False, TILE, OPTIONS,
+            move_row(x_body, begin, OPTIONS.CONTIGUOUS), length, prefix + begin,
+            window.group - begin, target, head, move_factors(body_factors, begin, OPTIONS), False,
+            TILE, OPTIONS,
         )  # fmt: skip
         if segment == 0:
             edge_sums, edge_extra = sum_edges(

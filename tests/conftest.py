@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu":
         from chunked_ce.backends import cpu_library
 
-        if ON_GPU or not cpu_library.IS_THERE:
+        if ON_GPU or not cpu_library.IS_AVAILABLE:
             pytest.skip("the CPU kernels are not built, or tensors are on a GPU")
     if request.param == "triton":
         pytest.importorskip("triton")

@@ -36,4 +36,4 @@ run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
 
 run address,undefined libasan.so tests/backends/test_backend_cpu.py tests/backends/test_backend_cpu_binary.py tests/functional/test_binary.py \
     tests/functional/test_token_stats.py tests/functional/test_drop_in.py \
-    -k "(backend_cpu or cpu) and not compile and not every_instruction"
+    -k "(backend_cpu or cpu) and not compile and not instruction_sets"

@@ -132,9 +132,9 @@ def loss(
     wide = x.detach().double().requires_grad_()
     truth = oracle().cross_entropy(wide, target, **options)
     truth.backward()
-    given, grads = own(x)
+    leaf, grads = own(x)
     ours = chunked_ce.cross_entropy(
-        given, target, dim=-1, backend=BACKEND, **options, **schedule  # type: ignore[arg-type]
+        leaf, target, dim=-1, backend=BACKEND, **options, **schedule  # type: ignore[arg-type]
     )  # fmt: skip
     ours.backward()
     error = near("loss", ours, truth, 1e-11 if dtype == torch.float64 else 2e-6, 1e-9)
@@ -157,12 +157,12 @@ def weighted(context: Context, dtype: torch.dtype, vocab: int) -> float:
         (target, target, smooth), (prob, prob, smooth), ((classes, top), dense, {})
     )  # fmt: skip
     errors = []
-    for given, labels, options in calls:
+    for label, exact_label, options in calls:
         exact = {k: v.double() if k == "weight" else v for k, v in options.items()}
-        if labels.is_floating_point():
-            labels = labels.double()
-        ours = partial(chunked_ce.cross_entropy, target=given, backend=BACKEND, **options)
-        truth = partial(F.cross_entropy, target=labels, **exact)
+        if exact_label.is_floating_point():
+            exact_label = exact_label.double()
+        ours = partial(chunked_ce.cross_entropy, target=label, backend=BACKEND, **options)
+        truth = partial(F.cross_entropy, target=exact_label, **exact)
         errors.append(agree(x, ours, truth, 4e-6))
     return max(errors)
 
@@ -187,9 +187,9 @@ def binary(context: Context, dtype: torch.dtype, vocab: int) -> float:
     index = torch.randint(vocab, (rows, 3), device=x.device)
     hot = torch.zeros(x.shape, device=x.device, dtype=torch.float64).scatter(1, index, 1.0)
     errors = []
-    for given, labels in ((dense, dense.double()), (index, hot)):
-        ours = partial(chunked_ce.binary_cross_entropy_with_logits, target=given, backend=BACKEND)
-        truth = partial(F.binary_cross_entropy_with_logits, target=labels)
+    for label, exact_label in ((dense, dense.double()), (index, hot)):
+        ours = partial(chunked_ce.binary_cross_entropy_with_logits, target=label, backend=BACKEND)
+        truth = partial(F.binary_cross_entropy_with_logits, target=exact_label)
         errors.append(agree(x, ours, truth, 2e-6))
     return max(errors)
 

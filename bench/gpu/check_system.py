@@ -69,9 +69,9 @@ def many_logits(context: Context, schedule: dict[str, bool]) -> float:
     stats = chunked_ce.token_stats(x, target, backend=BACKEND)
     near("lse", stats.lse[few], expected.lse, 1e-6)
     near("logprob", stats.logprob[few], expected.logprob, 1e-6)
-    given, grads = own(x)
+    logits, grads = own(x)
     chunked_ce.cross_entropy(
-        given, target, reduction="sum", inplace_backward=True, backend=BACKEND, **schedule  # type: ignore[arg-type]
+        logits, target, reduction="sum", inplace_backward=True, backend=BACKEND, **schedule  # type: ignore[arg-type]
     ).backward()  # fmt: skip
     demand(grads[0].data_ptr() == x.data_ptr(), "the gradient is not in place")
     demand(not grads[0][-2].any(), "the gradient of an ignored row is not 0")
@@ -85,10 +85,10 @@ def _demand_memory(context: Context, needed: float) -> None:
 
 
 def far_rows(context: Context) -> float:
-    rows, vocab, apart = 3, 100, 1000 if context.dry else 2**31 + 8
-    _demand_memory(context, 2.0 * (2 * apart + vocab))
-    store = torch.empty(2 * apart + vocab, dtype=HALF, device=context.device)
-    x = store.as_strided((rows, vocab), (apart, 1))
+    rows, vocab, row_stride = 3, 100, 1000 if context.dry else 2**31 + 8
+    _demand_memory(context, 2.0 * (2 * row_stride + vocab))
+    store = torch.empty(2 * row_stride + vocab, dtype=HALF, device=context.device)
+    x = store.as_strided((rows, vocab), (row_stride, 1))
     x.copy_(torch.randn(rows, vocab, device=context.device))
     # Rows that start alike in 16 bytes: the order of a sum follows that.
     small = torch.empty(rows, 104, dtype=HALF, device=context.device)[:, :vocab].copy_(x)

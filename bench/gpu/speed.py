@@ -1,6 +1,6 @@
 """Stage `speed`: time, error and memory of each loss, beside its peers and the memory's own rate.
 
-Each answer is compared with eager's first. Who is wrong, or rests on a kernel that stage `check`
+Each result is compared with eager's first. Who is wrong, or rests on a kernel that stage `check`
 found wrong, gets a row and is not timed.
 """
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_interpreter() -> None:
-    """Round as a GPU does, and in half the time, as the tests do."""
+    """Set up the interpreter as the tests do: it rounds like a GPU, and takes half the time."""
     sys.path.append(str(ROOT / "tests"))
     helpers = importlib.import_module("helpers")
     helpers.fuse_multiply_add()

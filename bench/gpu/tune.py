@@ -95,7 +95,7 @@ def _tiled(architecture: str, row: launch.Row, span: int) -> Candidate:
 
 
 def _streamed(architecture: str, device: torch.device, row: launch.Row, share: int) -> Candidate:
-    """`share`: 1/share of the L2 is for the rows under way; the table's own share is a half."""
+    """Return a candidate that gives 1/share of the L2 to the rows in progress (table: 1/2)."""
     now = launch.STREAMED_TABLE.get(architecture, launch.STREAMED)
     size = gpu.l2_bytes(device) * 2 // share
     return Candidate(

@@ -1,4 +1,4 @@
-"""One face of the backends: which one runs, and each with the same arguments."""
+"""Choose a backend and call it. All backends take the same arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import cpu_binary, cpu_library
 from . import torch as backend_torch
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-# As Triton reads it, and when it does: a change after the import comes too late for both.
+# Triton reads the variable at import, so a later change has no effect there and here.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -25,20 +25,21 @@ def choose_backend(backend: str, device: Device) -> str:
     if backend == "auto":
         if device.type in ("cuda", "xpu") and TRITON_INSTALLED:
             return "triton"
-        return "cpu" if device.type == "cpu" and cpu_library.IS_THERE else "torch"
+        return "cpu" if device.type == "cpu" and cpu_library.IS_AVAILABLE else "torch"
     if backend == "triton":
         on_gpu = device.type in ("cuda", "xpu")
         if not (TRITON_INSTALLED and (on_gpu or (device.type == "cpu" and INTERPRETED))):
             checks.triton_cannot_run(installed=TRITON_INSTALLED)
     elif backend == "cpu":
-        if not (cpu_library.IS_THERE and device.type == "cpu"):
-            checks.cpu_cannot_run(device, built=cpu_library.IS_THERE)
+        if not (cpu_library.IS_AVAILABLE and device.type == "cpu"):
+            checks.cpu_cannot_run(device, built=cpu_library.IS_AVAILABLE)
     elif backend != "torch":
         checks.backend_name(backend)
     return backend
 
 
 def _backend(name: str) -> Any:
+    """Return the module of a backend."""
     if name == "triton":
         from . import triton
 
@@ -52,7 +53,7 @@ def row_statistics(
     *arguments: Any,  # target, ignore_index, vocab_size, head, weights
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> RowStatistics:
-    """Return the statistics of every row, flat."""
+    """Return the statistics of every row, [rows]."""
     rows: RowStatistics = _backend(backend).row_statistics(input, *arguments, **wanted)
     return rows
 
@@ -60,11 +61,11 @@ def row_statistics(
 def row_part(
     backend: str,
     input: Tensor,  # [..., C], some classes of a larger vocabulary
-    target: Tensor,  # counted from the first of them; outside of [0, vocab_size): not among them
+    target: Tensor,  # index into these classes; outside of [0, vocab_size) if in another shard
     *arguments: Any,  # ignore_index, vocab_size, head
     **wanted: bool,  # entropy, mean_logprob, argmax
 ) -> tuple[Part, Tensor]:
-    """Return every row's sums over these classes, and the target's logit, -inf if elsewhere."""
+    """Return every row's sums over these classes, and the target's logit (-inf if elsewhere)."""
     module = _backend(backend)
     if backend == "triton":
         from . import triton_shard
@@ -81,7 +82,10 @@ def logits_gradient(
     inplace: bool,
     shard: bool = False,
 ) -> Tensor:
-    """Return dL/dinput, in a new tensor or over `input`; `shard`: both given as to `row_part`."""
+    """Return dL/dinput, in a new tensor or written over `input`.
+
+    shard: input and target are those of a shard, like the arguments of `row_part`.
+    """
     options = dict(inplace=inplace) | ({} if backend == "triton" else dict(shard=shard))
     grad: Tensor = _backend(backend).logits_gradient(input, *arguments, **options)
     return grad
@@ -93,31 +97,35 @@ def loss_and_gradient(
     *arguments: Any,  # target, token_weight, divisor, label_smoothing, ..., vocab_size, head
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return each token's loss, flat, and the gradient of loss * token_weight / divisor.
+    """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
-    The losses are those before their weights; the gradient is in a new tensor or over `input`.
+    The losses are not weighted. The gradient is in a new tensor or written over `input`.
     """
     options: dict[str, bool] = dict(inplace=inplace)
     if backend == "triton":
         from . import clusters
 
-        options["on_clusters"] = clusters.checked(input.device)
+        options["on_clusters"] = clusters.is_verified(input.device)
     both: tuple[Tensor, Tensor] = _backend(backend).loss_and_gradient(input, *arguments, **options)
     return both
 
 
 def scale_(grad: Tensor, upstream: Tensor, backend: str) -> None:
-    """grad [..., V] *= upstream [...] or []; nothing is done where that is 1."""
-    # A value is read only where that makes nothing wait; Triton's kernel looks itself.
-    free = backend != "triton" and upstream.is_cpu
-    if grad.numel() == 0 or (free and bool((upstream == 1.0).all())):
+    """Multiply grad [..., V] in place by upstream [...] or []. Do nothing if all upstream are 1."""
+    # Read the value only on the host. The Triton kernel reads it on the device.
+    on_host = backend != "triton" and upstream.is_cpu
+    if grad.numel() == 0 or (on_host and bool((upstream == 1.0).all())):
         return
     (cpu_binary if backend == "cpu" else _backend(backend)).scale_(grad, upstream)
 
 
 def check_targets(
-    target: Tensor, vocab_size: int, ignore_index: int, *, free: bool = False, per_row: int = 1
+    target: Tensor, vocab_size: int, ignore_index: int, *, on_host: bool = False, per_row: int = 1
 ) -> None:
-    """Where looking at targets is not free, but means waiting for a GPU, the user says when to."""
-    if free or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
+    """Raise IndexError if a target is out of range.
+
+    Targets on a GPU are checked only on request (CHUNKED_CE_CHECK_TARGETS=1), because the check
+    waits for the GPU.
+    """
+    if on_host or os.environ.get("CHUNKED_CE_CHECK_TARGETS") == "1":
         checks.targets_in_range(target, vocab_size, ignore_index, per_row)

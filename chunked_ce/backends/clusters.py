@@ -1,7 +1,7 @@
-"""Whether the one-pass kernel may spread a row over a cluster of CTAs on a GPU.
+"""Decide whether the one-pass kernel may spread a row over a cluster of CTAs on a GPU.
 
-Triton's reductions across CTAs are young (3.8 has them). So the cluster form is used only on a GPU
-where `check` has run it against the streamed form and found the same: `chunked-ce doctor` does so.
+Triton's reductions across CTAs are new in 3.8. So clusters are used only on a GPU where `check`
+found that they agree with the streamed form. `chunked-ce doctor` runs `check`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..core.head import Head
 
 
 def record_path() -> Path:
-    """The results by GPU and versions, under $CHUNKED_CE_CACHE or the user's cache folder."""
+    """Return the path of the recorded results, in $CHUNKED_CE_CACHE or the user's cache folder."""
     home = os.environ.get("CHUNKED_CE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chunked_ce"
     )
@@ -26,22 +26,22 @@ def record_path() -> Path:
 
 
 @cache
-def checked(device: torch.device) -> bool:
-    """Whether the record says that clusters are right on this GPU, with these versions."""
-    if not supported(device):
+def is_verified(device: torch.device) -> bool:
+    """Return whether clusters are recorded as correct on this GPU with these versions."""
+    if not is_supported(device):
         return False
     return _read().get(_key(device)) is True
 
 
-def supported(device: torch.device) -> bool:
-    """Clusters need sm_90 or later and Triton 3.8 or later."""
+def is_supported(device: torch.device) -> bool:
+    """Return whether GPU and Triton support clusters: sm_90 and Triton 3.8, or later."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return triton_has_them() and torch.cuda.get_device_capability(device) >= (9, 0)
+    return triton_supports_clusters() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def triton_has_them() -> bool:
-    """Up to 3.7 the compiler fails on a reduction across CTAs."""
+def triton_supports_clusters() -> bool:
+    """Return whether Triton can reduce across CTAs. Up to 3.7 its compiler fails."""
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -49,8 +49,8 @@ def triton_has_them() -> bool:
 
 
 def check(device: torch.device) -> bool:
-    """Runs clusters of 2, 4 and 8 CTAs against the streamed form; records whether they agree."""
-    if not supported(device):
+    """Compare clusters of 2, 4 and 8 CTAs with the streamed form, and record whether they agree."""
+    if not is_supported(device):
         return False
     right = all(
         _agrees(columns, dtype, device)
@@ -60,7 +60,7 @@ def check(device: torch.device) -> bool:
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_read() | {_key(device): right}, indent=1))
-    checked.cache_clear()
+    is_verified.cache_clear()
     return right
 
 

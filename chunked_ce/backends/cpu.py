@@ -1,4 +1,4 @@
-"""The CPU backend: allocates, says where tensors lie, calls the kernels in C."""
+"""The CPU backend: allocate outputs, collect addresses, and call the kernels in C."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row_statistics(
     rank: bool,
     argmax: bool,
 ) -> RowStatistics:
-    """The statistics of every row, flat."""
+    """Return the statistics of every row, [rows]."""
     dtype, integers = compute_dtype(input.dtype), torch.int64
     rows = target.numel()
 
@@ -45,10 +45,10 @@ def row_statistics(
         lse, logprob, new(entropy, dtype), new(mean_logprob, dtype),
         new(rank, integers), new(argmax, integers),
     )  # fmt: skip
-    mass = new(weights is not UNIFORM, dtype)
-    numbers = dict(stats._asdict(), lse_low=lse_low, mass=mass)
+    weight_sum = new(weights is not UNIFORM, dtype)
+    numbers = dict(stats._asdict(), lse_low=lse_low, weight_sum=weight_sum)
     _run(_STATISTICS, input, None, target, ignore_index, vocab_size, head, weights, numbers)
-    return RowStatistics(stats, lse_low, mass)
+    return RowStatistics(stats, lse_low, weight_sum)
 
 
 def row_part(
@@ -62,20 +62,21 @@ def row_part(
     mean_logprob: bool,
     argmax: bool,
 ) -> tuple[Part, Tensor]:
-    """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
+    """Return the sums of every row over a shard, and the target's logit (-inf if elsewhere)."""
     dtype, rows = compute_dtype(input.dtype), target.numel()
 
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, dtype=dtype, device=input.device)
 
-    m, s, mass, target_logit = (new(dtype) for _ in range(4))
-    weighted = new(dtype) if entropy else None
-    total = new(dtype) if mean_logprob else None
-    best = new(torch.int64) if argmax else None
-    part = Part(m, s, weighted, total, mass if mean_logprob else None, None, best)
+    m, s, weight_sum, target_logit = (new(dtype) for _ in range(4))
+    ez_sum = new(dtype) if entropy else None
+    logit_sum = new(dtype) if mean_logprob else None
+    best_class = new(torch.int64) if argmax else None
+    part = Part(m, s, ez_sum, logit_sum, weight_sum if mean_logprob else None, None, best_class)
     numbers = dict(
-        m=m, s=s, weighted=weighted, total=total, mass=mass, argmax=best, target_logit=target_logit
-    )
+        m=m, s=s, ez_sum=ez_sum, logit_sum=logit_sum, weight_sum=weight_sum, argmax=best_class,
+        target_logit=target_logit,
+    )  # fmt: skip
     _run(_PARTS, input, None, target, ignore_index, vocab_size, head, UNIFORM, numbers, shard=True)
     return part, target_logit
 
@@ -95,7 +96,7 @@ def logits_gradient(
     inplace: bool,
     shard: bool = False,
 ) -> Tensor:
-    """dL/dinput, in a new tensor or over `input`."""
+    """Return dL/dinput, in a new tensor or written over `input`."""
     grad = input if inplace else torch.empty_like(input)
     weights = UNIFORM if coefficients.u is None else weights
     numbers = dict(coefficients._asdict(), lse=lse, logprob=logprob, lse_low=lse_low)
@@ -119,9 +120,10 @@ def loss_and_gradient(
     *,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+    """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
-    That in a new tensor or over `input`; each row is visited once.
+    The losses are not weighted. The gradient is in a new tensor or written over `input`. Each row
+    is visited once.
     """
     grad = input if inplace else torch.empty_like(input)
     dtype = compute_dtype(input.dtype)
@@ -145,13 +147,14 @@ def _run(
     vocab_size: int,
     head: Head,
     weights: ClassWeights,
-    numbers: dict[str, Tensor | None],  # [rows] each, by their names in `Job`
+    numbers: dict[str, Tensor | None],  # [rows] each; keys are fields of `Job`
     *,
     shard: bool = False,
     divisor: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
 ) -> None:
+    """Pack the arguments into a `Job` and run it."""
     library = cpu_library.LIBRARY
     assert library is not None
     dtype = compute_dtype(input.dtype)
@@ -159,11 +162,11 @@ def _run(
         input = input.resolve_neg()
     if target.dtype != torch.int64 or not target.is_contiguous():
         target = target.long().contiguous()
-    # Held until the call has ended: what is converted here has no other owner.
-    held = {name: _as_stored(t, dtype) for name, t in numbers.items() if t is not None}
-    held["target"] = target
+    # Keep the converted tensors alive until the call has ended.
+    operands = {name: _as_stored(t, dtype) for name, t in numbers.items() if t is not None}
+    operands["target"] = target
     class_weight = None if weights.weight is None else _as_stored(weights.weight, dtype)
-    of_classes = 0 if class_weight is None else class_weight.data_ptr()
+    class_weight_address = 0 if class_weight is None else class_weight.data_ptr()
     doubles = (
         divisor, label_smoothing, z_loss_weight,
         head.softcap or 0.0, head.logit_scale, weights.scale, weights.shift,
@@ -172,36 +175,36 @@ def _run(
         vocab_size, input.shape[-1], ignore_index, kind, shard, torch.get_num_threads(),
     )  # fmt: skip
     for first, shape, rows in _addresses(input, grad, weights.prob):
-        of_rows = [
-            held[name].data_ptr() + first * held[name].element_size() if name in held else 0
+        pointers = [
+            t.data_ptr() + first * t.element_size() if (t := operands.get(name)) is not None else 0
             for name in POINTERS
         ]
-        job = JOB.pack(*rows, of_classes, *of_rows, *doubles, *shape, *integers)
+        job = JOB.pack(*rows, class_weight_address, *pointers, *doubles, *shape, *integers)
         if library.chunked_ce_run(job):
             checks.targets_in_range(target.view(-1), vocab_size, ignore_index)
             raise AssertionError("a target was changed during the call")
 
 
 def _as_stored(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dense, integers as they are, other numbers in `dtype`."""
+    """Return `t` contiguous. Integers keep their dtype, other numbers become `dtype`."""
     if t.dtype in (dtype, torch.int64) and t.is_contiguous() and not t.is_neg():
         return t
     return t.detach().to(dtype).resolve_neg().contiguous()
 
 
 def _addresses(*tensors: Tensor | None) -> Iterator[tuple[int, tuple[int, int], list[int]]]:
-    """(first row, (outer, inner), the numbers of a `Rows` each), once wherever strides allow."""
-    given = [t for t in tensors if t is not None]
-    if not all(t.data_ptr() or t.numel() == 0 for t in given):
+    """Yield (first row, (outer, inner), fields of a `Rows` per tensor), once if strides allow."""
+    present = [t for t in tensors if t is not None]
+    if not all(t.data_ptr() or t.numel() == 0 for t in present):
         raise ValueError("logits without memory, as fake tensors are: pass backend='torch'")
-    if all(t.is_contiguous() for t in given):
-        columns = given[0].shape[-1]
+    if all(t.is_contiguous() for t in present):
+        columns = present[0].shape[-1]
         rows: list[int] = []
         for t in tensors:
             rows += _NO_ROWS if t is None else (t.data_ptr(), 0, t.shape[-1], 1, DTYPES[t.dtype])
-        yield 0, (1, given[0].numel() // columns), rows
+        yield 0, (1, present[0].numel() // columns), rows
         return
-    for flat, views in strided_rows(*given):
+    for flat, views in strided_rows(*present):
         remaining, rows = iter(views), []
         for t in tensors:
             if t is None:

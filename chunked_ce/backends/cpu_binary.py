@@ -1,4 +1,4 @@
-"""Binary cross-entropy, and a gradient times its upstream, by the kernels in C."""
+"""Binary cross-entropy and the scaling of gradients with the kernels in C."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .strided_rows import strided_rows
 _SUM, _LOSS, _GRADIENT, _SCALE = range(4)
 
 
-def total(
+def loss_sum(
     input: Tensor,
     labels: Tensor | None,  # as input
     weight: Tensor | None,
     pos_weight: Tensor | None,
     left_out: Tensor | None,  # [rows, K] int32, ascending
 ) -> Tensor:
-    """[] sum of all losses but those left out."""
+    """Return the sum [] of all losses but those left out."""
     sum = _run(_SUM, input, None, labels, weight, pos_weight, left_out=left_out)
     return torch.tensor(sum, dtype=compute_dtype(input.dtype))
 
@@ -30,7 +30,7 @@ def total(
 def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """The loss of each logit."""
+    """Return the loss of each logit."""
     out = torch.empty_like(input, dtype=compute_dtype(input.dtype))
     _run(_LOSS, input, out, labels, weight, pos_weight)
     return out
@@ -41,7 +41,7 @@ def gradient(
     labels: Tensor | None,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    upstream: Tensor,  # as input, expanded where it is one number
+    upstream: Tensor,  # shape of input; expanded if it is one number
 ) -> Tensor:
     grad = torch.empty_like(input)
     _run(_GRADIENT, input, grad, labels, weight, pos_weight, upstream)
@@ -49,7 +49,7 @@ def gradient(
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad [..., V] *= upstream [...] or []; what is 0 stays 0."""
+    """Multiply grad [..., V] in place by upstream [...] or []. Zeros stay 0."""
     upstream = upstream if upstream.dim() == 0 else upstream.reshape(*grad.shape[:-1], 1)
     _run(_SCALE, grad, grad, upstream=upstream.expand(grad.shape))
 
@@ -64,14 +64,14 @@ def _run(
     upstream: Tensor | None = None,
     left_out: Tensor | None = None,
 ) -> float:
-    """The sum of the losses, 0 of the other kinds."""
+    """Run an elementwise call. Return the sum of the losses, or 0 for other kinds."""
     library = cpu_library.LIBRARY
     assert library is not None
     names = ("x", "out", "label", "weight", "pos_weight", "upstream")
-    given = (input, out, labels, weight, pos_weight, upstream)
+    arguments = (input, out, labels, weight, pos_weight, upstream)
     tensors = {
         name: t.detach() if t.dtype in DTYPES else t.detach().to(compute_dtype(input.dtype))
-        for name, t in zip(names, given, strict=True)
+        for name, t in zip(names, arguments, strict=True)
         if t is not None
     }
     if not all(t.data_ptr() for t in tensors.values()):
@@ -91,5 +91,5 @@ def _run(
             job.left_out = left_out.data_ptr() + 4 * flat.start * left_out.shape[-1]
         if library.chunked_ce_elementwise(ctypes.byref(job)):
             raise MemoryError("no memory for the sums of the tasks of a binary cross-entropy")
-        sum += job.total
+        sum += job.loss_sum
     return sum

@@ -1,6 +1,6 @@
-"""The library of CPU kernels: which of those built is this machine's, and how to call it.
+"""Find and load the library of CPU kernels for this machine.
 
-Plain C without Python in it, so that ctypes loads it and releases the interpreter's lock.
+The library is plain C without Python. So ctypes can load it, and releases the interpreter lock.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 import torch
 
 _INT, _DOUBLE, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_LAYOUT = 1  # as in kernels/cpu/run.c
+_LAYOUT = 1  # LAYOUT in kernels/cpu/run.c
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BY_CAPABILITY = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 _X86 = ("x86_64", "AMD64")
 
 
 class Rows(ctypes.Structure):
-    """[outer, inner, V] logits; see kernels/cpu/job.h, as for `Job`."""
+    """Strided rows [outer, inner, V]; see kernels/cpu/job.h."""
 
     _fields_ = [("data", _POINTER), ("stride", _INT * 3), ("dtype", _INT)]
 
 
-# The fields of `Job` in kernels/cpu/job.h, 8 bytes each. Packed at once they take 2 us, as fields
-# of a ctypes.Structure 16.
-POINTERS = (  # behind that of the class weights, and of one number a row each
-    "target", "lse", "logprob", "lse_low", "entropy", "mean_logprob", "mass",
-    "rank", "argmax", "m", "s", "weighted", "total", "target_logit",
+# The fields of `Job` in kernels/cpu/job.h, 8 bytes each. Packing them at once takes 2 us; setting
+# the fields of a ctypes.Structure takes 16.
+POINTERS = (  # [rows] each; they follow the pointer to the class weights
+    "target", "lse", "logprob", "lse_low", "entropy", "mean_logprob", "weight_sum",
+    "rank", "argmax", "m", "s", "ez_sum", "logit_sum", "target_logit",
     "a", "b", "c", "u", "token_weight", "loss",
 )  # fmt: skip
 _DOUBLES = (
@@ -44,13 +44,13 @@ JOB = struct.Struct(f"={'Q3qq' * 3}{1 + len(POINTERS)}Q{len(_DOUBLES)}d{len(_INT
 
 
 class Elementwise(ctypes.Structure):
-    """See kernels/cpu/elementwise.h."""
+    """Arguments of an elementwise call; see kernels/cpu/elementwise.h."""
 
     _fields_ = [
         *((name, Rows) for name in ("x", "out", "label", "weight", "pos_weight", "upstream")),
         ("left_out", _POINTER),
         ("sums", _POINTER),
-        ("total", _DOUBLE),
+        ("loss_sum", _DOUBLE),
         *(
             (name, _INT)
             for name in ("outer", "inner", "columns", "left_out_per_row", "kind", "threads")
@@ -58,13 +58,13 @@ class Elementwise(ctypes.Structure):
     ]
 
 
-def built() -> list[Path]:
-    """All libraries there are."""
+def built_libraries() -> list[Path]:
+    """Return the paths of all libraries that were built."""
     return sorted(Path(__file__).parent.glob("cpu_*.bin"))
 
 
 def path() -> Path | None:
-    """The library that this machine is to use; None: none was built."""
+    """Return the path of the best library for this machine, or None if none was built."""
     capability = torch.backends.cpu.get_cpu_capability() if platform.machine() in _X86 else ""
     for name in _BY_CAPABILITY.get(capability, ("base",)):
         file = Path(__file__).with_name(f"cpu_{name}.bin")
@@ -74,7 +74,7 @@ def path() -> Path | None:
 
 
 def load(file: Path | None) -> ctypes.CDLL | None:
-    """The library in `file`; None where it does not work, of which a warning tells."""
+    """Return the library in `file`. If it does not work, warn and return None."""
     if file is None:
         return None
     try:
@@ -101,15 +101,15 @@ def load(file: Path | None) -> ctypes.CDLL | None:
 
 
 def _is_cut_off(file: Path) -> bool:
-    """Whether an ELF file ends before its section headers, which end it. To load it would crash."""
+    """Return whether an ELF file ends before its section headers. Loading it would crash."""
     with open(file, "rb") as opened:
         header, length = opened.read(64), opened.seek(0, 2)
-    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # not of 64 bits, lowest byte first
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # not 64-bit little-endian
         return False
     (start,) = struct.unpack_from("<Q", header, 40)
     size, count = struct.unpack_from("<HH", header, 58)
     return bool(length < start + size * count)
 
 
-LIBRARY = load(path())  # at import: a compiler that traces callers must not meet it
-IS_THERE = LIBRARY is not None
+LIBRARY = load(path())  # loaded at import, so that torch.compile does not trace it
+IS_AVAILABLE = LIBRARY is not None

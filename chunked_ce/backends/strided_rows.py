@@ -1,4 +1,4 @@
-"""Rows of logits as kernels address them: a pointer on 16 bytes, an offset, and three strides."""
+"""Addresses of rows: a pointer aligned to 16 bytes, an offset and three strides."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..kernels.arguments import Address, Weights, encode
 
 
 class Rows(NamedTuple):
-    """[outer, inner, V] logits; element (i, j, v) is at offset + i stride[0] + j stride[1] + ..."""
+    """Rows [outer, inner, V]. Element (i, j, v) is at offset + i stride[0] + j stride[1] + ..."""
 
-    data: Tensor  # from the 16-byte boundary at or before the first logit
+    data: Tensor  # starts at the 16-byte boundary at or before the first element
     offset: int
     shape: tuple[int, int, int]
     stride: tuple[int, int, int]
 
     def alignment(self) -> tuple[int, int, int]:
-        """Where rows start in a group of 16 bytes: equal for two tensors whose rows do alike."""
+        """Return where rows start within 16 bytes. Equal results mean that all rows align."""
         width = 16 // self.data.element_size()
         outer, inner = (
             0 if size == 1 else stride % width
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
         return self.offset % width, outer, inner
 
     def is_aligned_as(self, other: Rows) -> bool:
-        """Whether 16-byte accesses to one are such to the other, class by class."""
+        """Return whether the same classes of both are aligned to 16 bytes."""
         return (
             self.stride[2] == other.stride[2] == 1
             and self.data.element_size() == other.data.element_size()
@@ -38,29 +38,29 @@ class Rows(NamedTuple):
         )
 
     def address(self) -> Address:
-        """As the kernels take it."""
+        """Return the Address that the kernels take."""
         return Address(self.data, *encode(self.offset, *self.stride))
 
 
 def strided_rows(*tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
-    """Tensors of one shape [..., V] as `Rows`, with the flat rows each covers.
+    """Yield (slice of flat rows, one `Rows` per tensor) for tensors of one shape [..., V].
 
-    Almost always once: leading dimensions are merged wherever their strides allow.
+    It almost always yields once, because leading dimensions are merged if their strides allow.
     """
     sizes: list[int] = []
     strides: list[list[int]] = []
     for dim, size in enumerate(tensors[0].shape[:-1]):
-        here = [t.stride(dim) for t in tensors]
+        dim_strides = [t.stride(dim) for t in tensors]
         if size == 1:
             continue
         if sizes and all(
-            above == size * stride for above, stride in zip(strides[-1], here, strict=True)
+            above == size * stride for above, stride in zip(strides[-1], dim_strides, strict=True)
         ):
             sizes[-1] *= size
-            strides[-1] = here
+            strides[-1] = dim_strides
         else:
             sizes.append(size)
-            strides.append(here)
+            strides.append(dim_strides)
     while len(sizes) < 2:
         sizes.insert(0, 1)
         strides.insert(0, [0] * len(tensors))
@@ -83,12 +83,12 @@ def _rows(t: Tensor, start: int, shape: tuple[int, int, int], stride: tuple[int,
 
 
 def rows_with_prob(weights: ClassWeights, *tensors: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
-    """`strided_rows`, with those of the probabilities last where there are any."""
+    """Yield `strided_rows` of the tensors, followed by the probabilities if there are any."""
     return strided_rows(*tensors, *(() if weights.prob is None else (weights.prob,)))
 
 
 def gradient_addresses(x: Rows, grad: Rows) -> dict[str, Any]:
-    """Where the kernels that write a gradient find logits and gradient."""
+    """Return the arguments that tell a kernel where logits and gradient are."""
     return dict(
         x=x.address(),
         grad=grad.address(),
@@ -98,6 +98,7 @@ def gradient_addresses(x: Rows, grad: Rows) -> dict[str, Any]:
 
 
 def gradient_options(x: Rows, grad: Rows, vocab_size: int) -> dict[str, bool]:
+    """Return the options of the layout of logits and gradient."""
     return dict(
         CONTIGUOUS=x.stride[2] == 1,
         GRAD_CONTIGUOUS=grad.stride[2] == 1,
@@ -107,12 +108,13 @@ def gradient_options(x: Rows, grad: Rows, vocab_size: int) -> dict[str, bool]:
 
 
 def kernel_weights(weights: ClassWeights, x: Address, prob: list[Rows]) -> Weights:
-    """As the kernels take them; the logits stand in for what is absent."""
+    """Return the Weights that the kernels take. The logits stand in for absent tensors."""
     w = x.ptr if weights.weight is None else weights.weight.contiguous()
     return Weights(w, *(prob[0].address() if prob else x))
 
 
 def weight_options(weights: ClassWeights, x: Rows, prob: list[Rows]) -> dict[str, bool]:
+    """Return the options of the class weights and of the layout of probabilities."""
     return dict(
         **weight_presence(weights),
         PROB_CONTIGUOUS=bool(prob) and prob[0].stride[2] == 1,
@@ -121,4 +123,5 @@ def weight_options(weights: ClassWeights, x: Rows, prob: list[Rows]) -> dict[str
 
 
 def weight_presence(weights: ClassWeights) -> dict[str, bool]:
+    """Return the options that say which factors of the class weights are present."""
     return dict(HAS_WEIGHT=weights.weight is not None, HAS_PROB=weights.prob is not None)

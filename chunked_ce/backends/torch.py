@@ -1,7 +1,7 @@
-"""The plain-PyTorch streaming backend: the simplest that is right, for any device.
+"""The backend in plain PyTorch: simple, and for any device.
 
-Logits are walked in blocks, each copied in fp32; the parts of a row merge. Nothing of N x V
-elements is allocated but the gradient.
+Logits are processed in blocks, and each block is copied in fp32. The parts of a row are merged.
+Only the gradient has N x V elements.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from ..core.row_stats import (
     ClassWeights,
     Part,
     RowStatistics,
-    blank,
     concatenate,
     finish,
     merge,
+    zero_ignored,
 )
 from .torch_blocks import blocks
 
 
 class Options(NamedTuple):
+    """Options of one call."""
+
     vocab_size: int
     head: Head
-    shard: bool = False  # a target outside of these classes lies in another shard
+    shard: bool = False  # targets out of range lie in another shard
 
 
 class _Targets(NamedTuple):
-    """[rows] each."""
+    """Targets of all rows, [rows] each."""
 
-    column: Tensor  # -1 where there is none among these classes
-    logit: Tensor  # there -inf; NaN where it is inf, which makes a row NaN as torch has it
+    column: Tensor  # -1 if the target is not among these classes
+    logit: Tensor  # -inf if in another shard; NaN if it is inf, so that the row is NaN as in torch
     ignored: Tensor
 
 
@@ -52,15 +54,15 @@ def row_statistics(
     weights: ClassWeights = UNIFORM,
     **wanted: bool,  # entropy, mean_logprob, rank, argmax
 ) -> RowStatistics:
-    """The statistics of every row, flat."""
+    """Return the statistics of every row, [rows]."""
     options = Options(vocab_size, head)
     targets = _targets(input, target, ignore_index, options)
     part = _sum_rows(input, targets, options, wanted, weights)
     column = targets.column.clamp(min=0)
-    at_target = weights.at(column, part.s.dtype) if wanted["mean_logprob"] else None
-    rows = finish(part, targets.logit, column, options.vocab_size, at_target)
+    target_weight = weights.gather(column, part.s.dtype) if wanted["mean_logprob"] else None
+    rows = finish(part, targets.logit, column, options.vocab_size, target_weight)
     low = rows.lse_low.masked_fill(targets.ignored, 0.0)
-    return rows._replace(stats=blank(rows.stats, targets.ignored), lse_low=low)
+    return rows._replace(stats=zero_ignored(rows.stats, targets.ignored), lse_low=low)
 
 
 def row_part(
@@ -71,7 +73,7 @@ def row_part(
     head: Head,
     **wanted: bool,  # entropy, mean_logprob, argmax
 ) -> tuple[Part, Tensor]:
-    """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
+    """Return the sums of every row over a shard, and the target's logit (-inf if elsewhere)."""
     options = Options(vocab_size, head, shard=True)
     targets = _targets(input, target, ignore_index, options)
     return _sum_rows(input, targets, options, wanted | dict(rank=False)), targets.logit
@@ -92,16 +94,16 @@ def logits_gradient(
     inplace: bool,
     shard: bool = False,
 ) -> Tensor:
-    """dL/dinput, in a new tensor or over `input`."""
+    """Return dL/dinput, in a new tensor or written over `input`."""
     options = Options(vocab_size, head, shard)
     out = input if inplace else torch.empty_like(input)
     column, _, ignored = _targets(input, target, ignore_index, options)
-    numbers = row_gradient(logprob, lse_low, coefficients).of((-lse_low).exp())
+    numbers = row_gradient(logprob, lse_low, coefficients).rescale((-lse_low).exp())
     for rows, columns, (x, grad, prob) in blocks(options.vocab_size, input, out, weights.prob):
-        of_rows = RowGradient(*(None if n is None else n[rows] for n in numbers))  # type: ignore[arg-type]
+        block_numbers = RowGradient(*(None if n is None else n[rows] for n in numbers))  # type: ignore[arg-type]
         w = 1.0 if numbers.u is None else _class_weights(x, columns, weights, prob)
         is_target = _is_target(column[rows], columns)
-        block = block_gradient(x, is_target, lse[rows], of_rows.as_columns(), options.head, w)
+        block = block_gradient(x, is_target, lse[rows], block_numbers.as_columns(), options.head, w)
         grad.copy_(block.masked_fill_(ignored[rows, None], 0.0))
     out[..., options.vocab_size :].zero_()
     return out
@@ -120,9 +122,10 @@ def loss_and_gradient(
     *,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+    """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
-    That in a new tensor or over `input`. In two passes.
+    The losses are not weighted. The gradient is in a new tensor or written over `input`. It takes
+    two passes.
     """
     stats, lse_low, _ = row_statistics(
         input, target, ignore_index, vocab_size, head,
@@ -142,13 +145,14 @@ def loss_and_gradient(
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad [..., V] *= upstream [...] or []; what is 0 stays 0, as ignored rows do."""
+    """Multiply grad [..., V] in place by upstream [...] or []. Zeros (ignored rows) stay 0."""
     factor = upstream.to(compute_dtype(grad.dtype)).expand(grad.shape[:-1]).reshape(-1, 1)
     for rows, _, (block,) in blocks(grad.shape[-1], grad):
         block.copy_((block * factor[rows]).masked_fill_(block == 0, 0.0))
 
 
 def _targets(input: Tensor, target: Tensor, ignore_index: int, options: Options) -> _Targets:
+    """Return the columns and logits of the targets, and which are ignored."""
     target = target.reshape(-1).long()
     ignored = ~is_scored(target, ignore_index)
     outside = (target < 0) | (target >= options.vocab_size)
@@ -162,7 +166,7 @@ def _targets(input: Tensor, target: Tensor, ignore_index: int, options: Options)
 
 
 def _on_host(x: Tensor) -> bool:
-    """Whether reading a value of `x` makes nothing wait."""
+    """Return whether a value of `x` can be read without a synchronization."""
     return x.is_cpu
 
 
@@ -173,7 +177,7 @@ def _sum_rows(
     wanted: dict[str, bool],
     weights: ClassWeights = UNIFORM,
 ) -> Part:
-    """The sums of every row over all classes but the target."""
+    """Return the sums of every row over all classes but the target."""
     parts: list[Part] = []
     for rows, columns, (x, prob) in blocks(options.vocab_size, input, weights.prob):
         w = _class_weights(x, columns, weights, prob) if wanted["mean_logprob"] else 1.0
@@ -199,26 +203,26 @@ def _block_part(
     rank: bool,
     argmax: bool,
 ) -> Part:
-    """The block's sums over all classes but the target, relative to their maximum."""
-    num_better = best = weighted = total = mass = None
+    """Return the sums of a block over all classes but the target."""
+    num_better = best_class = ez_sum = logit_sum = weight_sum = None
     is_target = _is_target(column, columns)
-    z = _transformed(x, head).masked_fill_(is_target, -math.inf)
-    if rank:  # what is greater, NaN, or equal with a lower index; the target itself is not
+    z = _transform(x, head).masked_fill_(is_target, -math.inf)
+    if rank:  # classes that are greater, NaN, or equal with a lower index beat the target
         lower = torch.arange(columns.start, columns.stop, device=x.device) < column[:, None]
         better = ~(z <= target_logit[:, None]) | ((z == target_logit[:, None]) & lower)
         num_better = (better & ~is_target).sum(1)
     m = z.amax(1)
     if argmax:
-        best = z.max(1).indices + columns.start
-    # A row of -inf alone: subtracting the lowest finite number leaves -inf, not NaN.
+        best_class = z.max(1).indices + columns.start
+    # If all logits are -inf, subtracting the lowest finite number gives -inf, not NaN.
     z.sub_(m.clamp(min=torch.finfo(z.dtype).min)[:, None])
     if mean_logprob:
         w = torch.ones_like(z).mul_(weights).masked_fill_(is_target, 0.0)
-        mass, total = w.sum(1), (w * z).masked_fill_(w == 0, 0.0).sum(1)
+        weight_sum, logit_sum = w.sum(1), (w * z).masked_fill_(w == 0, 0.0).sum(1)
     e = z.exp() if entropy else z.exp_()
     if entropy:
-        weighted = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
-    return Part(m, e.sum(1), weighted, total, mass, num_better, best)
+        ez_sum = z.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
+    return Part(m, e.sum(1), ez_sum, logit_sum, weight_sum, num_better, best_class)
 
 
 def block_gradient(
@@ -229,7 +233,8 @@ def block_gradient(
     head: Head,
     weights: Tensor | float,  # [R, C] of `rows.u`
 ) -> Tensor:
-    z = _transformed(x, head).sub_(lse[:, None])
+    """Return the gradient of a block."""
+    z = _transform(x, head).sub_(lse[:, None])
     if rows.slope is None:
         grad = z.exp_().mul_(rows.scale)
     else:
@@ -241,15 +246,15 @@ def block_gradient(
     return grad if head == IDENTITY else grad.mul_(head.derivative(x))
 
 
-def _transformed(x: Tensor, head: Head) -> Tensor:
-    """A block's logits in a copy, in which rows are contiguous whatever they are in `x`."""
+def _transform(x: Tensor, head: Head) -> Tensor:
+    """Return a contiguous copy of a block's logits after the head's transforms."""
     return head.apply_(
         x.to(compute_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
     )
 
 
 def _is_target(column: Tensor, columns: slice) -> Tensor:
-    """[R, C] of `column` [R]."""
+    """Return the mask [R, C] of the target columns [R]."""
     classes = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=column.device)
     return classes == column[:, None].int()
 
@@ -257,7 +262,7 @@ def _is_target(column: Tensor, columns: slice) -> Tensor:
 def _class_weights(
     x: Tensor, columns: slice, weights: ClassWeights, prob: Tensor | None
 ) -> Tensor | float:
-    """w_j of a block: [R, C], [C] or 1."""
+    """Return the class weights w_j of a block: [R, C], [C] or 1."""
     dtype = compute_dtype(x.dtype)
     w: Tensor | float = 1.0
     if prob is not None:

@@ -1,4 +1,4 @@
-"""Binary cross-entropy in plain PyTorch, block by block: nothing of N x V but the result.
+"""Binary cross-entropy in plain PyTorch, block by block. Only the result has N x V elements.
 
     loss = w [(1 - y) softplus(z) + v y softplus(-z)]
     slope = w [(1 - y) sigmoid(z) - v y sigmoid(-z)]
@@ -16,14 +16,14 @@ from ..core.head import compute_dtype
 from .torch_blocks import blocks
 
 
-def total(
+def loss_sum(
     input: Tensor,
     labels: Tensor | None,  # as input
     weight: Tensor | None,
     pos_weight: Tensor | None,
     left_out: Tensor | None,  # [rows, K]
 ) -> Tensor:
-    """[] sum of all losses but those left out."""
+    """Return the sum [] of all losses but those left out."""
     sum = torch.zeros((), dtype=torch.float64, device=input.device)
     for rows, columns, (x, *terms) in blocks(input.shape[-1], input, labels, weight, pos_weight):
         loss = _losses(x, *terms)
@@ -39,7 +39,7 @@ def total(
 def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """The loss of each logit."""
+    """Return the loss of each logit."""
     result = torch.empty_like(input, dtype=compute_dtype(input.dtype))
     for _, _, (out, x, *terms) in blocks(
         input.shape[-1], result, input, labels, weight, pos_weight
@@ -53,7 +53,7 @@ def gradient(
     labels: Tensor | None,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    upstream: Tensor,  # as input, expanded where it is one number
+    upstream: Tensor,  # shape of input; expanded if it is one number
 ) -> Tensor:
     grad = torch.empty_like(input)
     for _, _, (out, up, x, *terms) in blocks(
@@ -66,11 +66,11 @@ def gradient(
 
 
 def _losses(x: Tensor, *terms: Tensor | None) -> Tensor:
-    """softplus(z) = max(z, 0) + small, small = log(1 + exp(-|z|))."""
+    """Return the losses, with softplus(z) = max(z, 0) + small, small = log(1 + exp(-|z|))."""
     z = x.to(compute_dtype(x.dtype))
     negative, positive = _factors(z, *terms)
     small = logsigmoid(z.abs()).neg_()
-    # A factor of 0 times an infinite loss costs nothing.
+    # A factor of 0 times an infinite loss is 0.
     loss = ((small + z.clamp(min=0.0)) * negative).masked_fill_(negative == 0, 0.0)
     loss += ((small - z.clamp(max=0.0)) * positive).masked_fill_(positive == 0, 0.0)
     return loss.masked_fill_(z.isnan(), torch.nan)
@@ -79,7 +79,7 @@ def _losses(x: Tensor, *terms: Tensor | None) -> Tensor:
 def _factors(
     z: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """w (1 - y) and w v y; 1 - y of a label in fp64, near 1, is not that of y rounded."""
+    """Return w (1 - y) and w v y. 1 - y is computed before an fp64 label is rounded."""
     y = torch.zeros_like(z) if labels is None else labels
     y = y.to(torch.promote_types(y.dtype, z.dtype))
     negative, positive = (1.0 - y).to(z.dtype), y.to(z.dtype)

@@ -1,4 +1,4 @@
-"""How the plain-PyTorch backend walks over logits: blocks of some rows and classes, as views."""
+"""Blocks of rows and classes in which the plain-PyTorch backend processes logits."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-# torch adds up to 32768 numbers in one thread: the sum of a block's row is the same to the bit
-# whatever other rows are in the block, and however many threads there are.
+# torch adds up to 32768 numbers in one thread. So the sum of a block's row has the same bits for
+# any number of threads, and with any other rows in the block.
 WIDTH = 1 << 14
 ELEMENTS = 1 << 19  # 2 MiB of fp32, which a CPU's caches hold
-DEVICE_ELEMENTS = 1 << 26  # an accelerator wants few launches
+DEVICE_ELEMENTS = 1 << 26  # few launches on an accelerator
 
-Views = list[Any]  # Tensors, and None where None was given
+Views = list[Any]  # tensors, or None for an absent tensor
 
 
 def blocks(columns: int, *tensors: Tensor | None) -> Iterator[tuple[slice, slice, Views]]:
-    """(flat rows, columns, what of each tensor [..., V] is there) of the first `columns` classes.
+    """Yield (flat rows, columns, view of each tensor [..., V]) for the first `columns` classes.
 
-    The pieces of a row follow one another. Without rows there is one block of none.
+    The blocks of a row follow one another. Without rows there is one empty block.
     """
     first = tensors[0]
     assert first is not None
@@ -27,15 +27,16 @@ def blocks(columns: int, *tensors: Tensor | None) -> Iterator[tuple[slice, slice
     height = max(1, (ELEMENTS if first.is_cpu else DEVICE_ELEMENTS) // width)
     for offset, rows, matrices in _matrices(0, tensors):
         for top in range(0, max(rows, 1), height):
-            of_rows = slice(top, min(top + height, rows))
+            block_rows = slice(top, min(top + height, rows))
             for left in range(0, columns, width):
-                of_columns = slice(left, min(left + width, columns))
-                views = [None if t is None else t[of_rows, of_columns] for t in matrices]
-                yield slice(offset + of_rows.start, offset + of_rows.stop), of_columns, views
+                block_columns = slice(left, min(left + width, columns))
+                views = [None if t is None else t[block_rows, block_columns] for t in matrices]
+                flat_rows = slice(offset + block_rows.start, offset + block_rows.stop)
+                yield flat_rows, block_columns, views
 
 
 def _matrices(offset: int, tensors: Sequence[Tensor | None]) -> Iterator[tuple[int, int, Views]]:
-    """(first row, number of rows, each tensor as [rows, V]); once wherever all strides merge."""
+    """Yield (first row, number of rows, each tensor as [rows, V]), once if all strides merge."""
     first = tensors[0]
     assert first is not None
     rows = first.shape[:-1].numel()

@@ -1,4 +1,4 @@
-"""The Triton backend: allocates, gives the kernels their strides, launches."""
+"""The Triton backend: allocate outputs, collect addresses and strides, and launch the kernels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def row_statistics(
     rank: bool,
     argmax: bool,
 ) -> RowStatistics:
-    """The statistics of every row, flat."""
+    """Return the statistics of every row, [rows]."""
     target = target.reshape(-1).contiguous()
 
     def new(dtype: torch.dtype) -> Tensor:
@@ -61,12 +61,12 @@ def row_statistics(
         argmax=new(torch.int64) if argmax else None,
     )
     weights = weights if mean_logprob else UNIFORM
-    mass = None if weights is UNIFORM else new(floats)
+    weight_sum = None if weights is UNIFORM else new(floats)
     wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=rank, ARGMAX=argmax)
     sums = launch_sums(input, target, ignore_index, vocab_size, head, weights, **wanted)
     for flat, shared in sums:
-        # One not asked for is not touched.
-        outputs = [lse if t is None else t for t in (lse, logprob, lse_low, *stats[2:], mass)]
+        # An output that was not requested is not touched.
+        outputs = [lse if t is None else t for t in (lse, logprob, lse_low, *stats[2:], weight_sum)]
         options = Options(**wanted, **_head_options(head), **weight_presence(weights))
         with on_device(input.device):
             merge_parts_kernel[(-(-shared["rows"] // launch.MERGE_ROWS),)](
@@ -77,7 +77,7 @@ def row_statistics(
                 num_warps=max(1, launch.MERGE_ROWS // 32),
                 **launch.COMPILER,
             )
-    return RowStatistics(stats, lse_low, mass)
+    return RowStatistics(stats, lse_low, weight_sum)
 
 
 def launch_sums(
@@ -89,7 +89,7 @@ def launch_sums(
     weights: ClassWeights = UNIFORM,
     **wanted: bool,  # ENTROPY, MEAN_LOGPROB, RANK, ARGMAX
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
-    """Launch the kernel that sums segments: (which rows, the arguments that merging takes too)."""
+    """Sum the segments of rows. Yield (slice of rows, arguments shared with `merge_parts`)."""
     dtype = compute_dtype(input.dtype)
     tile = _tile(input, vocab_size, plain=head == IDENTITY and not any(wanted.values()))
     segments = launch.segments(vocab_size)
@@ -143,7 +143,7 @@ def logits_gradient(
     *,
     inplace: bool,
 ) -> Tensor:
-    """dL/dinput, in a new tensor or over `input`."""
+    """Return dL/dinput, in a new tensor or written over `input`."""
     grad = input if inplace else torch.empty_like(input)
     target = target.reshape(-1).contiguous()
     plain = head == IDENTITY and coefficients.b is None and weights is UNIFORM
@@ -152,7 +152,7 @@ def logits_gradient(
     if coefficients.u is None:
         weights = UNIFORM
     for flat, (x, out, *prob) in rows_with_prob(weights, input, grad):
-        # A coefficient that is absent is not touched.
+        # An absent coefficient is not touched.
         numbers = [lse[flat] if number is None else number[flat] for number in coefficients]
         addresses = gradient_addresses(x, out)
         with on_device(input.device):
@@ -194,9 +194,9 @@ def loss_and_gradient(
     inplace: bool,
     on_clusters: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each token's loss before its weight, flat, and the gradient of loss * token_weight / divisor.
+    """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
-    That in a new tensor or over `input`.
+    The losses are not weighted. The gradient is in a new tensor or written over `input`.
     """
     grad = input if inplace else torch.empty_like(input)
     target = target.reshape(-1).contiguous()
@@ -236,7 +236,7 @@ def loss_and_gradient(
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad [..., V] *= upstream [...] or [], unless that is 1."""
+    """Multiply grad [..., V] in place by upstream [...] or [], unless it is 1."""
     upstream = upstream.reshape(-1).to(compute_dtype(grad.dtype))
     block = launch.SCALE_BLOCK
     for flat, (rows,) in strided_rows(grad):
@@ -256,7 +256,7 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
 
 
 def _tile(input: Tensor, columns: int, *, plain: bool) -> launch.Tile:
-    """Of the kernels that stream rows of `columns` logits."""
+    """Return the tile of a kernel that streams rows of `columns` logits."""
     return launch.tile(
         gpu.architecture(input.device),
         columns,
@@ -296,5 +296,5 @@ def _head_options(head: Head) -> dict[str, bool]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make `device` current, because Triton launches on the current device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -1,4 +1,4 @@
-"""Binary cross-entropy by Triton: gives the kernel its strides, launches."""
+"""Binary cross-entropy with Triton: collect addresses and strides, and launch the kernel."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .strided_rows import Rows, strided_rows
 from .triton import on_device
 
 
-def total(
+def loss_sum(
     input: Tensor,
     labels: Tensor | None,  # as input
     weight: Tensor | None,
     pos_weight: Tensor | None,
     left_out: Tensor | None,  # [rows, K] ascending
 ) -> Tensor:
-    """[] sum of all losses but those left out."""
+    """Return the sum [] of all losses but those left out."""
     segments = launch.segments(input.shape[-1])
     rows = input.numel() // input.shape[-1]
     parts = torch.empty(rows, segments, dtype=compute_dtype(input.dtype), device=input.device)
@@ -32,7 +32,7 @@ def total(
 def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """The loss of each logit."""
+    """Return the loss of each logit."""
     out = torch.empty_like(input, dtype=compute_dtype(input.dtype))
     _launch(input, labels, weight, pos_weight, out, None, None, None)
     return out
@@ -43,7 +43,7 @@ def gradient(
     labels: Tensor | None,
     weight: Tensor | None,
     pos_weight: Tensor | None,
-    upstream: Tensor,  # as input, expanded where it is one number
+    upstream: Tensor,  # shape of input; expanded if it is one number
 ) -> Tensor:
     grad = torch.empty_like(input)
     _launch(input, labels, weight, pos_weight, grad, upstream, None, None)
@@ -66,10 +66,10 @@ def _launch(
         gpu.architecture(input.device), classes, input.element_size(),
         contiguous=contiguous, plain=False,
     )  # fmt: skip
-    if not contiguous or weight is not None or pos_weight is not None:  # 64-bit addresses a logit
+    if not contiguous or weight is not None or pos_weight is not None:  # 64-bit addresses
         tile = tile._replace(GROUPS=max(1, tile.GROUPS // 2))
-    given = dict(x=input, y=labels, w=weight, v=pos_weight, out=out, upstream=upstream)
-    present = {name: t for name, t in given.items() if t is not None}
+    tensors = dict(x=input, y=labels, w=weight, v=pos_weight, out=out, upstream=upstream)
+    present = {name: t for name, t in tensors.items() if t is not None}
     per_row = 0 if left_out is None else left_out.shape[-1]
     segments = launch.segments(classes)
     for flat, views in strided_rows(*present.values()):
@@ -79,7 +79,7 @@ def _launch(
         with on_device(input.device):
             binary_kernel[(x.shape[0] * x.shape[1], segments)](
                 x=address,
-                # The logits stand in for what is absent.
+                # The logits stand in for absent tensors.
                 **{
                     name: rows[name].address() if name in rows else address
                     for name in ("y", "w", "v", "out", "upstream")

@@ -1,4 +1,4 @@
-"""The sums over a shard of the vocabulary, from the Triton kernel that sums segments of rows."""
+"""Sums over a shard of the vocabulary, from the Triton kernel that sums segments of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .triton import launch_sums
 
 Number = TypeVar("Number", Tensor, float)
 
-# As the kernels have it: in fp32 rounded.
+# The value that the kernels use: rounded to fp32, or fp64.
 _LOG2_E = {
     torch.float32: struct.unpack("f", struct.pack("f", LOG2_E.value))[0],
     torch.float64: LOG2_E.value,
@@ -34,66 +34,68 @@ def row_part(
     mean_logprob: bool,
     argmax: bool,
 ) -> tuple[Part, Tensor]:
-    """Of every row the sums over a shard's classes, and the target's logit, -inf if elsewhere."""
+    """Return the sums of every row over a shard, and the target's logit (-inf if elsewhere)."""
     dtype = compute_dtype(input.dtype)
     target = target.reshape(-1).contiguous()
-    here = (target >= 0) & (target < vocab_size)
-    index = target.long().masked_fill(~here, 0).view(*input.shape[:-1], 1)
-    logit = head.apply_(input.gather(-1, index).to(dtype)).view(-1)  # the first's, if elsewhere
-    origin = logit.where(logit.isfinite(), 0.0)  # as the kernel has it
-    target_logit = logit.masked_fill(logit == math.inf, math.nan).masked_fill(~here, -math.inf)
+    inside = (target >= 0) & (target < vocab_size)
+    index = target.long().masked_fill(~inside, 0).view(*input.shape[:-1], 1)
+    # If the target is elsewhere, this is the logit of the first class.
+    logit = head.apply_(input.gather(-1, index).to(dtype)).view(-1)
+    origin = logit.where(logit.isfinite(), 0.0)  # the same origin as in the kernel
+    target_logit = logit.masked_fill(logit == math.inf, math.nan).masked_fill(~inside, -math.inf)
     wanted = dict(ENTROPY=entropy, MEAN_LOGPROB=mean_logprob, RANK=False, ARGMAX=argmax)
     parts = []
     for flat, sums in launch_sums(input, target, ignore_index, vocab_size, head, UNIFORM, **wanted):
         floats, integers = (numbers.unbind(-1) for numbers in sums["parts"])
         part: Part | None = None
         for f, i in zip(floats, integers, strict=True):
-            segment = _natural(f, i, entropy, argmax)
+            segment = _to_base_e(f, i, entropy, argmax)
             part = segment if part is None else merge(part, segment)
         assert part is not None
         if mean_logprob:
-            part = _with_total(part, floats, origin[flat], vocab_size - here[flat].to(dtype))
+            part = _add_logit_sum(part, floats, origin[flat], vocab_size - inside[flat].to(dtype))
         parts.append(part)
     return concatenate(parts), target_logit
 
 
-def _natural(floats: Tensor, integers: Tensor, entropy: bool, argmax: bool) -> Part:
-    """A segment's sums [fields, rows], the kernel's powers of 2 as powers of e.
+def _to_base_e(floats: Tensor, integers: Tensor, entropy: bool, argmax: bool) -> Part:
+    """Convert a segment's sums [fields, rows] from powers of 2 to powers of e.
 
-    In fp64: rounding a maximum of 1e4 to fp32 would change the sum by 5e-4, and the kernel's
-    log2 e, rounded to fp32, by 1e-4.
+    It is done in fp64. Rounding a maximum of 1e4 to fp32 would change the sum by 5e-4, and the
+    kernel's log2 e, rounded to fp32, would change it by 1e-4.
     """
     base_2, s = floats[0].double(), floats[1].double()
     log2_e = _LOG2_E[floats.dtype]
     m = (base_2 / log2_e).masked_fill(s == 0, -math.inf).to(floats.dtype)
-    best = None
-    if argmax:  # the kernel's maxima are of groups of classes, its keys those of single ones
+    best_class = None
+    if argmax:  # the kernel's m is rounded in base 2; its best value is exact
         m = floats[4].masked_fill(s.isnan(), math.nan)
-        best = integers[1].long()
-    shift = (_less_product(base_2, m.double(), log2_e) / log2_e).masked_fill(m == -math.inf, 0.0)
+        best_class = integers[1].long()
+    shift = _subtract_product(base_2, m.double(), log2_e) / log2_e
+    shift = shift.masked_fill(m == -math.inf, 0.0)
     scale = shift.exp()
-    weighted = None
+    ez_sum = None
     if entropy:
-        weighted = (scale * (floats[2].double() * math.log(2) + s * shift)).to(m.dtype)
-    return Part(m, (s * scale).to(m.dtype), weighted, None, None, None, best)
+        ez_sum = (scale * (floats[2].double() * math.log(2) + s * shift)).to(m.dtype)
+    return Part(m, (s * scale).to(m.dtype), ez_sum, None, None, None, best_class)
 
 
-def _less_product(x: Tensor, a: Tensor, b: float) -> Tensor:
-    """x - a b of fp64 numbers, the product not rounded: of halves (Veltkamp's split), as Dekker."""
-    a_high, b_high = _high(a), _high(b)
+def _subtract_product(x: Tensor, a: Tensor, b: float) -> Tensor:
+    """Return x - a b in fp64 without rounding the product (Veltkamp's split, Dekker's product)."""
+    a_high, b_high = _upper_half(a), _upper_half(b)
     a_low, b_low = a - a_high, b - b_high
     return ((x - a_high * b_high) - a_high * b_low) - a_low * b_high - a_low * b_low
 
 
-def _high(a: Number) -> Number:
-    """The upper 26 of a's 53 bits."""
+def _upper_half(a: Number) -> Number:
+    """Return the upper 26 of the 53 bits of a."""
     c = a * (2.0**27 + 1.0)
     return c - (c - a)
 
 
-def _with_total(part: Part, floats: tuple[Tensor, ...], origin: Tensor, columns: Tensor) -> Part:
-    """`part` with the sum of z - m, from the kernel's sums of z - origin."""
+def _add_logit_sum(part: Part, floats: tuple[Tensor, ...], origin: Tensor, columns: Tensor) -> Part:
+    """Return `part` with logit_sum, computed from the kernel's sums of z - origin."""
     assert part.m is not None
-    shift = (origin - part.m).masked_fill(part.m == -math.inf, 0.0)  # a sum of -inf, or of nothing
-    total = torch.stack([f[3] for f in floats]).sum(0)
-    return part._replace(total=total + columns * shift, mass=columns)
+    shift = (origin - part.m).masked_fill(part.m == -math.inf, 0.0)  # the sum is -inf, or empty
+    logit_sum = torch.stack([f[3] for f in floats]).sum(0)
+    return part._replace(logit_sum=logit_sum + columns * shift, weight_sum=columns)

@@ -1,1 +1,1 @@
-"""The mathematics of rows of logits, on [N] vectors: no device, no operator."""
+"""Mathematics of row statistics on [N] vectors, independent of devices and operators."""

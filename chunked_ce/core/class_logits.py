@@ -1,6 +1,6 @@
-"""Logits of a few classes of each row, and the gradient there.
+"""Logits of a few classes of each row, and their gradient.
 
-A teacher's top-k classes, the labels of an example: K of V, by index, so that nothing is dense.
+The K classes are given by index, for example a teacher's top-k classes. No tensor has V columns.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from .gradient import Coefficients
 from .head import Head, compute_dtype
 
 
-def logits_at(input: Tensor, classes: Tensor, head: Head) -> Tensor:
-    """[..., K] z of `classes` [..., K], which exist."""
+def gather_logits(input: Tensor, classes: Tensor, head: Head) -> Tensor:
+    """Return the logits z [..., K] of `classes` [..., K], all of which exist."""
     return head.apply_(input.gather(-1, classes).to(compute_dtype(input.dtype)))
 
 
-def gradient_at(
+def gather_gradient(
     x: Tensor,  # [rows, K] logits before the head
     classes: Tensor,
-    upstream: Tensor,  # [rows, K] of `logits_at`
-    target: Tensor,  # [rows], as those that follow
+    upstream: Tensor,  # [rows, K] gradient of the result of `gather_logits`
+    target: Tensor,  # [rows], like lse, logprob, lse_low and scored
     lse: Tensor,
     logprob: Tensor,
     lse_low: Tensor,
     coefficients: Coefficients,
-    weights_at: Tensor | None,  # [rows, K] of `mean_logprob`; None: 1
+    weights: Tensor | None,  # [rows, K] class weights of `mean_logprob`; None: 1
     scored: Tensor,
     head: Head,
 ) -> Tensor:
-    """[rows, K] the whole of dL/dx at `classes`, to be rounded once; equal where classes are."""
+    """Return dL/dx [rows, K] at `classes`, not yet rounded. Equal classes have equal values."""
     target, lse, logprob, lse_low, scored = (
         t[:, None] for t in (target, lse, logprob, lse_low, scored)
     )
@@ -39,7 +39,7 @@ def gradient_at(
     is_target = classes == target
     log_p = torch.where(is_target, logprob, (z - lse) - lse_low)
     p = log_p.exp()
-    grad = _sum_of_equal(classes, upstream.to(lse.dtype))
+    grad = _sum_duplicates(classes, upstream.to(lse.dtype))
     if a is not None:
         grad = grad + a * p
     if b is not None:
@@ -47,12 +47,12 @@ def gradient_at(
     if c is not None:
         grad = grad + c * torch.where(is_target, -log_p.expm1(), -p)
     if u is not None:
-        grad = grad + (u if weights_at is None else u * weights_at).masked_fill(is_target, 0.0)
+        grad = grad + (u if weights is None else u * weights).masked_fill(is_target, 0.0)
     return (grad * head.derivative(x)).masked_fill(~scored, 0.0)
 
 
-def _sum_of_equal(classes: Tensor, values: Tensor) -> Tensor:
-    """[rows, K] of each entry, the sum over all entries of its row that name the same class."""
+def _sum_duplicates(classes: Tensor, values: Tensor) -> Tensor:
+    """Return for each entry [rows, K] the sum over the entries of its row with the same class."""
     ordered, order = classes.sort(-1)
     run = torch.zeros_like(ordered)
     run[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(-1)
@@ -60,8 +60,8 @@ def _sum_of_equal(classes: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, sums.gather(-1, run))
 
 
-def is_first(indices: Tensor) -> Tensor:
-    """[..., K] whether no earlier entry of its row names the same class."""
+def is_first_occurrence(indices: Tensor) -> Tensor:
+    """Return for each entry [..., K] whether no earlier entry of its row has the same class."""
     ordered, order = indices.sort(dim=-1, stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]

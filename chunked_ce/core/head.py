@@ -16,12 +16,13 @@ compute_dtype = {
 
 
 class Head(NamedTuple):
-    """What a model's head does to its logits: z = softcap tanh(logit_scale x / softcap)."""
+    """Transforms of a head: z = softcap tanh(logit_scale x / softcap). softcap None: no cap."""
 
     softcap: float | None
     logit_scale: float
 
     def apply_(self, z: Tensor) -> Tensor:
+        """Apply the transforms to `z` in place and return it."""
         if self.logit_scale != 1.0:
             z = z.mul_(self.logit_scale)
         if self.softcap is not None:
@@ -29,8 +30,10 @@ class Head(NamedTuple):
         return z
 
     def derivative(self, x: Tensor) -> Tensor | float:
-        """dz/dx. 1 - tanh^2 would cancel where the cap is felt; 4e / (1 + e)^2, e = exp(-2 |y|),
-        does not."""
+        """Return dz/dx.
+
+        1 - tanh^2 would cancel near the cap. 4e / (1 + e)^2 with e = exp(-2 |y|) does not.
+        """
         if self.softcap is None:
             return self.logit_scale
         y = x.to(compute_dtype(x.dtype), copy=True).mul_(2 * self.logit_scale / self.softcap)

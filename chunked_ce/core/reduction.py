@@ -1,4 +1,4 @@
-"""From the tokens' statistics to the loss: label smoothing, z-loss, weights, the mean's divisor."""
+"""From token statistics to the loss: label smoothing, z-loss, weights and reduction."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .row_stats import TokenStats
 
 
 def is_scored(target: Tensor, ignore_index: int) -> Tensor:
-    """Which targets count. In int64: in uint8, -100 would be taken for 156."""
+    """Return which targets are not ignored. They are compared in int64: in uint8, -100 is 156."""
     return (target if target.dtype == torch.int64 else target.long()) != ignore_index
 
 
 def token_loss(stats: TokenStats, label_smoothing: float, z_loss_weight: float) -> Tensor:
-    """Each token's loss, before its weight. Label smoothing wants `mean_logprob`."""
-    loss = smoothed(-stats.logprob, stats.mean_logprob, label_smoothing)
-    return with_z_loss(loss, stats.lse, z_loss_weight)
+    """Return each token's loss before its weight. Label smoothing needs `mean_logprob`."""
+    loss = smooth_labels(-stats.logprob, stats.mean_logprob, label_smoothing)
+    return add_z_loss(loss, stats.lse, z_loss_weight)
 
 
-def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) -> Tensor:
-    """Label smoothing, Szegedy et al., arXiv:1512.00567."""
+def smooth_labels(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) -> Tensor:
+    """Return the loss with label smoothing (Szegedy et al., arXiv:1512.00567)."""
     if label_smoothing == 0:
         return loss
     assert mean_logprob is not None
@@ -31,48 +31,53 @@ def smoothed(loss: Tensor, mean_logprob: Tensor | None, label_smoothing: float) 
     return (1.0 - label_smoothing) * loss - label_smoothing * mean_logprob
 
 
-def with_z_loss(loss: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
-    """PaLM, arXiv:2204.02311, section 5."""
+def add_z_loss(loss: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
+    """Return the loss plus the z-loss (PaLM, arXiv:2204.02311, section 5)."""
     return loss + z_loss_weight * lse.square() if z_loss_weight > 0 else loss
 
 
 class Reduction(NamedTuple):
-    name: str  # "mean", "sum" or "none"
-    weight: Tensor | None  # of each token, 0 where ignored; None: 1
-    divisor: Tensor | None  # of the sum, []; None: 1
-    z_divisor: Tensor | None = None  # of the z-losses' sum; None: as `divisor`
+    """How the losses of tokens are reduced to one loss."""
 
-    def of(self, loss: Tensor) -> Tensor:
-        """The loss, from those of the tokens (0 where ignored)."""
+    name: str  # "mean", "sum" or "none"
+    weight: Tensor | None  # weight of each token, 0 if ignored; None: 1
+    divisor: Tensor | None  # divisor [] of the sum; None: 1
+    z_divisor: Tensor | None = None  # divisor [] of the sum of z-losses; None: `divisor`
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """Return the loss from the losses of tokens, which are 0 where ignored."""
         if self.weight is not None:
-            loss = weighted(loss, self.weight)
+            loss = apply_weight(loss, self.weight)
         if self.name == "none":
             return loss + 0.0  # an ignored token's -0 becomes 0
         return loss.sum() if self.divisor is None else loss.sum() / self.divisor
 
-    def with_z_loss(self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float) -> Tensor:
-        """The loss. Class weights do not change what its z-loss is divided by."""
+    def reduce_with_z_loss(
+        self, cross_entropy: Tensor, lse: Tensor, z_loss_weight: float
+    ) -> Tensor:
+        """Return the loss with z-loss. Class weights do not change the divisor of the z-loss."""
         if self.z_divisor is None or z_loss_weight == 0:
-            return self.of(with_z_loss(cross_entropy, lse, z_loss_weight))
-        of_z = self._replace(divisor=self.z_divisor)
-        return self.of(cross_entropy) + of_z.of(z_loss_weight * lse.square())
+            return self.reduce(add_z_loss(cross_entropy, lse, z_loss_weight))
+        z_reduction = self._replace(divisor=self.z_divisor)
+        return self.reduce(cross_entropy) + z_reduction.reduce(z_loss_weight * lse.square())
 
-    def known_before_backward(self, dtype: torch.dtype) -> bool:
-        """Whether gradients of logits of `dtype` may be rounded when their weights are known.
+    def allows_grad_in_forward(self, dtype: torch.dtype) -> bool:
+        """Return whether gradients of logits of `dtype` may be computed in forward.
 
-        Not for float16, whose small ones only the loss scale saves, which comes with backward; nor
-        where the weights want a gradient themselves.
+        float16 gradients may not, because small ones need the loss scale of backward. Nor may
+        those with a weight or divisor that requires a gradient.
         """
-        given = (self.weight, self.divisor)
-        return dtype != torch.float16 and not any(t is not None and t.requires_grad for t in given)
+        factors = (self.weight, self.divisor)
+        wants_grad = any(t is not None and t.requires_grad for t in factors)
+        return dtype != torch.float16 and not wants_grad
 
 
-def weighted(loss: Tensor, weight: Tensor) -> Tensor:
-    """Their product; what has no weight costs nothing, even if that is infinite."""
+def apply_weight(loss: Tensor, weight: Tensor) -> Tensor:
+    """Return loss * weight, where an infinite loss of weight 0 counts as 0."""
     return (loss * weight).masked_fill((weight == 0) & loss.isinf(), 0.0)
 
 
-def reduction_of(
+def make_reduction(
     name: str,
     target: Tensor,
     ignore_index: int,
@@ -81,10 +86,10 @@ def reduction_of(
     dtype: torch.dtype,
     counts: Tensor | None = None,
 ) -> Reduction:
-    """The reduction of losses [...] in `dtype`, on target's device, without waiting for it.
+    """Return the Reduction of losses [...] in `dtype`, without a host synchronization.
 
-    counts: [...] what each token's cross-entropy counts for in a mean, besides its weight;
-        None: 1. Its z-loss counts for 1.
+    counts: [...] factor of each token's weight in the divisor of the mean cross-entropy; None: 1.
+        The divisor of the z-losses does not use it.
     """
     weight = divisor = z_divisor = None
     if token_weight is not None:

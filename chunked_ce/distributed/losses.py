@@ -19,7 +19,7 @@ from .. import backends, checks
 from ..backends import choose_backend
 from ..checks.values import is_dtensor
 from ..core.head import Head, compute_dtype
-from ..core.reduction import reduction_of, token_loss
+from ..core.reduction import make_reduction, token_loss
 from ..core.row_stats import TokenStats
 from ..functional.linear import autocast
 from ..ops import transforms
@@ -85,7 +85,7 @@ def vocab_parallel_token_stats(
             exchange of its own, on a CPU always; on a GPU, where it means waiting, with
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment.
     """
-    checks.no_transforms("vocab_parallel_token_stats", transforms.active())
+    checks.no_transforms("vocab_parallel_token_stats", transforms.is_active())
     call = _of_logits(input, target, group, vocab_start, vocab_size)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, argmax=argmax)
     wanted = Wanted(entropy, mean_logprob, argmax)
@@ -128,7 +128,7 @@ def vocab_parallel_cross_entropy(
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
     """
-    checks.no_transforms("vocab_parallel_cross_entropy", transforms.active())
+    checks.no_transforms("vocab_parallel_cross_entropy", transforms.is_active())
     call = _of_logits(input, target, group, vocab_start, vocab_size)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
@@ -140,12 +140,12 @@ def vocab_parallel_cross_entropy(
         inplace_backward, backend,
         (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
     )  # fmt: skip
-    how = reduction_of(
+    how = make_reduction(
         reduction, call.target, options.ignore_index, token_weight, num_items,
         compute_dtype(call.input.dtype),
     )  # fmt: skip
     stats = shard_stats(call.input, call.target, options)
-    return how.of(token_loss(stats, label_smoothing, z_loss_weight))
+    return how.reduce(token_loss(stats, label_smoothing, z_loss_weight))
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -194,7 +194,7 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
     """
-    checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.active())
+    checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.is_active())
     checks.target_indices(target)
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = local_parts(
@@ -218,9 +218,9 @@ def vocab_parallel_linear_cross_entropy(
         backend, of_loss, input.requires_grad and torch.is_grad_enabled(),
     )._replace(**chunks)  # fmt: skip
     dtype = compute_dtype(input.dtype)
-    how = reduction_of(reduction, target, options.ignore_index, token_weight, num_items, dtype)
+    how = make_reduction(reduction, target, options.ignore_index, token_weight, num_items, dtype)
     stats = linear_shard_stats(input, weight, bias, target, options)
-    return how.of(token_loss(stats, label_smoothing, z_loss_weight))
+    return how.reduce(token_loss(stats, label_smoothing, z_loss_weight))
 
 
 def _chunks(
@@ -289,5 +289,5 @@ def _options(
         call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient,
         call.contents,
     )  # fmt: skip
-    backends.check_targets(call.target, call.shard.vocab_size, ignore_index, free=on_host)
+    backends.check_targets(call.target, call.shard.vocab_size, ignore_index, on_host=on_host)
     return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)

@@ -22,7 +22,7 @@ from .. import backends
 from ..checks.values import LOGIT_DTYPES, is_dtensor
 from ..core.head import Head, compute_dtype
 from ..core.reduction import is_scored
-from ..core.row_stats import Part, TokenStats, blank, finish, merge
+from ..core.row_stats import Part, TokenStats, finish, merge, zero_ignored
 from . import checks
 from .collectives import all_gather
 
@@ -173,15 +173,15 @@ def fields(
     assert part.m is not None
     sent = [part.m, part.s, target_logit]
     if wanted.entropy:
-        assert part.weighted is not None
-        sent.append(part.weighted)
+        assert part.ez_sum is not None
+        sent.append(part.ez_sum)
     if wanted.mean_logprob:
-        assert part.total is not None and isinstance(part.mass, Tensor)
-        sent += [part.total, part.mass]
+        assert part.logit_sum is not None and isinstance(part.weight_sum, Tensor)
+        sent += [part.logit_sum, part.weight_sum]
     if wanted.argmax:
-        assert part.argmax is not None
+        assert part.best_class is not None
         integers = torch.int64 if dtype == torch.float64 else torch.int32
-        sent.append((part.argmax + shard.start).to(integers).view(dtype))  # its bits
+        sent.append((part.best_class + shard.start).to(integers).view(dtype))  # its bits
     return torch.stack([field.to(dtype) for field in sent])
 
 
@@ -201,17 +201,17 @@ def merged(
     outside = (target < 0) | (target >= shard.vocab_size)  # on a GPU: unchecked
     target_logit = target_logit.masked_fill(outside, math.nan)
     stats, lse_low, _ = finish(part, target_logit, target, shard.vocab_size)
-    return blank(stats, ignored), lse_low.masked_fill(ignored, 0.0)
+    return zero_ignored(stats, ignored), lse_low.masked_fill(ignored, 0.0)
 
 
 def _part(sent: Tensor, wanted: Wanted) -> Part:
     m, s, _, *others = sent.unbind(0)
-    weighted = total = columns = argmax = None
+    ez_sum = logit_sum = columns = best_class = None
     if wanted.entropy:
-        weighted, *others = others
+        ez_sum, *others = others
     if wanted.mean_logprob:
-        total, columns, *others = others
+        logit_sum, columns, *others = others
     if wanted.argmax:
         bits = torch.int64 if m.dtype == torch.float64 else torch.int32
-        argmax = others[0].view(bits).long()
-    return Part(m, s, weighted, total, columns, None, argmax)
+        best_class = others[0].view(bits).long()
+    return Part(m, s, ez_sum, logit_sum, columns, None, best_class)

@@ -40,7 +40,7 @@ def call_with_head(function: Callable[..., Any], arguments: dict[str, Any]) -> A
     if layer is not None:
         arguments |= dict(linear_weight=layer.weight, linear_bias=layer.bias)
         return function(**arguments)
-    if transforms.active():
+    if transforms.is_active():
         checks.head_transform()
     checks.hidden_states(arguments["input"])
     call = head_token_stats if function.__name__ == "linear_token_stats" else head_cross_entropy
@@ -98,12 +98,12 @@ def head_cross_entropy(
     )  # fmt: skip
     shared = (spec.ignore_index, *shared[1:])
     calls = HeadCalls(head, _flat(input), spec.index.reshape(-1), like.shape[0], shared)
-    known = how.known_before_backward(input.dtype) and how.known_before_backward(calls.dtype)
+    known = how.allows_grad_in_forward(input.dtype) and how.allows_grad_in_forward(calls.dtype)
     if reduction != "none" and spec.is_plain and known:
         of_tokens = None if how.weight is None else how.weight.reshape(-1)
         return head_loss(calls, of_tokens, how.divisor, label_smoothing, z_loss_weight)
     outputs = _outputs(calls, spec.index, spec.classes, wanted_of(spec))
-    return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    return how.reduce_with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
 
 
 def head_token_stats(
@@ -135,7 +135,7 @@ def head_token_stats(
     wanted = (entropy, mean_logprob, rank, argmax)
     calls = HeadCalls(head, _flat(input), target.reshape(-1), like.shape[0], shared)
     classes = Classes(weight if mean_logprob else None)
-    return _outputs(calls, target, classes, wanted).of_user(wanted)
+    return _outputs(calls, target, classes, wanted).to_token_stats(wanted)
 
 
 def _flat(input: Tensor) -> Tensor:

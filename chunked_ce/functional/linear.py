@@ -89,7 +89,7 @@ def linear_token_stats(
     wanted = (entropy, mean_logprob, rank, argmax)
     classes = Classes(weight if mean_logprob else None)
     outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return outputs.of_user(wanted)
+    return outputs.to_token_stats(wanted)
 
 
 def linear_cross_entropy(
@@ -168,7 +168,7 @@ def linear_cross_entropy(
         input, target, -1, weight, label_smoothing, z_loss_weight, ignore_index, classes,
         spread_rest, reduction, token_weight, num_items,
     )  # fmt: skip
-    fused = reduction != "none" and spec.is_plain and how.known_before_backward(input.dtype)
+    fused = reduction != "none" and spec.is_plain and how.allows_grad_in_forward(input.dtype)
     loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight, fused=fused)
     if linear_weight.dim() == 2:
         return loss_of(linear_weight, linear_bias, how, spec)
@@ -201,7 +201,7 @@ def _loss_of_head(
     shared = (spec.ignore_index, *shared[1:])
     if not fused:
         outputs = _outputs(input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec))
-        return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+        return how.reduce_with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
     of_tokens = None if how.weight is None else how.weight.reshape(-1)
     reuse = not torch.compiler.is_compiling()
     loss: Tensor  # autograd fills in which gradients are wanted

@@ -93,7 +93,7 @@ def token_stats(
         input, target, *Classes(weight if mean_logprob else None), ignore_index, vocab_size,
         softcap, logit_scale, backend, *wanted, inplace_backward,
     )  # fmt: skip
-    return outputs.of_user(wanted)
+    return outputs.to_token_stats(wanted)
 
 
 def cross_entropy(
@@ -202,13 +202,13 @@ def cross_entropy(
     outputs = token_stats_operator(
         input, spec.index, *spec.classes, *shared, *wanted_of(spec), inplace_backward
     )
-    return how.with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    return how.reduce_with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
 
 
 def _is_possible_in_forward(input: Tensor, spec: Target, how: Reduction) -> bool:
     if not (torch.is_grad_enabled() and input.requires_grad) or torch.compiler.is_compiling():
         return False  # a tracer plans reads and writes itself
-    return spec.is_plain and how.known_before_backward(input.dtype)
+    return spec.is_plain and how.allows_grad_in_forward(input.dtype)
 
 
 def _common(

@@ -1,7 +1,7 @@
 """What a loss may be given as target: a class, class probabilities, or a teacher's top k classes.
 
 Each says what to ask an operator for, and makes of the answer the cross-entropy of each token:
--sum_j w_j q_j (z_j - lse), with q the target smoothed, w the class weights.
+-sum_j w_j q_j (z_j - lse), with q the smoothed target, w the class weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core.class_logits import is_first
+from ..core.class_logits import is_first_occurrence
 from ..core.head import compute_dtype
-from ..core.reduction import Reduction, is_scored, reduction_of, smoothed, weighted
+from ..core.reduction import Reduction, apply_weight, is_scored, make_reduction, smooth_labels
 from ..ops.library import NO_CLASS, Classes, Outputs
 
 AnyTarget = Tensor | tuple[Tensor, Tensor]
@@ -82,8 +82,8 @@ class ClassIndices:
     def cross_entropy(self, outputs: Outputs) -> Tensor:
         loss, counts = -outputs.logprob, self.counts
         if counts is not None:
-            loss = weighted(loss, counts.to(loss.dtype))
-        return smoothed(loss, outputs.mean_logprob, self.label_smoothing)
+            loss = apply_weight(loss, counts.to(loss.dtype))
+        return smooth_labels(loss, outputs.mean_logprob, self.label_smoothing)
 
 
 class _Distribution:
@@ -145,14 +145,14 @@ class TopK(_Distribution):
     @property
     def classes(self) -> Classes:
         weight = self.weight if self.wants_mean_logprob else None
-        return Classes(weight=weight, at=self.indices)
+        return Classes(weight=weight, indices=self.indices)
 
     @property
     def wants_mean_logprob(self) -> bool:
         return self.spread_rest or self.label_smoothing > 0
 
     def cross_entropy(self, outputs: Outputs) -> Tensor:
-        z, mean_logprob = outputs.at_classes, outputs.mean_logprob
+        z, mean_logprob = outputs.class_logits, outputs.mean_logprob
         assert z is not None
         dtype, s = z.dtype, self.label_smoothing
         prob = self.prob.masked_fill(~self.given, 0.0)
@@ -160,7 +160,7 @@ class TopK(_Distribution):
         floor = torch.full_like(outputs.lse, s / self.vocab_size)  # of every class
         if self.spread_rest:
             assert mean_logprob is not None
-            first = self.given & is_first(self.indices)
+            first = self.given & is_first_occurrence(self.indices)
             others = self.vocab_size - first.sum(-1)
             # In the teacher's digits, of which 1 - 0.999 needs more than float32 has.
             exact = prob.to(torch.promote_types(prob.dtype, dtype))
@@ -218,7 +218,7 @@ def describe_target(
     spec = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
     dtype = compute_dtype(input.dtype)
     spec, token_weight = with_token_weight(spec, token_weight, z_loss_weight, dtype)
-    return spec, reduction_of(
+    return spec, make_reduction(
         reduction, spec.index, spec.ignore_index, token_weight, num_items, dtype, spec.counts
     )
 

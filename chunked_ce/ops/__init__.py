@@ -1,4 +1,4 @@
-"""The registered operators: schemas, shapes for tracing, autograd."""
+"""Registered operators: schemas, shapes for tracing, and autograd."""
 
 from . import binary, linear, logits, one_pass
 

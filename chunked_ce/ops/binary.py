@@ -1,10 +1,10 @@
-"""Binary cross-entropy over many labels: operators and autograd; the labels dense, or by index.
+"""Binary cross-entropy over many labels: operators and autograd. Labels are dense or indices.
 
-chunked_ce::binary_loss  its sum, or the loss of each logit
+chunked_ce::binary_loss  the sum of the losses, or the loss of each logit
 chunked_ce::binary_grad  the gradient of the logits
 
-Labels by index [N, K] stand for a multi-hot [N, V]. The kernels take every label for 0 and leave
-the few positive ones out. Their K terms are computed here.
+Label indices [N, K] stand for a multi-hot [N, V]. The kernels treat all labels as 0 and leave the
+positive classes out. This file adds the terms of the positive classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from .. import backends, checks
 from ..backends import cpu_binary
 from ..backends import torch_binary as binary_torch
-from ..core.class_logits import is_first
+from ..core.class_logits import is_first_occurrence
 from ..core.head import compute_dtype
 from .library import library, no_double_backward
 
@@ -46,20 +46,20 @@ def _binary_loss(
         loss = run.elementwise(x, labels, w, v)
         return loss.view(input.shape)
     if labels is not None:
-        loss = run.total(x, labels, w, v, None)
+        loss = run.loss_sum(x, labels, w, v, None)
         return loss
-    backends.check_targets(target, x.shape[-1], ignore_index, free=target.device.type == "cpu")
-    classes, given = _positives(target, x, ignore_index)
+    backends.check_targets(target, x.shape[-1], ignore_index, on_host=target.device.type == "cpu")
+    classes, valid = _positive_classes(target, x, ignore_index)
     z = x.gather(-1, classes).to(compute_dtype(x.dtype))
     factors = _factors(classes, z, w, v)
     terms = (logsigmoid(z).neg_() * factors).masked_fill_(factors == 0, 0.0)
     if by_element:
         loss = run.elementwise(x, None, w, None)
-        return _put(loss, classes, given, terms).view(input.shape)
-    # Padding and repetitions go where nothing is left out: past the last class.
-    left_out = classes.masked_fill(~given, x.shape[-1]).flatten(0, -2).int().sort(-1).values
-    loss = run.total(x, None, w, None, left_out)
-    return loss + terms.masked_fill(~given, 0.0).sum(dtype=torch.float64).to(loss.dtype)
+        return _scatter_values(loss, classes, valid, terms).view(input.shape)
+    # Padding and repetitions move past the last class, where they leave nothing out.
+    left_out = classes.masked_fill(~valid, x.shape[-1]).flatten(0, -2).int().sort(-1).values
+    loss = run.loss_sum(x, None, w, None, left_out)
+    return loss + terms.masked_fill(~valid, 0.0).sum(dtype=torch.float64).to(loss.dtype)
 
 
 def _binary_grad(
@@ -80,14 +80,16 @@ def _binary_grad(
     if labels is not None:
         grad: Tensor = run.gradient(x, labels, w, v, upstream)
         return grad.view(input.shape)
-    classes, given = _positives(target, x, ignore_index)
+    classes, valid = _positive_classes(target, x, ignore_index)
     z = x.gather(-1, classes).to(compute_dtype(x.dtype))
     slopes = z.neg().sigmoid_().neg_().mul_(_factors(classes, z, w, v))
     grad = run.gradient(x, None, w, None, upstream)
-    return _put(grad, classes, given, slopes * upstream.gather(-1, classes)).view(input.shape)
+    slopes = slopes * upstream.gather(-1, classes)
+    return _scatter_values(grad, classes, valid, slopes).view(input.shape)
 
 
 def _backend(name: str) -> Any:
+    """Return the module of a backend."""
     if name == "triton":
         from ..backends import triton_binary as binary_triton
 
@@ -100,7 +102,7 @@ def _backend(name: str) -> Any:
 def _rows(
     input: Tensor, target: Tensor, *weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(logits, labels, weights), [..., V] all; the labels None where they are indices."""
+    """Return (logits, labels, weight, pos_weight) as [..., V]. Label indices become None."""
     labels = target if target.is_floating_point() else None
     x, *others = (
         None if t is None else t.expand(input.shape if input.dim() > 1 else (1, input.numel()))
@@ -111,17 +113,17 @@ def _rows(
     return x, labels, weight, pos_weight
 
 
-def _positives(target: Tensor, x: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """([..., K] classes, which of them count): not padding, nor named before in their row."""
+def _positive_classes(target: Tensor, x: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return (classes [..., K], valid): padding and repetitions in a row are not valid."""
     target = target.long() if target.dim() == x.dim() else target.long()[None]
-    given = (target != ignore_index) & is_first(target)
-    return target.masked_fill(~given, 0).clamp(0, x.shape[-1] - 1), given
+    valid = (target != ignore_index) & is_first_occurrence(target)
+    return target.masked_fill(~valid, 0).clamp(0, x.shape[-1] - 1), valid
 
 
 def _factors(
     classes: Tensor, z: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
-    """[..., K] what the terms of positive labels are multiplied by."""
+    """Return the factors [..., K] of the terms of positive labels."""
     factors = torch.ones_like(z)
     for t in (weight, pos_weight):
         if t is not None:
@@ -129,13 +131,13 @@ def _factors(
     return factors
 
 
-def _put(t: Tensor, classes: Tensor, given: Tensor, values: Tensor) -> Tensor:
-    """t [..., V] with `values` at those of `classes` that are `given`, without asking which."""
-    # The others do again what the first of their row does; where none is given, nothing.
-    first = given.int().argmax(-1, keepdim=True)
-    classes = torch.where(given, classes, classes.gather(-1, first))
-    values = torch.where(given, values, values.gather(-1, first)).to(t.dtype)
-    values = torch.where(given.any(-1, keepdim=True), values, t.gather(-1, classes))
+def _scatter_values(t: Tensor, classes: Tensor, valid: Tensor, values: Tensor) -> Tensor:
+    """Write `values` into t [..., V] at the valid `classes`, without a host synchronization."""
+    # Invalid entries repeat the first valid one of their row. A row without one keeps its values.
+    first = valid.int().argmax(-1, keepdim=True)
+    classes = torch.where(valid, classes, classes.gather(-1, first))
+    values = torch.where(valid, values, values.gather(-1, first)).to(t.dtype)
+    values = torch.where(valid.any(-1, keepdim=True), values, t.gather(-1, classes))
     return t.scatter_(-1, classes, values)
 
 

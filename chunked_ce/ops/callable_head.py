@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..core.reduction import token_loss, weighted
+from ..core.reduction import apply_weight, token_loss
 from .chunks import Index
 from .head_calls import HeadCalls, HeadGradients, RandomState
-from .library import INTEGERS, Classes, new_outputs
-from .logits import rows_gradient, upstream_of
+from .library import NUM_FLOATING, Classes, new_outputs
+from .logits import rows_gradient, upstream_coefficients
 from .statistics import fill_outputs
 
 
@@ -81,10 +81,10 @@ class _HeadStats(torch.autograd.Function):
             (calls.ignore_index, calls.vocab_size, calls.transforms, calls.backend),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[INTEGERS:])
+        ctx.mark_non_differentiable(*outputs[NUM_FLOATING:])
         weight, prob, *_, at = classes
         ctx.calls, ctx.flags, ctx.n = calls, flags, len(tensors)
-        ctx.classes = classes._replace(weight=None, prob=None, at=None)
+        ctx.classes = classes._replace(weight=None, prob=None, indices=None)
         ctx.save_for_backward(*tensors, weight, prob, at, *outputs[:4], outputs[5])
         return outputs
 
@@ -93,8 +93,8 @@ class _HeadStats(torch.autograd.Function):
         if torch.is_grad_enabled():
             checks.double_backward()
         weight, prob, at, lse, logprob, low, entropy, mass = ctx.saved_tensors[ctx.n :]
-        calls, classes = ctx.calls, ctx.classes._replace(weight=weight, prob=prob, at=at)
-        upstream = upstream_of(
+        calls, classes = ctx.calls, ctx.classes._replace(weight=weight, prob=prob, indices=at)
+        upstream = upstream_coefficients(
             grads, entropy, mass, calls.target, classes, calls.vocab_size, *ctx.flags[:2]
         )
         rows = (lse, logprob, low, *upstream)
@@ -105,7 +105,7 @@ class _HeadStats(torch.autograd.Function):
                 values, inplace = chunk.values()
                 of_chunk: list[Any] = [None if n is None else n[chunk.index] for n in rows]
                 grad = rows_gradient(
-                    values, calls.target[chunk.index], classes.of_rows(chunk.index), *of_chunk,
+                    values, calls.target[chunk.index], classes.select_rows(chunk.index), *of_chunk,
                     *shared, inplace=inplace,
                 )  # fmt: skip
                 sums.add(chunk, grad)
@@ -148,7 +148,7 @@ def _loss(
                 entropy=False, mean_logprob=options[0] > 0, rank=False, argmax=False,
             )  # fmt: skip
             loss = token_loss(stats, *options)
-        total += (loss if weight is None else weighted(loss, weight)).sum()
+        total += (loss if weight is None else apply_weight(loss, weight)).sum()
         del chunk, values  # before the next chunk of logits is made
     return total if divisor is None else total / divisor, sums.finish()
 

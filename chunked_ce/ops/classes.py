@@ -1,34 +1,36 @@
-"""Logits of the few classes that a target names, [..., K], and the gradients through them."""
+"""Logits [..., K] of the classes that a target names, and their gradients."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .. import backends
-from ..core.class_logits import gradient_at, logits_at
+from ..core.class_logits import gather_gradient, gather_logits
 from ..core.gradient import Coefficients
 from ..core.head import Head
 from ..core.reduction import is_scored
 from .library import NO_CLASS, Classes
 
 
-def check_classes(at: Tensor, vocab_size: int) -> None:
-    """On a CPU, raise IndexError where a class is neither one of the vocabulary nor padding."""
-    free = at.device.type == "cpu"
-    backends.check_targets(at, vocab_size, NO_CLASS, free=free, per_row=at.shape[-1])
+def check_classes(indices: Tensor, vocab_size: int) -> None:
+    """Raise IndexError on a CPU where a class is neither one of the vocabulary nor padding."""
+    on_host = indices.device.type == "cpu"
+    backends.check_targets(
+        indices, vocab_size, NO_CLASS, on_host=on_host, per_row=indices.shape[-1]
+    )
 
 
-def logits_at_classes(
-    input: Tensor, target: Tensor, at: Tensor, ignore_index: int, vocab_size: int, head: Head
+def class_logits(
+    input: Tensor, target: Tensor, indices: Tensor, ignore_index: int, vocab_size: int, head: Head
 ) -> Tensor:
-    """Return [..., K], 0 in rows that are ignored, NaN where there is no such class."""
-    existing, broken = _existing_classes(at, vocab_size)
+    """Return the logits [..., K] of classes: 0 in ignored rows, NaN for classes out of range."""
+    existing, out_of_range = _existing_classes(indices, vocab_size)
     ignored = ~is_scored(target, ignore_index)
-    z = logits_at(input, existing, head).masked_fill_(broken, float("nan"))
+    z = gather_logits(input, existing, head).masked_fill_(out_of_range, float("nan"))
     return z.masked_fill_(ignored[..., None], 0.0)
 
 
-def gradient_at_classes(
+def class_gradient(
     input: Tensor,
     target: Tensor,
     classes: Classes,
@@ -36,24 +38,24 @@ def gradient_at_classes(
     logprob: Tensor,
     lse_low: Tensor,
     coefficients: Coefficients,
-    upstream: Tensor,  # [..., K]
+    upstream: Tensor,  # [..., K] gradient of the logits of the classes
     ignore_index: int,
     vocab_size: int,
     head: Head,
 ) -> tuple[Tensor, Tensor]:
-    """Return the classes [..., K] and the whole gradient of the logits there."""
-    assert classes.at is not None and classes.prob is None
-    k = classes.at.shape[-1]
-    existing, broken = _existing_classes(classes.at, vocab_size)
+    """Return (classes, gradient of their logits before the head), both [..., K]."""
+    assert classes.indices is not None and classes.prob is None
+    k = classes.indices.shape[-1]
+    existing, out_of_range = _existing_classes(classes.indices, vocab_size)
     weights = None
     if coefficients.u is not None and classes.weight is not None:
         weights = classes.weight.to(lse.dtype)[existing].view(-1, k)
-    values = gradient_at(
+    values = gather_gradient(
         input.gather(-1, existing).view(-1, k), existing.reshape(-1, k), upstream.reshape(-1, k),
         target.long().reshape(-1), lse, logprob, lse_low, coefficients, weights,
         is_scored(target, ignore_index).reshape(-1), head,
     )  # fmt: skip
-    values = values.view(existing.shape).masked_fill(broken, float("nan"))
+    values = values.view(existing.shape).masked_fill(out_of_range, float("nan"))
     return existing, values.to(input.dtype)
 
 
@@ -67,7 +69,7 @@ def prob_gradient(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """d mean_logprob / d prob = weight scale (z - lse) / V, for targets that are learned."""
+    """Return the gradient of `prob`: d mean_logprob / d prob = weight scale (z - lse) / V."""
     assert classes.prob is not None
     x = input.detach()[..., :vocab_size].to(lse.dtype, copy=True)
     z = Head(softcap, logit_scale).apply_(x).sub_(lse[..., None]).sub_(lse_low[..., None])
@@ -76,7 +78,7 @@ def prob_gradient(
     return grad.to(classes.prob.dtype)
 
 
-def _existing_classes(at: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(classes to read, which entries name none that exists, and are no padding)."""
-    existing = at.clamp(0, vocab_size - 1)
-    return existing, (at != existing) & (at != NO_CLASS)
+def _existing_classes(indices: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return (classes clamped to the vocabulary, which entries are out of range and no padding)."""
+    existing = indices.clamp(0, vocab_size - 1)
+    return existing, (indices != existing) & (indices != NO_CLASS)

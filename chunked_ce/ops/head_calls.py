@@ -26,8 +26,8 @@ class HeadCalls:
         rows, drop_ignored, self.acc_dtype, _ = chunking
         self.head, self.input, self.target, self.width = head, input, target, width
         self.ignore_index, self.transforms = ignore_index, Head(softcap, logit_scale)
-        free = target.device.type == "cpu"
-        backends.check_targets(target, self.vocab_size, ignore_index, free=free)
+        on_host = target.device.type == "cpu"
+        backends.check_targets(target, self.vocab_size, ignore_index, on_host=on_host)
         self.indices = chunk_indices(target, ignore_index, rows, drop_ignored)
         self.ignored = None if drop_ignored else ~is_scored(target, ignore_index)
         self.with_grad, self.random = torch.is_grad_enabled(), RandomState(input.device)

@@ -1,4 +1,4 @@
-"""The library that the operators are registered in, and what their schemas share."""
+"""The torch.library of the operators, and the common parts of their schemas."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ SHARED_SCHEMA = (
     "int ignore_index, SymInt vocab_size, float? softcap, float logit_scale, str backend"
 )
 CLASSES_SCHEMA = (
-    "Tensor? class_weight, Tensor? prob, float prob_scale, float prob_shift, Tensor? classes"
+    "Tensor? class_weight, Tensor? prob, float prob_scale, float prob_shift, Tensor? class_indices"
 )
 FLAGS = ("entropy", "mean_logprob", "rank", "argmax")
 FLAGS_SCHEMA = "bool entropy, bool mean_logprob, bool rank, bool argmax"
 OUTPUTS_SCHEMA = (
     "(Tensor lse, Tensor logprob, Tensor lse_low, Tensor entropy, Tensor mean_logprob, "
-    "Tensor mass, Tensor at_classes, Tensor rank, Tensor argmax)"
+    "Tensor weight_sum, Tensor class_logits, Tensor rank, Tensor argmax)"
 )
 UPSTREAM_SCHEMA = (
     "Tensor lse, Tensor logprob, Tensor lse_low, "
-    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? at_classes"
+    "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? class_logits_grad"
 )
 NO_CLASS = -100
-INTEGERS = 7  # outputs from here on have no gradient
+NUM_FLOATING = 7  # number of floating outputs; the integer outputs after them have no gradient
 
 
 class Outputs(NamedTuple):
-    """What the statistics' operators return, [...] each; None or empty where not asked for."""
+    """Outputs of the statistics' operators, [...] each. Those not requested are None or empty."""
 
     lse: Tensor
     logprob: Tensor
     lse_low: Tensor
     entropy: Tensor | None
     mean_logprob: Tensor | None
-    mass: Tensor | None  # sum of the class weights but the target's
-    at_classes: Tensor | None  # [..., K] logits
+    weight_sum: Tensor | None  # sum of the class weights without the target's
+    class_logits: Tensor | None  # [..., K]
     rank: Tensor | None
     argmax: Tensor | None
 
-    def of_user(self, wanted: tuple[bool, ...]) -> TokenStats:
-        """`wanted`: entropy, mean_logprob, rank, argmax."""
+    def to_token_stats(self, wanted: tuple[bool, ...]) -> TokenStats:
+        """Return the TokenStats. wanted: include entropy, mean_logprob, rank, argmax?"""
         others = (self.entropy, self.mean_logprob, self.rank, self.argmax)
-        asked = (out if want else None for out, want in zip(others, wanted, strict=True))
-        return TokenStats(self.lse, self.logprob, *asked)
+        included = (out if want else None for out, want in zip(others, wanted, strict=True))
+        return TokenStats(self.lse, self.logprob, *included)
 
 
 class Classes(NamedTuple):
-    """What an operator is told about classes: weights of `mean_logprob`, and which to read.
+    """Class arguments of an operator: weights of `mean_logprob`, and indices of classes to read.
 
     `mean_logprob` is sum_j weight_j (prob_scale prob_j + prob_shift / V) (z_j - lse).
     """
@@ -62,19 +62,21 @@ class Classes(NamedTuple):
     prob: Tensor | None = None  # [..., V]
     prob_scale: float = 1.0
     prob_shift: float = 0.0
-    at: Tensor | None = None  # [..., K]; NO_CLASS where there are fewer
+    indices: Tensor | None = None  # [..., K], padded with NO_CLASS
 
     @property
-    def are_weighted(self) -> bool:
+    def has_weights(self) -> bool:
+        """Return whether the weights of `mean_logprob` are not all 1."""
         return self.weight is not None or self.prob is not None
 
-    def of_rows(self, index: slice | Tensor) -> Classes:
-        """Those of some of the rows [N]."""
-        prob, at = (None if t is None else t[index] for t in (self.prob, self.at))
-        return self._replace(prob=prob, at=at)
+    def select_rows(self, index: slice | Tensor) -> Classes:
+        """Return the Classes of some of the rows [N]."""
+        prob, indices = (None if t is None else t[index] for t in (self.prob, self.indices))
+        return self._replace(prob=prob, indices=indices)
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """Raise the error of a double backward."""
     checks.double_backward()
 
 
@@ -87,6 +89,7 @@ def new_outputs(
     rank: bool,
     argmax: bool,
 ) -> tuple[Tensor, ...]:
+    """Return new memory for the outputs of a statistics' operator."""
     floats, integers = compute_dtype(input.dtype), torch.int64
 
     def new(dtype: torch.dtype, wanted: bool = True) -> Tensor:
@@ -94,7 +97,7 @@ def new_outputs(
 
     return (
         *(new(floats), new(floats), new(floats), new(floats, entropy), new(floats, mean_logprob)),
-        new(floats, mean_logprob and classes.are_weighted),
-        input.new_empty(0 if classes.at is None else classes.at.shape, dtype=floats),
+        new(floats, mean_logprob and classes.has_weights),
+        input.new_empty(0 if classes.indices is None else classes.indices.shape, dtype=floats),
         *(new(integers, rank), new(integers, argmax)),
     )

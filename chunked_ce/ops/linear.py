@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
-from ..core.reduction import is_scored, token_loss, weighted
+from ..core.reduction import apply_weight, is_scored, token_loss
 from .chunks import Gradients, chunk_indices, gradient_like, walk
 from .classes import check_classes
 from .library import (
     CLASSES_SCHEMA,
     FLAGS_SCHEMA,
-    INTEGERS,
+    NUM_FLOATING,
     OUTPUTS_SCHEMA,
     SHARED_SCHEMA,
     UPSTREAM_SCHEMA,
@@ -31,7 +31,7 @@ from .library import (
     new_outputs,
     no_double_backward,
 )
-from .logits import rows_gradient, upstream_of
+from .logits import rows_gradient, upstream_coefficients
 from .statistics import fill_outputs
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
@@ -73,7 +73,7 @@ def _linear_loss(
     wanted: list[bool],
     reuse: bool,
 ) -> tuple[Tensor, ...]:
-    backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
+    backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
     input, weight = input.detach(), weight.detach()
     chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
@@ -95,7 +95,7 @@ def _linear_loss(
                 entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
             )  # fmt: skip
             loss = token_loss(stats, label_smoothing, z_loss_weight)
-        total += (loss if of_tokens is None else weighted(loss, of_tokens)).sum()
+        total += (loss if of_tokens is None else apply_weight(loss, of_tokens)).sum()
         del x, logits  # the last chunk ends before the gradients are rounded
     value = total if divisor is None else total / divisor
     return value, *gradients.finish()
@@ -110,9 +110,9 @@ def _linear_stats(
 ) -> tuple[Tensor, ...]:
     classes, shared, flags = Classes(*arguments[:5]), arguments[5:14], arguments[14:]
     ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _, dtype = shared
-    backends.check_targets(target, vocab_size, ignore_index, free=target.device.type == "cpu")
-    if classes.at is not None:
-        check_classes(classes.at, vocab_size)
+    backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
+    if classes.indices is not None:
+        check_classes(classes.indices, vocab_size)
     outputs = new_outputs(input, target, classes, *flags)
     chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
@@ -140,7 +140,7 @@ def _linear_stats_grad(
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, dtype):
         of_chunk: list[Any] = [None if n is None else n[index] for n in upstream]
         grad = rows_gradient(
-            logits, target[index], classes.of_rows(index), *of_chunk, *shared[:5], inplace=True
+            logits, target[index], classes.select_rows(index), *of_chunk, *shared[:5], inplace=True
         )
         gradients.add(index, x, grad)
         del x, logits, grad
@@ -217,11 +217,11 @@ class _LinearStats(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_stats(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[INTEGERS:])
-        class_weight, prob, *_, at = ctx.classes
-        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
+        ctx.mark_non_differentiable(*outputs[NUM_FLOATING:])
+        class_weight, prob, *_, indices = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, indices=None)
         ctx.save_for_backward(
-            input, weight, bias, target, class_weight, prob, at, *outputs[:4], outputs[5]
+            input, weight, bias, target, class_weight, prob, indices, *outputs[:4], outputs[5]
         )
         return outputs
 
@@ -229,10 +229,14 @@ class _LinearStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
-        *given, class_weight, prob, at, lse, logprob, lse_low, entropy, mass = ctx.saved_tensors
-        classes = ctx.classes._replace(weight=class_weight, prob=prob, at=at)
+        *given, class_weight, prob, indices, lse, logprob, lse_low, entropy, weight_sum = (
+            ctx.saved_tensors
+        )
+        classes = ctx.classes._replace(weight=class_weight, prob=prob, indices=indices)
         _, vocab_size, *_ = ctx.options
-        upstream = upstream_of(grads, entropy, mass, given[3], classes, vocab_size, *ctx.wanted)
+        upstream = upstream_coefficients(
+            grads, entropy, weight_sum, given[3], classes, vocab_size, *ctx.wanted
+        )
         wanted = list(ctx.needs_input_grad[:3])
         found = torch.ops.chunked_ce.linear_stats_grad(
             *given, *classes, lse, logprob, lse_low, *upstream, *ctx.options, wanted

@@ -1,6 +1,4 @@
-"""The registered operators: schemas, shapes for tracing, autograd.
-
-torch.compile sees these and looks no further.
+"""The registered operators: schemas, shapes for tracing, autograd. torch.compile looks no further.
 
 chunked_ce::token_stats  statistics of rows of logits, differentiable in the logits
 chunked_ce::token_grad   their gradient, in a new tensor
@@ -19,12 +17,12 @@ from .. import backends, checks
 from ..core.gradient import Coefficients, coefficients
 from ..core.head import Head
 from ..core.row_stats import UNIFORM, ClassWeights, RowStatistics
-from .classes import check_classes, gradient_at_classes, logits_at_classes, prob_gradient
+from .classes import check_classes, class_gradient, class_logits, prob_gradient
 from .library import (
     CLASSES_SCHEMA,
     FLAGS,
     FLAGS_SCHEMA,
-    INTEGERS,
+    NUM_FLOATING,
     OUTPUTS_SCHEMA,
     SHARED_SCHEMA,
     UPSTREAM_SCHEMA,
@@ -47,7 +45,7 @@ library.define(f"token_grad_(Tensor(a!) input, {_GRADIENT}) -> ()")
 
 def token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
     """Call chunked_ce::token_stats."""
-    if is_dispatched(input, target, *_tensors(arguments)):
+    if is_dispatched(input, target, *_class_tensors(arguments)):
         return Outputs(*torch.ops.chunked_ce.token_stats(input, target, *arguments))
     if _wants_gradient(input, arguments[1]):
         return Outputs(*_TokenStats.apply(input, target, *arguments))  # type: ignore[no-untyped-call]
@@ -57,8 +55,8 @@ def token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
 def is_dispatched(*tensors: Tensor | None) -> bool:
     """Return whether a call on these tensors goes through torch's dispatcher.
 
-    A tracer, a mode, a subclass or a profiler listens there, and a lazy sign is resolved. Else
-    going past it saves 40 of 160 us, which counts for a few rows on a CPU.
+    Tracers, modes, subclasses, profilers and lazy signs need the dispatcher. Other calls bypass
+    it. That saves 40 of 160 us of a call on a few rows on a CPU.
     """
     return (
         torch.compiler.is_compiling()
@@ -71,13 +69,13 @@ def is_dispatched(*tensors: Tensor | None) -> bool:
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether its values lie where it says: no subclass, no batch of vmap, no lazy sign."""
+    """Return whether `t` is an ordinary tensor: no subclass, no batch of vmap, no lazy sign."""
     exact = type(t) in (Tensor, torch.nn.Parameter) and torch._C._has_storage(t)
     return exact and not (t.is_meta or t.is_neg())
 
 
-def _tensors(classes: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """Of the fields of `Classes`, which come first, those that are tensors."""
+def _class_tensors(classes: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Return the tensors among the fields of `Classes`, which come first in `classes`."""
     return classes[0], classes[1], classes[4]
 
 
@@ -92,9 +90,10 @@ def _token_stats(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _as_tensors(outputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """What an operator returns is a Tensor always; an empty one was not asked for."""
+    """Replace None by an empty tensor, because an operator returns only tensors."""
+    new = outputs[0].new_empty
     return tuple(
-        outputs[0].new_empty(0, dtype=None if i < INTEGERS else torch.int64) if t is None else t
+        new(0, dtype=None if i < NUM_FLOATING else torch.int64) if t is None else t
         for i, t in enumerate(outputs)
     )
 
@@ -105,57 +104,57 @@ def _statistics(input: Tensor, target: Tensor, *arguments: Any) -> Outputs:
     backends.check_targets(target, vocab_size, ignore_index)
     if target.numel() == 0:
         return Outputs(*new_outputs(input, target, classes, *flags))
-    if classes.at is not None:
-        check_classes(classes.at, vocab_size)
+    if classes.indices is not None:
+        check_classes(classes.indices, vocab_size)
     head, wanted = Head(softcap, logit_scale), dict(zip(FLAGS, flags, strict=True))
     input = input.detach()
     rows = backends.row_statistics(
         backend, input, target, ignore_index, vocab_size, head, class_weights(classes, vocab_size),
         **wanted,
     )  # fmt: skip
-    at = None
-    if classes.at is not None:
-        at = logits_at_classes(input, target, classes.at, ignore_index, vocab_size, head)
-    return outputs_of(rows, at, target.shape)
+    picked = None
+    if classes.indices is not None:
+        picked = class_logits(input, target, classes.indices, ignore_index, vocab_size, head)
+    return make_outputs(rows, picked, target.shape)
 
 
-def outputs_of(rows: RowStatistics, at: Tensor | None, shape: torch.Size) -> Outputs:
-    lse, logprob, entropy, mean_logprob, rank, argmax = rows.stats
-    flat = (lse, logprob, rows.lse_low, entropy, mean_logprob, rows.mass, at, rank, argmax)
+def make_outputs(rows: RowStatistics, picked: Tensor | None, shape: torch.Size) -> Outputs:
+    (lse, logprob, entropy, mean_logprob, rank, argmax), lse_low, weight_sum = rows
+    flat = (lse, logprob, lse_low, entropy, mean_logprob, weight_sum, picked, rank, argmax)
     if len(shape) == 1:
         return Outputs(*flat)
-    shaped = (out if out is None or out is at else out.view(shape) for out in flat)
+    shaped = (out if out is None or out is picked else out.view(shape) for out in flat)
     return Outputs(*shaped)  # type: ignore[arg-type]
 
 
-def upstream_of(
+def upstream_coefficients(
     grads: Sequence[Tensor | None],
     entropy: Tensor,
-    mass: Tensor,
+    weight_sum: Tensor,
     target: Tensor,
     classes: Classes,
     vocab_size: int,
     wants_entropy: bool,
     wants_mean_logprob: bool,
 ) -> tuple[Tensor | None, ...]:
-    """a, b, c, u [...] and the gradient of `at_classes`, from those of an operator's outputs.
+    """Return a, b, c, u [...] and the gradient of `class_logits`, from the gradients of outputs.
 
-    An output that was not asked for is empty, and a tracer may give it an empty gradient.
+    An output that was not requested is empty, and a tracer may give it an empty gradient.
     """
-    lse, logprob, _, of_entropy, of_mean_logprob, _, of_classes, *_ = grads
-    weighted = wants_mean_logprob and classes.are_weighted
-    at_target = None
+    lse, logprob, _, entropy_grad, mean_logprob_grad, _, class_grad, *_ = grads
+    weighted = wants_mean_logprob and classes.has_weights
+    target_weight = None
     if weighted:
-        existing = target.long().clamp(0, vocab_size - 1)
-        at_target = class_weights(classes, vocab_size).at(existing.reshape(-1), mass.dtype)
-        at_target = None if at_target is None else at_target.view(target.shape)
-    of_entropy = of_entropy if wants_entropy else None
-    of_mean_logprob = of_mean_logprob if wants_mean_logprob else None
+        existing = target.long().clamp(0, vocab_size - 1).reshape(-1)
+        target_weight = class_weights(classes, vocab_size).gather(existing, weight_sum.dtype)
+        target_weight = None if target_weight is None else target_weight.view(target.shape)
+    entropy_grad = entropy_grad if wants_entropy else None
+    mean_logprob_grad = mean_logprob_grad if wants_mean_logprob else None
     numbers = coefficients(
-        lse, logprob, of_entropy, of_mean_logprob, entropy, vocab_size, at_target,
-        mass if weighted else None,
+        lse, logprob, entropy_grad, mean_logprob_grad, entropy, vocab_size, target_weight,
+        weight_sum if weighted else None,
     )  # fmt: skip
-    return *numbers, None if classes.at is None else of_classes
+    return *numbers, None if classes.indices is None else class_grad
 
 
 def _fake_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -180,7 +179,7 @@ def rows_gradient(
     b: Tensor | None,
     c: Tensor | None,
     u: Tensor | None,
-    at_classes: Tensor | None,
+    class_grad: Tensor | None,  # [..., K], of the classes' logits
     ignore_index: int,
     vocab_size: int,
     softcap: float | None,
@@ -189,21 +188,21 @@ def rows_gradient(
     *,
     inplace: bool,
 ) -> Tensor:
-    """dL/dinput, in a new tensor or over `input`."""
+    """Return dL/dinput, in a new tensor or written over `input`."""
     head = Head(softcap, logit_scale)
-    numbers = Coefficients(*(None if n is None else _flat(n).contiguous() for n in (a, b, c, u)))
-    stats = (_flat(lse), _flat(logprob), _flat(lse_low))
-    at = None
-    if classes.at is not None and at_classes is not None and classes.at.numel():
-        at = gradient_at_classes(
-            input, target, classes, *stats, numbers, at_classes, ignore_index, vocab_size, head
+    numbers = Coefficients(*(None if n is None else _flatten(n).contiguous() for n in (a, b, c, u)))
+    stats = (_flatten(lse), _flatten(logprob), _flatten(lse_low))
+    grad_of_classes = None
+    if classes.indices is not None and class_grad is not None and classes.indices.numel():
+        grad_of_classes = class_gradient(
+            input, target, classes, *stats, numbers, class_grad, ignore_index, vocab_size, head
         )
     grad = backends.logits_gradient(
         backend, input, target, *stats, numbers, ignore_index, vocab_size, head,
         class_weights(classes, vocab_size), inplace=inplace,
     )  # fmt: skip
-    if at is not None:
-        grad.scatter_(-1, *at)
+    if grad_of_classes is not None:
+        grad.scatter_(-1, *grad_of_classes)
     return grad
 
 
@@ -214,7 +213,7 @@ def class_weights(classes: Classes, vocab_size: int) -> ClassWeights:
     return ClassWeights(weight, prob, vocab_size * scale, shift)
 
 
-def _flat(t: Tensor) -> Tensor:
+def _flatten(t: Tensor) -> Tensor:
     return t if t.dim() == 1 else t.reshape(-1)
 
 
@@ -223,46 +222,48 @@ def _token_grad(*arguments: Any) -> Tensor:
 
 
 def _token_grad_(input: Tensor, *arguments: Any) -> None:
-    # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
+    # Tell autograd of the write. Do it first, so that an interrupted write is refused too.
     torch.autograd.graph.increment_version(input)
     _gradient(True, input, *arguments)
 
 
 class _TokenStats(torch.autograd.Function):
-    """torch.library.register_autograd would do the same at 60 microseconds more a call."""
+    """Autograd of token_stats. torch.library.register_autograd would take 60 us more per call."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Sequence[Tensor | None]:
-        input, target, *given = arguments
-        ctx.classes, ctx.shared = Classes(*given[:5]), given[5:10]
-        ctx.wanted, ctx.inplace_backward = given[10:12], given[14]
+        input, target, *options = arguments
+        ctx.classes, ctx.shared = Classes(*options[:5]), options[5:10]
+        ctx.wanted, ctx.inplace_backward = options[10:12], options[14]
         outputs: Sequence[Tensor | None]
-        if is_dispatched(input, target, *_tensors(given)):
+        if is_dispatched(input, target, *_class_tensors(options)):
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = torch.ops.chunked_ce.token_stats(*arguments)
         else:
             outputs = _statistics(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(out for out in outputs[INTEGERS:] if out is not None))
-        weight, prob, *_, at = ctx.classes
-        ctx.classes = ctx.classes._replace(weight=None, prob=None, at=None)
-        ctx.save_for_backward(input, target, weight, prob, at, *outputs[:4], outputs[5])
+        ctx.mark_non_differentiable(*(out for out in outputs[NUM_FLOATING:] if out is not None))
+        weight, prob, *_, indices = ctx.classes
+        ctx.classes = ctx.classes._replace(weight=None, prob=None, indices=None)
+        ctx.save_for_backward(input, target, weight, prob, indices, *outputs[:4], outputs[5])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, target, weight, prob, at, *stats, entropy, mass = ctx.saved_tensors
-        classes = ctx.classes._replace(weight=weight, prob=prob, at=at)
+        input, target, weight, prob, indices, *stats, entropy, weight_sum = ctx.saved_tensors
+        classes = ctx.classes._replace(weight=weight, prob=prob, indices=indices)
         _, vocab_size, *_ = ctx.shared
-        upstream = upstream_of(grads, entropy, mass, target, classes, vocab_size, *ctx.wanted)
+        upstream = upstream_coefficients(
+            grads, entropy, weight_sum, target, classes, vocab_size, *ctx.wanted
+        )
         arguments = (input, target, *classes, *stats, *upstream, *ctx.shared)
-        of_prob = None
+        prob_grad = None
         if ctx.needs_input_grad[3] and grads[4] is not None:
             if torch.is_grad_enabled():
                 checks.double_backward()
             lse, _, lse_low = stats
-            of_prob = prob_gradient(input, classes, lse, lse_low, grads[4], *ctx.shared[1:4])
-        no_gradient = (None, None, of_prob, *(None,) * 13)
+            prob_grad = prob_gradient(input, classes, lse, lse_low, grads[4], *ctx.shared[1:4])
+        no_gradient = (None, None, prob_grad, *(None,) * 13)
         if not ctx.needs_input_grad[0]:
             return None, *no_gradient
         if ctx.inplace_backward:
@@ -272,7 +273,7 @@ class _TokenStats(torch.autograd.Function):
             return input.detach(), *no_gradient
         if torch.is_grad_enabled():
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
-        if not is_dispatched(input, target, *_tensors(arguments[2:7]), *stats, *upstream):
+        if not is_dispatched(input, target, *_class_tensors(arguments[2:7]), *stats, *upstream):
             return _token_grad(*arguments), *no_gradient
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.chunked_ce.token_grad(*arguments), *no_gradient
@@ -280,7 +281,7 @@ class _TokenStats(torch.autograd.Function):
 
 def _differentiable_token_stats(input: Tensor, target: Tensor, *arguments: Any) -> Any:
     if _wants_gradient(input, arguments[1]):
-        if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
+        if torch._C._are_functorch_transforms_active():  # inside a compiled program
             checks.compiled_transform()
         return _as_tensors(_TokenStats.apply(input, target, *arguments))  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():

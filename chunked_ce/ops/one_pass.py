@@ -1,8 +1,8 @@
-"""`grad_in_forward`: loss and gradient from one read of the logits.
+"""Operators of `grad_in_forward`: loss and gradient from one read of the logits.
 
-chunked_ce::loss_and_grad   each token's loss, and the gradient of the weighted sum
-chunked_ce::loss_and_grad_  the same over the logits, whose version counter says so
-chunked_ce::scale_          gradient times the upstream gradient, without asking the host for it
+chunked_ce::loss_and_grad   the loss of each token, and the gradient of the weighted sum
+chunked_ce::loss_and_grad_  the same; writes the gradient over the logits
+chunked_ce::scale_          multiply a gradient by its upstream gradient on the device
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ library.define("scale_(Tensor(a!) grad, Tensor upstream, str backend) -> ()")
 def one_pass_loss(
     input: Tensor,
     target: Tensor,
-    how: Reduction,
+    reduction: Reduction,
     *options: Any,  # label_smoothing, ..., backend, inplace_backward
 ) -> Tensor:
-    """The reduced loss; its gradient is ready, in new memory or over `input`."""
-    loss: Tensor = _OnePass.apply(input, target, how, *options)  # type: ignore[no-untyped-call]
+    """Return the reduced loss. Its gradient is computed too, in new memory or over `input`."""
+    loss: Tensor = _OnePass.apply(input, target, reduction, *options)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        input, target, how, *options, inplace = arguments
+        input, target, reduction, *options, inplace = arguments
         ctx.backend, ctx.spent = options[-1], False
-        given = (input, target, how.weight, how.divisor, *options)
+        operands = (input, target, reduction.weight, reduction.divisor, *options)
         with torch._C._AutoDispatchBelowAutograd():
             if inplace:
-                loss, grad = torch.ops.chunked_ce.loss_and_grad_(*given), input
+                loss, grad = torch.ops.chunked_ce.loss_and_grad_(*operands), input
             else:
-                loss, grad = torch.ops.chunked_ce.loss_and_grad(*given)
+                loss, grad = torch.ops.chunked_ce.loss_and_grad(*operands)
         ctx.save_for_backward(grad)
-        reduced: Tensor = how.of(loss)
+        reduced: Tensor = reduction.reduce(loss)
         return reduced
 
     @staticmethod
@@ -85,9 +85,9 @@ def _loss_and_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
     target, *_, ignore_index, vocab_size, _, _, backend = arguments
-    free = backend != "triton" and target.device.type == "cpu"
-    backends.check_targets(target, vocab_size, ignore_index, free=free)
-    # Autograd does not see a kernel's write. Before it: what an interruption leaves is not used.
+    on_host = backend != "triton" and target.device.type == "cpu"
+    backends.check_targets(target, vocab_size, ignore_index, on_host=on_host)
+    # Tell autograd of the write. Do it first, so that an interrupted write is refused too.
     torch.autograd.graph.increment_version(input)
     loss, _ = _loss_and_gradient(True, input, *arguments)
     return loss

@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import backends
 from ..core.head import Head
 from .chunks import Index
-from .classes import logits_at_classes
+from .classes import class_logits
 from .library import FLAGS, Classes
-from .logits import class_weights, outputs_of
+from .logits import class_weights, make_outputs
 
 
 def fill_outputs(
@@ -28,15 +28,15 @@ def fill_outputs(
     for out in outputs:
         out.fill_(0 if out.is_floating_point() else -1)  # those ignored
     for index, logits in chunks:
-        of_chunk, labels = classes.of_rows(index), target[index]
+        of_chunk, labels = classes.select_rows(index), target[index]
         found = backends.row_statistics(
             backend, logits, labels, ignore_index, vocab_size, head,
             class_weights(of_chunk, vocab_size), **wanted,
         )  # fmt: skip
         at = None
-        if of_chunk.at is not None:
-            at = logits_at_classes(logits, labels, of_chunk.at, ignore_index, vocab_size, head)
-        for out, value in zip(outputs, outputs_of(found, at, labels.shape), strict=True):
+        if of_chunk.indices is not None:
+            at = class_logits(logits, labels, of_chunk.indices, ignore_index, vocab_size, head)
+        for out, value in zip(outputs, make_outputs(found, at, labels.shape), strict=True):
             if value is not None:
                 out[index] = value
         del logits

@@ -1,10 +1,10 @@
-"""The public functions under torch.func's transforms: grad, vjp, jacrev, vmap and their nestings.
+"""Public functions under torch.func's transforms: grad, vjp, jacrev, vmap and their nestings.
 
-A transform wraps tensors, which then have no memory for a kernel to read. torch unwraps them one
+A transform wraps tensors, and a kernel cannot read wrapped tensors. torch unwraps them one
 transform at a time for an autograd.Function with `setup_context` and `vmap`. So a call becomes such
-a Function, and its forward, at the innermost level, is the same call on plain tensors. Backward is
-a second Function, which runs the call again and asks ordinary autograd for the gradients. It has no
-derivative: second derivatives raise, and so does forward mode.
+a Function. At the innermost level its forward is the same call on plain tensors. Its backward is a
+second Function. That one runs the call again and computes the gradients with ordinary autograd. It
+has no derivative, so second derivatives and forward mode raise.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from ..checks.values import forward_mode
 Dims = Sequence[int | None]
 
 _WRITES = ("inplace_backward", "grad_in_forward")
-"""Options that save memory by writing over tensors which other transforms may still need."""
-
+"""Options that write over tensors to save memory. Other transforms may still need the tensors."""
 
 Result = TypeVar("Result")
 
 
-def active() -> bool:
+def is_active() -> bool:
+    """Return whether a transform is active outside of torch.compile."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def call(
     function: Callable[..., Result], arguments: dict[str, Any], rows: Sequence[str] = ()
 ) -> Result:
-    """`function(**arguments)`, for the transforms that are active.
+    """Return `function(**arguments)` under the active transforms.
 
-    rows: names of the arguments [rows, ...] that may have further dimensions in front, if all
-        outputs then have these too. A batch of them is one call; of other arguments, one a sample.
+    rows: names of arguments [rows, ...] that may have more leading dimensions, if all outputs then
+        have these dimensions too. A batch of such arguments is one call. A batch of other arguments
+        is one call per sample.
     """
-    this = _Call(function, arguments, rows)
-    outputs = _Forward.apply(this, *this.tensors)  # type: ignore[no-untyped-call]
-    result: Result = this.result(outputs)
+    invocation = _Call(function, arguments, rows)
+    outputs = _Forward.apply(invocation, *invocation.tensors)  # type: ignore[no-untyped-call]
+    result: Result = invocation.result(outputs)
     return result
 
 
 class _Call:
-    """A function and its arguments, of which the tensors are left open."""
+    """A function and its arguments other than tensors."""
 
     def __init__(
         self, function: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[str]
@@ -80,37 +81,39 @@ class _Call:
             leaves[place] = out
         return tree_unflatten(leaves, self.output_spec)
 
-    def in_one(self, dims: Dims, size: int, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """The tensors with the batch in front, if one call can take all samples."""
+    def batch_together(
+        self, dims: Dims, size: int, tensors: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """Return the tensors with the batch first, or None if one call cannot take them."""
         batched = [name for name, dim in zip(self.names, dims, strict=True) if dim is not None]
         if not batched or not set(batched) <= set(self.rows):
             return None
         return [
-            _in_front(t, dim, size) if name in self.rows else t
+            _move_batch_first(t, dim, size) if name in self.rows else t
             for name, t, dim in zip(self.names, tensors, dims, strict=True)
         ]
 
 
-def _in_front(t: Tensor, dim: int | None, size: int) -> Tensor:
+def _move_batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def _sample(tensors: Sequence[Tensor | None], dims: Dims, i: int) -> list[Tensor | None]:
+def _select_sample(tensors: Sequence[Tensor | None], dims: Dims, i: int) -> list[Tensor | None]:
     return [
         t if t is None or dim is None else t.select(dim, i)
         for t, dim in zip(tensors, dims, strict=True)
     ]
 
 
-def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _stack(samples: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     outputs = tuple(torch.stack(each) for each in zip(*samples, strict=True))
     return outputs, (0,) * len(outputs)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(this: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return this.run(tensors)
+    def forward(invocation: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return invocation.run(tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,10 +127,10 @@ class _Forward(torch.autograd.Function):
         _, *wanted = ctx.needs_input_grad
         if all(grad is None for grad in upstream):
             return None, *(None for _ in wanted)
-        found = _Backward.apply(  # type: ignore[no-untyped-call]
+        grads_found = _Backward.apply(  # type: ignore[no-untyped-call]
             ctx.call, tuple(wanted), *ctx.saved_tensors, *upstream
         )
-        grads = iter(found)
+        grads = iter(grads_found)
         return None, *(next(grads) if want else None for want in wanted)
 
     @staticmethod
@@ -135,16 +138,16 @@ class _Forward(torch.autograd.Function):
         forward_mode("an argument")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], this: _Call, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], invocation: _Call, *tensors: Tensor) -> Any:
         checks.vmap_size(info.batch_size)
         dims = in_dims[1:]
-        together = this.in_one(dims, info.batch_size, tensors)
-        if together is not None:
-            outputs = _Forward.apply(this, *together)  # type: ignore[no-untyped-call]
+        batched = invocation.batch_together(dims, info.batch_size, tensors)
+        if batched is not None:
+            outputs = _Forward.apply(invocation, *batched)  # type: ignore[no-untyped-call]
             return outputs, (0,) * len(outputs)
-        return _stacked(
+        return _stack(
             [
-                _Forward.apply(this, *_sample(tensors, dims, i))  # type: ignore[no-untyped-call]
+                _Forward.apply(invocation, *_select_sample(tensors, dims, i))  # type: ignore[no-untyped-call]
                 for i in range(info.batch_size)
             ]
         )
@@ -152,15 +155,15 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(this: _Call, wanted: tuple[bool, ...], *given: Tensor | None) -> Any:
+    def forward(invocation: _Call, wanted: tuple[bool, ...], *operands: Tensor | None) -> Any:
         n = len(wanted)
-        tensors = [t.detach() for t in given[:n] if t is not None]
+        tensors = [t.detach() for t in operands[:n] if t is not None]
         with torch.enable_grad():
             inputs = [t.requires_grad_() for t, w in zip(tensors, wanted, strict=True) if w]
-            outputs = this.run(tensors, writes=False)
+            outputs = invocation.run(tensors, writes=False)
         pairs = [
             (out, grad)
-            for out, grad in zip(outputs, given[n:], strict=True)
+            for out, grad in zip(outputs, operands[n:], strict=True)
             if grad is not None and out.requires_grad
         ]
         if not pairs:
@@ -187,23 +190,29 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], this: _Call, wanted: tuple[bool, ...], *given: Any
+        info: Any,
+        in_dims: tuple[Any, ...],
+        invocation: _Call,
+        wanted: tuple[bool, ...],
+        *operands: Any,
     ) -> Any:
         n, size, dims = len(wanted), info.batch_size, in_dims[2:]
-        of_rows = all(
-            name in this.rows for name, want in zip(this.names, wanted, strict=True) if want
+        is_by_row = all(
+            name in invocation.rows
+            for name, want in zip(invocation.names, wanted, strict=True)
+            if want
         )
-        together = this.in_one(dims[:n], size, given[:n]) if of_rows else None
-        if together is not None:
+        batched = invocation.batch_together(dims[:n], size, operands[:n]) if is_by_row else None
+        if batched is not None:
             upstream = [
-                None if grad is None else _in_front(grad, dim, size)
-                for grad, dim in zip(given[n:], dims[n:], strict=True)
+                None if grad is None else _move_batch_first(grad, dim, size)
+                for grad, dim in zip(operands[n:], dims[n:], strict=True)
             ]
-            found = _Backward.apply(this, wanted, *together, *upstream)  # type: ignore[no-untyped-call]
-            return found, (0,) * len(found)
-        return _stacked(
+            grads_found = _Backward.apply(invocation, wanted, *batched, *upstream)  # type: ignore[no-untyped-call]
+            return grads_found, (0,) * len(grads_found)
+        return _stack(
             [
-                _Backward.apply(this, wanted, *_sample(given, dims, i))  # type: ignore[no-untyped-call]
+                _Backward.apply(invocation, wanted, *_select_sample(operands, dims, i))  # type: ignore[no-untyped-call]
                 for i in range(size)
             ]
         )

@@ -1,4 +1,4 @@
-/* Half precision by its bits, in forms that every instruction set has. */
+/* Conversions of half precision with integer operations that every instruction set has. */
 #ifndef CHUNKED_CE_CONVERT_H
 #define CHUNKED_CE_CONVERT_H
 
@@ -24,7 +24,7 @@ static inline float from_bfloat16(uint16_t half)
     return as_float((uint32_t)half << 16);
 }
 
-/* To nearest, ties to even; a NaN stays one. */
+/* Round to nearest, ties to even. A NaN stays a NaN. */
 static inline uint16_t to_bfloat16(float value)
 {
     uint32_t bits = as_bits(value);
@@ -48,10 +48,10 @@ static inline uint16_t to_float16(float value)
     uint32_t bits = as_bits(value), sign = (bits >> 16) & 0x8000u;
     bits &= 0x7fffffffu;
     uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-    /* 0.5 has its last bit where the smallest subnormal is: the sum rounds as it should */
+    /* the last bit of 0.5 is the smallest subnormal, so the sum rounds correctly */
     uint32_t subnormal = as_bits(as_float(bits) + 0.5f) - 0x3f000000u;
     uint32_t half = bits < (113u << 23) ? subnormal : normal;
-    half = bits >= (143u << 23) ? 0x7c00u : half; /* beyond 65520; below, rounding carries over */
+    half = bits >= (143u << 23) ? 0x7c00u : half; /* from 65520 on; below, rounding carries over */
     half = bits > 0x7f800000u ? 0x7e00u : half;
     return (uint16_t)(sign | half);
 }

@@ -1,4 +1,4 @@
-/* exp and tanh of double; everything below 2^-1022 is 0. */
+/* exp and tanh of double. Results below 2^-1022 are 0. */
 #ifndef CHUNKED_CE_EXP_F64_H
 #define CHUNKED_CE_EXP_F64_H
 
@@ -21,7 +21,8 @@ static inline uint64_t as_long_bits(double value)
     return bits;
 }
 
-/* exp r for r <= 709 or NaN: 2^n e^f, e^f by its series up to f^13: the next term is 4e-18. */
+/* Return exp(r) = 2^n e^f for r <= 709 or NaN. The series of e^f ends with f^13; the next term is
+   4e-18. */
 static inline double exp_f64(double r)
 {
     const double round = 6755399441055744.0; /* 1.5 2^52 */
@@ -46,15 +47,15 @@ static inline double exp_f64(double r)
 
 static inline double tanh_f64(double y)
 {
-    double size = as_double(as_long_bits(y) & 0x7fffffffffffffffull), q = y * y;
+    double magnitude = as_double(as_long_bits(y) & 0x7fffffffffffffffull), q = y * y;
     double p = (-9.64399179425052238628e-1 * q - 9.92877231001918586564e1) * q
         - 1.61468768441708447952e3;
     double d = ((q + 1.12811678491632931402e2) * q + 2.23548839060100448583e3) * q
         + 4.84406305325125486048e3;
-    double small = y + y * q * p / d; /* Cephes */
-    double e = exp_f64(-2.0 * size), large = (1.0 - e) / (1.0 + e);
+    double small = y + y * q * p / d; /* coefficients from Cephes */
+    double e = exp_f64(-2.0 * magnitude), large = (1.0 - e) / (1.0 + e);
     large = as_double(as_long_bits(large) | (as_long_bits(y) & 0x8000000000000000ull));
-    return size < 0.625 ? small : large;
+    return magnitude < 0.625 ? small : large;
 }
 
 #endif

@@ -1,4 +1,5 @@
-/* The mathematics of a row once its sums are known, in double; chunked_ce/core/row_stats.py says the same. */
+/* From the sums of a row to its statistics, in double. chunked_ce/core/row_stats.py has the same
+   formulas. */
 #include <math.h>
 #include <stddef.h>
 
@@ -6,49 +7,49 @@
 
 Part empty_part(void)
 {
-    return (Part){.m = -INFINITY, .argmax = -1, .first_nan = -1};
+    return (Part){.m = -INFINITY, .best_class = -1, .first_nan = -1};
 }
 
-/* The sums of `part` relative to m, which is not less than its own maximum. */
+/* Make the sums of `part` relative to m, which is at least its own maximum. */
 void move_part(Part *part, double m)
 {
     if (part->m == m)
         return;
     if (part->m == -INFINITY) {
         part->m = m;
-        return; /* s is 0; total is 0, or -inf for good */
+        return; /* s is 0, and logit_sum is 0 or stays -inf */
     }
     double shift = part->m - m, scale = exp(shift);
-    part->weighted = scale == 0 ? part->weighted * 0 : scale * (part->weighted + part->s * shift);
+    part->ez_sum = scale == 0 ? part->ez_sum * 0 : scale * (part->ez_sum + part->s * shift);
     part->s *= scale;
-    if (part->mass != 0)
-        part->total += part->mass * shift;
+    if (part->weight_sum != 0)
+        part->logit_sum += part->weight_sum * shift;
     part->m = m;
 }
 
-/* `left` holds the lower class indices. */
+/* Add `right` to `left`, which holds the lower class indices. */
 void merge_part(Part *left, const Part *right)
 {
     Part moved = *right;
-    if (left->argmax < 0 || right->m > left->m)
-        left->argmax = right->argmax < 0 ? left->argmax : right->argmax;
+    if (left->best_class < 0 || right->m > left->m)
+        left->best_class = right->best_class < 0 ? left->best_class : right->best_class;
     if (left->first_nan < 0)
         left->first_nan = right->first_nan;
     double m = right->m > left->m ? right->m : left->m;
     move_part(left, m);
     move_part(&moved, m);
     left->s += moved.s;
-    left->weighted += moved.weighted;
-    left->total += moved.total;
-    left->mass += moved.mass;
-    left->beaten_by += moved.beaten_by;
+    left->ez_sum += moved.ez_sum;
+    left->logit_sum += moved.logit_sum;
+    left->weight_sum += moved.weight_sum;
+    left->num_better += moved.num_better;
 }
 
-/* `target_logit` is finite, -inf or NaN. */
+/* Return the statistics of a whole row. `target_logit` is finite, -inf or NaN. */
 Finished finish(const Part *part, double target_logit, double target_weight, int64_t vocab_size)
 {
     double gap = part->m - target_logit, log_s = log(part->s), d = gap + log_s;
-    double back = gap - part->m; /* Knuth's TwoSum: what rounding took from gap */
+    double back = gap - part->m; /* Knuth's TwoSum: gap_low is the rounding error of gap */
     double gap_low = (part->m - (gap - back)) - (target_logit + back);
     gap_low = isfinite(gap_low) ? gap_low : 0.0;
     double tail = log1p(d < 0 ? part->s * exp(gap) * (1.0 + gap_low) : exp(-d));
@@ -64,14 +65,14 @@ Finished finish(const Part *part, double target_logit, double target_weight, int
         out.lse_low = (target_logit - out.lse) + loss;
     }
     out.logprob = -loss;
-    double others = exp(-above_m) * (part->s * above_m - part->weighted);
-    double own = exp(-loss) * loss;
-    out.entropy = (part->m == -INFINITY ? 0.0 : others) + (loss == INFINITY ? 0.0 : own);
-    double of_others = vocab_size > 1 ? part->total - part->mass * above_m : 0.0;
-    if (part->mass == 0 && isinf(above_m))
-        of_others = 0.0;
-    double of_target = target_weight == 0 ? 0.0 : target_weight * loss;
-    out.mean_logprob = (of_others - of_target) / (double)vocab_size;
+    double others = exp(-above_m) * (part->s * above_m - part->ez_sum);
+    double target_entropy = exp(-loss) * loss;
+    out.entropy = (part->m == -INFINITY ? 0.0 : others) + (loss == INFINITY ? 0.0 : target_entropy);
+    double other_terms = vocab_size > 1 ? part->logit_sum - part->weight_sum * above_m : 0.0;
+    if (part->weight_sum == 0 && isinf(above_m))
+        other_terms = 0.0;
+    double target_term = target_weight == 0 ? 0.0 : target_weight * loss;
+    out.mean_logprob = (other_terms - target_term) / (double)vocab_size;
     return out;
 }
 

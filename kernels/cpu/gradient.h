@@ -1,18 +1,18 @@
-/* The gradient of a range of a row's classes. */
+/* The gradient with respect to a range of a row's logits. */
 
 static inline REAL KIND(slope_term)(REAL r, REAL scale, REAL slope)
 {
-    REAL finite = r < LOWEST ? LOWEST : r; /* 0 inf would be NaN */
+    REAL finite = r < LOWEST ? LOWEST : r; /* 0 times inf would be NaN */
     return scale + slope * finite;
 }
 
 static void KIND(write_range)(const Job *job, int64_t row, const char *x, char *out, int64_t start,
                               int64_t n, const RowGradient *numbers)
 {
-    REAL buffer[BLOCK], grads[BLOCK], other[BLOCK];
+    REAL buffer[BLOCK], grads[BLOCK], extra[BLOCK];
     const REAL lse = (REAL)numbers->lse, scale = (REAL)numbers->scale;
-    const int weighted = numbers->u != 0 && KIND(is_weighted)(job);
-    const REAL u = weighted ? 0 : (REAL)numbers->u, factor = (REAL)numbers->u;
+    const int has_weights = numbers->u != 0 && KIND(is_weighted)(job);
+    const REAL u = has_weights ? 0 : (REAL)numbers->u, weight_factor = (REAL)numbers->u;
     const REAL slope = (REAL)numbers->slope;
     const REAL *z = KIND(logits)(job, x, start, n, buffer);
     const int direct = job->grad.dtype == OWN_DTYPE && job->grad.stride[2] == 1;
@@ -28,18 +28,18 @@ static void KIND(write_range)(const Job *job, int64_t row, const char *x, char *
         for (int64_t i = 0; i < n; i++)
             g[i] = KIND(exp)(z[i] - lse) * scale + u;
     }
-    if (weighted) {
-        KIND(weights)(job, row, start, n, other);
+    if (has_weights) {
+        KIND(weights)(job, row, start, n, extra);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
-            g[i] += factor * other[i];
+            g[i] += weight_factor * extra[i];
     }
     if (KIND(has_head)(job)) {
-        KIND(load)(x, job->x.dtype, job->x.stride[2], start, n, other);
-        KIND(head_derivative)(job, n, other);
+        KIND(load)(x, job->x.dtype, job->x.stride[2], start, n, extra);
+        KIND(head_derivative)(job, n, extra);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
-            g[i] *= other[i];
+            g[i] *= extra[i];
     }
     if (g == grads)
         KIND(store)(out, job->grad.dtype, job->grad.stride[2], start, n, g);
@@ -70,8 +70,8 @@ static void KIND(write_zeros)(const Job *job, char *out, int64_t start, int64_t 
 static void KIND(segment_grad)(
     const Job *job, int64_t row, int64_t segment, const RowGradient *numbers)
 {
-    const char *x = row_of(&job->x, job->inner, row);
-    char *out = row_of(&job->grad, job->inner, row);
+    const char *x = row_start(&job->x, job->inner, row);
+    char *out = row_start(&job->grad, job->inner, row);
     const int64_t target = job->target[row], end = (segment + 1) * SEGMENT;
     const int64_t stop = end < job->vocab_size ? end : job->vocab_size;
     if (!numbers)

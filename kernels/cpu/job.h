@@ -1,4 +1,4 @@
-/* What one call does: filled in by chunked_ce/backends/cpu.py, field for field. */
+/* The arguments of one call. chunked_ce/backends/cpu.py packs the same fields in the same order. */
 #ifndef CHUNKED_CE_JOB_H
 #define CHUNKED_CE_JOB_H
 
@@ -7,26 +7,28 @@
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { STATISTICS, PARTS, GRADIENT, LOSS_AND_GRADIENT };
 enum { BLOCK = 2048, SEGMENT = 8 * BLOCK };
-enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 17 }; /* to start one takes some 50 us */
+enum { ELEMENTS_PER_TASK = 1 << 15, ELEMENTS_PER_THREAD = 1 << 17 }; /* starting a thread takes 50 us */
 
-/* [outer, inner, V]: element (i, j, v) is at data + (i stride[0] + j stride[1] + v stride[2]) */
+/* A tensor [outer, inner, V]. Element (i, j, v) is at data + i stride[0] + j stride[1] + v stride[2],
+   in elements. */
 typedef struct {
     char *data;
     int64_t stride[3];
     int64_t dtype;
 } Rows;
 
-/* real: float, or double for FLOAT64 logits; all of them [rows], NULL where not wanted */
+/* "real" means float, or double for FLOAT64 logits. Pointers are to [rows] numbers, or NULL where
+   they are not wanted. */
 typedef struct {
     Rows x, grad, prob;
     const void *class_weight; /* [V] real */
     const int64_t *target;
-    void *lse, *logprob, *lse_low; /* real; of GRADIENT what comes in */
-    void *entropy, *mean_logprob, *mass;
+    void *lse, *logprob, *lse_low; /* real; inputs of GRADIENT, else outputs */
+    void *entropy, *mean_logprob, *weight_sum;
     int64_t *rank, *argmax;
-    void *m, *s, *weighted, *total, *target_logit; /* of PARTS */
-    const void *a, *b, *c, *u;                     /* of GRADIENT */
-    const void *token_weight;                      /* of LOSS_AND_GRADIENT, as the rest */
+    void *m, *s, *ez_sum, *logit_sum, *target_logit; /* outputs of PARTS */
+    const void *a, *b, *c, *u;                     /* inputs of GRADIENT */
+    const void *token_weight;                      /* LOSS_AND_GRADIENT: this and the next four */
     void *loss;
     double divisor, label_smoothing, z_loss_weight;
     double softcap, logit_scale, prob_scale, prob_shift; /* softcap 0: none */
@@ -34,18 +36,18 @@ typedef struct {
     int64_t kind, shard, threads;
 } Job;
 
-/* Sums over some classes of a row but its target; see chunked_ce/core/row_stats.py. */
+/* Sums over some classes of a row without its target; see chunked_ce/core/row_stats.py. */
 typedef struct {
-    double m, s, weighted, total, mass;
-    int64_t beaten_by, argmax, first_nan; /* -1: none */
+    double m, s, ez_sum, logit_sum, weight_sum;
+    int64_t num_better, best_class, first_nan; /* -1: none */
 } Part;
 
-/* The finished statistics of a row, in double whatever the logits are. */
+/* The statistics of a whole row, in double for every dtype of logits. */
 typedef struct {
     double lse, lse_low, logprob, entropy, mean_logprob;
 } Finished;
 
-/* e (scale + slope (z - lse)) + u w, e = exp(z - lse); at_target there */
+/* The gradient e (scale + slope (z - lse)) + u w with e = exp(z - lse), or at_target at the target. */
 typedef struct {
     double lse, scale, slope, u, at_target;
 } RowGradient;
@@ -62,10 +64,11 @@ RowGradient row_gradient(double lse, double logprob, double lse_low, Coefficient
 double token_loss(const Finished *row, double label_smoothing, double z_loss_weight);
 
 typedef void (*Task)(const Job *job, Part *parts, int64_t index);
-/* Runs task(job, parts, 0 .. count - 1) on at most `threads` threads. */
+/* Run task(job, parts, i) for i from 0 to count - 1 on at most `threads` threads. */
 void run_tasks(const Job *job, Part *parts, Task task, int64_t count, int64_t threads);
 
-/* Per kind of real: a whole row; a segment's sums; what follows from a row's; a segment's gradient */
+/* For float and double: run a whole row; sum a segment; finish a row from its segments' sums; write
+   the gradient of a segment. */
 void row_f32(const Job *job, int64_t row);
 void row_f64(const Job *job, int64_t row);
 void segment_part_f32(const Job *job, Part *parts, int64_t index);
@@ -75,20 +78,20 @@ void finish_row_f64(const Job *job, int64_t row, const Part *parts);
 void segment_gradient_f32(const Job *job, Part *parts, int64_t index);
 void segment_gradient_f64(const Job *job, Part *parts, int64_t index);
 
-static inline int64_t segments_of(int64_t columns)
+static inline int64_t num_segments(int64_t columns)
 {
     return columns <= SEGMENT ? 1 : (columns + SEGMENT - 1) / SEGMENT;
 }
 
-static inline int64_t size_of(int64_t dtype)
+static inline int64_t item_size(int64_t dtype)
 {
     return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
 }
 
-static inline char *row_of(const Rows *rows, int64_t inner, int64_t row)
+static inline char *row_start(const Rows *rows, int64_t inner, int64_t row)
 {
-    int64_t at = row / inner * rows->stride[0] + row % inner * rows->stride[1];
-    return rows->data + at * size_of(rows->dtype);
+    int64_t offset = row / inner * rows->stride[0] + row % inner * rows->stride[1];
+    return rows->data + offset * item_size(rows->dtype);
 }
 
 #endif

@@ -1,30 +1,34 @@
-/* A block of a row as reals: widened, gathered where classes are apart, through the head. */
+/* Loading and storing a block of a row in the type REAL, and the transforms of the head. */
 #include <math.h>
 
 #include "job.h"
 
 #define LOAD_LOOP(type, convert)                                                                   \
     do {                                                                                           \
-        const type *from = (const type *)(const void *)data + start * stride;                      \
+        const type *source = (const type *)(const void *)data + start * stride;                    \
         if (stride == 1) {                                                                         \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) to[i] = (REAL)convert(from[i]);    \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                    \
+                values[i] = (REAL)convert(source[i]);                                              \
         } else {                                                                                   \
-            for (int64_t i = 0; i < n; i++) to[i] = (REAL)convert(from[i * stride]);               \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                values[i] = (REAL)convert(source[i * stride]);                                     \
         }                                                                                          \
     } while (0)
 
 #define STORE_LOOP(type, convert)                                                                  \
     do {                                                                                           \
-        type *into = (type *)(void *)data + start * stride;                                        \
+        type *destination = (type *)(void *)data + start * stride;                                 \
         if (stride == 1) {                                                                         \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) into[i] = (type)convert(from[i]);  \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                    \
+                destination[i] = (type)convert(values[i]);                                         \
         } else {                                                                                   \
-            for (int64_t i = 0; i < n; i++) into[i * stride] = (type)convert(from[i]);             \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                destination[i * stride] = (type)convert(values[i]);                                \
         }                                                                                          \
     } while (0)
 
 static void KIND(load)(
-    const char *data, int64_t dtype, int64_t stride, int64_t start, int64_t n, REAL *to)
+    const char *data, int64_t dtype, int64_t stride, int64_t start, int64_t n, REAL *values)
 {
     switch (dtype) {
     case FLOAT32: LOAD_LOOP(float, ); break;
@@ -35,7 +39,7 @@ static void KIND(load)(
 }
 
 static void KIND(store)(
-    char *data, int64_t dtype, int64_t stride, int64_t start, int64_t n, const REAL *from)
+    char *data, int64_t dtype, int64_t stride, int64_t start, int64_t n, const REAL *values)
 {
     switch (dtype) {
     case FLOAT32: STORE_LOOP(float, ); break;
@@ -45,8 +49,8 @@ static void KIND(store)(
     }
 }
 
-/* z = softcap tanh(logit_scale x / softcap) */
-static void KIND(through_head)(const Job *job, int64_t n, REAL *z)
+/* Replace x by z = softcap tanh(logit_scale x / softcap). */
+static void KIND(apply_head)(const Job *job, int64_t n, REAL *z)
 {
     const REAL scale = (REAL)job->logit_scale, cap = (REAL)job->softcap;
     if (job->logit_scale != 1) {
@@ -61,7 +65,7 @@ static void KIND(through_head)(const Job *job, int64_t n, REAL *z)
     }
 }
 
-/* dz/dx in place of x. 1 - tanh^2 would cancel where the cap is felt; 4 e / (1 + e)^2 does not. */
+/* Replace x by dz/dx. 1 - tanh^2 would cancel near the cap; 4 e / (1 + e)^2 does not. */
 static void KIND(head_derivative)(const Job *job, int64_t n, REAL *x)
 {
     const REAL scale = (REAL)job->logit_scale, cap = (REAL)job->softcap;
@@ -83,33 +87,33 @@ static int KIND(has_head)(const Job *job)
     return job->softcap != 0 || job->logit_scale != 1;
 }
 
-/* n logits of a row from `start`: where they are if nothing is to be done, else in `buffer`. */
+/* Return n logits of a row from `start` on. They are copied to `buffer` only if they must change. */
 static const REAL *KIND(logits)(
     const Job *job, const char *row, int64_t start, int64_t n, REAL *buffer)
 {
     if (job->x.dtype == OWN_DTYPE && job->x.stride[2] == 1 && !KIND(has_head)(job))
         return (const REAL *)(const void *)row + start;
     KIND(load)(row, job->x.dtype, job->x.stride[2], start, n, buffer);
-    KIND(through_head)(job, n, buffer);
+    KIND(apply_head)(job, n, buffer);
     return buffer;
 }
 
-/* One logit, by the same vector code as its row's, to the same bit. */
+/* Return one logit. The vector code of whole rows computes it, so it has the same bits. */
 static REAL KIND(logit_at)(const Job *job, const char *row, int64_t column)
 {
     REAL copies[16];
-    KIND(load)(row + column * job->x.stride[2] * size_of(job->x.dtype), job->x.dtype, 0, 0, 16, copies);
-    KIND(through_head)(job, 16, copies);
+    KIND(load)(row + column * job->x.stride[2] * item_size(job->x.dtype), job->x.dtype, 0, 0, 16, copies);
+    KIND(apply_head)(job, 16, copies);
     return copies[0];
 }
 
-/* w_j = class_weight_j (prob_scale prob_j + prob_shift) */
+/* Compute w_j = class_weight_j (prob_scale prob_j + prob_shift). */
 static void KIND(weights)(const Job *job, int64_t row, int64_t start, int64_t n, REAL *w)
 {
-    const REAL *of_class = job->class_weight;
+    const REAL *class_weight = job->class_weight;
     if (job->prob.data) {
         const REAL scale = (REAL)job->prob_scale, shift = (REAL)job->prob_shift;
-        KIND(load)(row_of(&job->prob, job->inner, row), job->prob.dtype, job->prob.stride[2], start, n, w);
+        KIND(load)(row_start(&job->prob, job->inner, row), job->prob.dtype, job->prob.stride[2], start, n, w);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
             w[i] = w[i] * scale + shift;
@@ -117,10 +121,10 @@ static void KIND(weights)(const Job *job, int64_t row, int64_t start, int64_t n,
         for (int64_t i = 0; i < n; i++)
             w[i] = 1;
     }
-    if (of_class) {
+    if (class_weight) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
-            w[i] *= of_class[start + i];
+            w[i] *= class_weight[start + i];
     }
 }
 

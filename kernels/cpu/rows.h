@@ -1,4 +1,4 @@
-/* What a call does with one row, or with one of its segments. */
+/* One row, or one segment of it: statistics, loss and gradient. */
 #include <stddef.h>
 
 #define PUT(name, row, value)                                                                      \
@@ -21,17 +21,17 @@ static REAL KIND(target_logit)(const Job *job, int64_t row)
 {
     if (!KIND(has_target)(job, row))
         return -INFINITY;
-    return KIND(logit_at)(job, row_of(&job->x, job->inner, row), job->target[row]);
+    return KIND(logit_at)(job, row_start(&job->x, job->inner, row), job->target[row]);
 }
 
-static void KIND(put_blank)(const Job *job, int64_t row)
+static void KIND(put_ignored)(const Job *job, int64_t row)
 {
     PUT(lse, row, 0);
     PUT(logprob, row, 0);
     PUT(lse_low, row, 0);
     PUT(entropy, row, 0);
     PUT(mean_logprob, row, 0);
-    PUT(mass, row, 0);
+    PUT(weight_sum, row, 0);
     PUT(loss, row, 0);
     if (job->rank)
         job->rank[row] = -1;
@@ -43,12 +43,12 @@ static void KIND(put_part)(const Job *job, int64_t row, const Part *part, REAL z
 {
     PUT(m, row, part->m);
     PUT(s, row, part->s);
-    PUT(weighted, row, part->weighted);
-    PUT(total, row, part->total);
-    PUT(mass, row, part->mass);
+    PUT(ez_sum, row, part->ez_sum);
+    PUT(logit_sum, row, part->logit_sum);
+    PUT(weight_sum, row, part->weight_sum);
     PUT(target_logit, row, z == INFINITY ? NAN : z);
     if (job->argmax) {
-        job->argmax[row] = part->argmax < 0 ? 0 : part->argmax;
+        job->argmax[row] = part->best_class < 0 ? 0 : part->best_class;
         if (part->first_nan >= 0) {
             job->argmax[row] = part->first_nan;
             PUT(m, row, NAN);
@@ -56,13 +56,13 @@ static void KIND(put_part)(const Job *job, int64_t row, const Part *part, REAL z
     }
 }
 
-static int64_t KIND(winner)(const Part *part, REAL z, int64_t target)
+static int64_t KIND(best_class)(const Part *part, REAL z, int64_t target)
 {
     if (part->first_nan >= 0 || z != z)
         return part->first_nan < 0 || (z != z && target < part->first_nan) ? target : part->first_nan;
     double logit = (double)z;
-    int ahead = part->argmax < 0 || logit > part->m || (logit == part->m && target < part->argmax);
-    return ahead ? target : part->argmax;
+    int ahead = part->best_class < 0 || logit > part->m || (logit == part->m && target < part->best_class);
+    return ahead ? target : part->best_class;
 }
 
 static void KIND(put_row)(const Job *job, int64_t row, const Part *part, REAL z)
@@ -71,7 +71,7 @@ static void KIND(put_row)(const Job *job, int64_t row, const Part *part, REAL z)
     REAL weight = 1;
     if (KIND(is_weighted)(job))
         KIND(weights)(job, row, target, 1, &weight);
-    /* A target of inf makes its row NaN, as torch has it; log1p(exp(-inf)) would make the loss 0. */
+    /* A target logit of inf makes its row NaN, as in torch. log1p(exp(-inf)) would make the loss 0. */
     Finished out = finish(part, z == INFINITY ? NAN : (double)z, (double)weight, job->vocab_size);
     REAL lse = (REAL)out.lse;
     PUT(lse, row, lse);
@@ -79,20 +79,20 @@ static void KIND(put_row)(const Job *job, int64_t row, const Part *part, REAL z)
     PUT(logprob, row, out.logprob);
     PUT(entropy, row, out.entropy);
     PUT(mean_logprob, row, out.mean_logprob);
-    PUT(mass, row, part->mass);
+    PUT(weight_sum, row, part->weight_sum);
     PUT(loss, row, token_loss(&out, job->label_smoothing, job->z_loss_weight));
     if (job->rank)
-        job->rank[row] = z != z || z == INFINITY ? job->vocab_size - 1 : part->beaten_by;
+        job->rank[row] = z != z || z == INFINITY ? job->vocab_size - 1 : part->num_better;
     if (job->argmax)
-        job->argmax[row] = KIND(winner)(part, z, target);
+        job->argmax[row] = KIND(best_class)(part, z, target);
 }
 
-/* As `token_loss_coefficients` of chunked_ce/core/gradient.py. */
+/* The same as `token_loss_coefficients` in chunked_ce/core/gradient.py. */
 static Coefficients KIND(loss_coefficients)(const Job *job, int64_t row)
 {
     double w = job->token_weight ? KIND(number)(job->token_weight, row) : 1.0;
     double lse = KIND(number)(job->lse, row), smoothing = job->label_smoothing;
-    w = (double)(REAL)(w / job->divisor); /* as autograd would hand it over */
+    w = (double)(REAL)(w / job->divisor); /* autograd would pass it in this dtype */
     Coefficients n = {.c = (smoothing - 1) * w};
     if (job->z_loss_weight > 0)
         n.a = 2 * job->z_loss_weight * lse * w;
@@ -104,7 +104,7 @@ static Coefficients KIND(loss_coefficients)(const Job *job, int64_t row)
     return n;
 }
 
-static RowGradient KIND(numbers_of)(const Job *job, int64_t row)
+static RowGradient KIND(gradient_numbers)(const Job *job, int64_t row)
 {
     Coefficients n = {KIND(number)(job->a, row), KIND(number)(job->b, row),
                       KIND(number)(job->c, row), KIND(number)(job->u, row)};
@@ -117,44 +117,44 @@ static RowGradient KIND(numbers_of)(const Job *job, int64_t row)
 void KIND(finish_row)(const Job *job, int64_t row, const Part *parts)
 {
     if (job->target[row] == job->ignore_index && job->kind != PARTS) {
-        KIND(put_blank)(job, row);
+        KIND(put_ignored)(job, row);
         return;
     }
     Part whole = empty_part();
-    for (int64_t i = 0; i < segments_of(job->vocab_size); i++)
+    for (int64_t i = 0; i < num_segments(job->vocab_size); i++)
         merge_part(&whole, &parts[i]);
     (job->kind == PARTS ? KIND(put_part) : KIND(put_row))(job, row, &whole, KIND(target_logit)(job, row));
 }
 
 void KIND(segment_part)(const Job *job, Part *parts, int64_t index)
 {
-    int64_t pieces = segments_of(job->vocab_size), row = index / pieces;
+    int64_t segments = num_segments(job->vocab_size), row = index / segments;
     int ignored = job->target[row] == job->ignore_index && job->kind != PARTS;
     parts[index] = ignored ? empty_part()
-                           : KIND(segment_sums)(job, row, index % pieces, KIND(target_logit)(job, row));
+                           : KIND(segment_sums)(job, row, index % segments, KIND(target_logit)(job, row));
 }
 
 void KIND(segment_gradient)(const Job *job, Part *parts, int64_t index)
 {
     (void)parts;
-    int64_t pieces = segments_of(job->vocab_size), row = index / pieces;
-    RowGradient numbers = KIND(numbers_of)(job, row);
+    int64_t segments = num_segments(job->vocab_size), row = index / segments;
+    RowGradient numbers = KIND(gradient_numbers)(job, row);
     int ignored = job->target[row] == job->ignore_index;
-    KIND(segment_grad)(job, row, index % pieces, ignored ? NULL : &numbers);
+    KIND(segment_grad)(job, row, index % segments, ignored ? NULL : &numbers);
 }
 
 void KIND(row)(const Job *job, int64_t row)
 {
-    const int64_t pieces = segments_of(job->vocab_size);
+    const int64_t segments = num_segments(job->vocab_size);
     const int ignored = job->target[row] == job->ignore_index;
     if (job->kind == GRADIENT) {
-        /* lse and the like are given: written by nobody, as other calls may read them */
+        /* lse, logprob and lse_low are inputs: other calls may read them, so nothing is written */
     } else if (ignored && job->kind != PARTS) {
-        KIND(put_blank)(job, row);
+        KIND(put_ignored)(job, row);
     } else {
         REAL z = KIND(target_logit)(job, row);
         Part whole = empty_part();
-        for (int64_t i = 0; i < pieces; i++) {
+        for (int64_t i = 0; i < segments; i++) {
             Part part = KIND(segment_sums)(job, row, i, z);
             merge_part(&whole, &part);
         }
@@ -162,7 +162,7 @@ void KIND(row)(const Job *job, int64_t row)
     }
     if (job->kind == STATISTICS || job->kind == PARTS)
         return;
-    RowGradient numbers = KIND(numbers_of)(job, row);
-    for (int64_t i = 0; i < pieces; i++)
+    RowGradient numbers = KIND(gradient_numbers)(job, row);
+    for (int64_t i = 0; i < segments; i++)
         KIND(segment_grad)(job, row, i, ignored ? NULL : &numbers);
 }

@@ -8,7 +8,7 @@
 #define OWN_DTYPE FLOAT32
 #define LOWEST LOWEST_f32
 #define LOWEST_FINITE (-FLT_MAX)
-#define LOG1P_TERMS 7 /* the next is below an ulp */
+#define LOG1P_TERMS 7 /* the next term is below an ulp */
 #include "load.h"
 #include "statistics.h"
 #include "gradient.h"

@@ -1,10 +1,10 @@
-/* The library's entries: what is divided among threads, and in which pieces. */
+/* The entry points of the library. They divide the work among threads. */
 #include <stdlib.h>
 #include <sys/mman.h>
 
 #include "elementwise.h"
 
-enum { LAYOUT = 1, MAPPED_BYTES = 32 << 20 }; /* malloc maps what is larger anew each time */
+enum { LAYOUT = 1, MAPPED_BYTES = 32 << 20 }; /* malloc maps new pages for larger blocks */
 
 static int64_t rows_per_task(const Job *job)
 {
@@ -12,59 +12,61 @@ static int64_t rows_per_task(const Job *job)
     return rows < 1 ? 1 : rows;
 }
 
-static void some_rows(const Job *job, Part *parts, int64_t index)
+static void run_row_task(const Job *job, Part *parts, int64_t index)
 {
     (void)parts;
-    int64_t many = rows_per_task(job), rows = job->outer * job->inner;
-    int64_t stop = (index + 1) * many < rows ? (index + 1) * many : rows;
-    for (int64_t row = index * many; row < stop; row++)
+    int64_t per_task = rows_per_task(job), rows = job->outer * job->inner;
+    int64_t stop = (index + 1) * per_task < rows ? (index + 1) * per_task : rows;
+    for (int64_t row = index * per_task; row < stop; row++)
         (job->x.dtype == FLOAT64 ? row_f64 : row_f32)(job, row);
 }
 
-static void whole_rows(const Job *job, int64_t threads)
+static void run_rows(const Job *job, int64_t threads)
 {
-    int64_t rows = job->outer * job->inner, many = rows_per_task(job);
-    run_tasks(job, NULL, some_rows, (rows + many - 1) / many, threads);
+    int64_t rows = job->outer * job->inner, per_task = rows_per_task(job);
+    run_tasks(job, NULL, run_row_task, (rows + per_task - 1) / per_task, threads);
 }
 
-/* Few rows: the threads share each, in the same segments as ever. */
-static int segments(const Job *job, int64_t threads)
+/* Share each row among the threads, because there are few rows. The segments are always the same, so
+   the results are too. Return 0 if there is no memory. */
+static int run_segments(const Job *job, int64_t threads)
 {
-    int64_t rows = job->outer * job->inner, pieces = segments_of(job->vocab_size);
+    int64_t rows = job->outer * job->inner, segments = num_segments(job->vocab_size);
     int is_double = job->x.dtype == FLOAT64;
     if (job->kind != GRADIENT) {
-        Part *parts = malloc((size_t)(rows * pieces) * sizeof(Part));
+        Part *parts = malloc((size_t)(rows * segments) * sizeof(Part));
         if (!parts)
             return 0;
-        run_tasks(job, parts, is_double ? segment_part_f64 : segment_part_f32, rows * pieces, threads);
+        run_tasks(job, parts, is_double ? segment_part_f64 : segment_part_f32, rows * segments, threads);
         for (int64_t row = 0; row < rows; row++)
-            (is_double ? finish_row_f64 : finish_row_f32)(job, row, parts + row * pieces);
+            (is_double ? finish_row_f64 : finish_row_f32)(job, row, parts + row * segments);
         free(parts);
     }
     if (job->kind == GRADIENT || job->kind == LOSS_AND_GRADIENT)
-        run_tasks(job, NULL, is_double ? segment_gradient_f64 : segment_gradient_f32, rows * pieces,
+        run_tasks(job, NULL, is_double ? segment_gradient_f64 : segment_gradient_f32, rows * segments,
                   threads);
     return 1;
 }
 
-/* A large new gradient is memory that no one has touched: its first pages cost more than its numbers. */
+/* Ask for huge pages for a large new gradient. Mapping its small pages would take longer than
+   computing its values. */
 static void ask_for_huge_pages(const Job *job)
 {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21;
-    int64_t bytes = job->outer * job->inner * job->columns * size_of(job->grad.dtype);
+    const uintptr_t page_bytes = 1 << 21;
+    int64_t bytes = job->outer * job->inner * job->columns * item_size(job->grad.dtype);
     int is_dense = job->outer == 1 && job->grad.stride[1] == job->columns && job->grad.stride[2] == 1;
     if (!is_dense || job->grad.data == job->x.data || bytes < MAPPED_BYTES)
         return;
-    uintptr_t first = (uintptr_t)job->grad.data, stop = (first + (uintptr_t)bytes) & ~(page - 1);
-    first = (first + page - 1) & ~(page - 1);
-    madvise((void *)first, stop - first, MADV_HUGEPAGE); /* without them all is as well */
+    uintptr_t first = (uintptr_t)job->grad.data, stop = (first + (uintptr_t)bytes) & ~(page_bytes - 1);
+    first = (first + page_bytes - 1) & ~(page_bytes - 1);
+    madvise((void *)first, stop - first, MADV_HUGEPAGE); /* a failure does no harm */
 #else
     (void)job;
 #endif
 }
 
-/* 0: done. Otherwise 1 + the first row whose target does not exist; then nothing is done. */
+/* Return 0, or 1 + the first row with a target out of range, before anything is written. */
 int64_t chunked_ce_run(const Job *job)
 {
     int64_t rows = job->outer * job->inner, scored = 0;
@@ -79,13 +81,13 @@ int64_t chunked_ce_run(const Job *job)
         ask_for_huge_pages(job);
     int64_t threads = scored * job->vocab_size / ELEMENTS_PER_THREAD;
     threads = threads < job->threads ? threads : job->threads;
-    int few = threads > 1 && rows < 4 * threads && segments_of(job->vocab_size) > 1;
-    if (!few || !segments(job, threads))
-        whole_rows(job, threads);
+    int split_rows = threads > 1 && rows < 4 * threads && num_segments(job->vocab_size) > 1;
+    if (!split_rows || !run_segments(job, threads))
+        run_rows(job, threads);
     return 0;
 }
 
-/* Which version of the structures this is: a library of another version is not called. */
+/* Return the version of the structures. The caller refuses a library with another version. */
 int64_t chunked_ce_layout(void)
 {
     return LAYOUT * 10000 + (int64_t)(sizeof(Job) + sizeof(Elementwise));

@@ -1,25 +1,27 @@
-/* The sums over a range of a row's classes. */
+/* Sums over a range of a row's classes. */
 
-/* In lanes of its own: clang takes no comparison for a maximum where there may be a NaN. */
+/* Return the maximum, NaNs left out. Its lanes are explicit because clang does not vectorize a
+   comparison as a maximum where there may be a NaN. */
 static REAL KIND(maximum)(const REAL *z, int64_t n)
 {
     enum { LANES = 32 };
-    REAL lanes[LANES], m = -INFINITY;
+    REAL maxima[LANES], m = -INFINITY;
     const int64_t whole = n - n % LANES;
     for (int k = 0; k < LANES; k++)
-        lanes[k] = -INFINITY;
+        maxima[k] = -INFINITY;
     for (int64_t i = 0; i < whole; i += LANES)
 #pragma omp simd
         for (int k = 0; k < LANES; k++)
-            lanes[k] = z[i + k] > lanes[k] ? z[i + k] : lanes[k];
+            maxima[k] = z[i + k] > maxima[k] ? z[i + k] : maxima[k];
     for (int64_t i = whole; i < n; i++)
         m = z[i] > m ? z[i] : m;
     for (int k = 0; k < LANES; k++)
-        m = lanes[k] > m ? lanes[k] : m;
+        m = maxima[k] > m ? maxima[k] : m;
     return m;
 }
 
-/* Of at most 512 together in REAL: exact enough even where a compiler adds one after another. */
+/* Return sum exp(z - m). At most 512 terms are added in REAL, which is accurate enough even if the
+   compiler adds them one after another. */
 static double KIND(sum_exp)(const REAL *z, int64_t n, REAL m)
 {
     double total = 0;
@@ -40,13 +42,13 @@ static double KIND(sum_exp_times)(const REAL *z, int64_t n, REAL m)
 #pragma omp simd reduction(+ : s)
     for (int64_t i = 0; i < n; i++) {
         REAL r = z[i] - m;
-        r = r < LOWEST ? LOWEST - 1 : r; /* 0 inf would be NaN */
+        r = r < LOWEST ? LOWEST - 1 : r; /* 0 times inf would be NaN */
         s += r * KIND(exp)(r);
     }
     return (double)s;
 }
 
-static double KIND(sum)(const REAL *z, int64_t n, REAL m)
+static double KIND(sum_shifted)(const REAL *z, int64_t n, REAL m)
 {
     REAL s = 0;
 #pragma omp simd reduction(+ : s)
@@ -55,7 +57,7 @@ static double KIND(sum)(const REAL *z, int64_t n, REAL m)
     return (double)s;
 }
 
-static double KIND(weighted_sum)(const REAL *z, const REAL *w, int64_t n, REAL m, double *mass)
+static double KIND(sum_weighted)(const REAL *z, const REAL *w, int64_t n, REAL m, double *weight_sum)
 {
     REAL s = 0, total = 0;
 #pragma omp simd reduction(+ : s, total)
@@ -64,12 +66,12 @@ static double KIND(weighted_sum)(const REAL *z, const REAL *w, int64_t n, REAL m
         s += w[i] == 0 ? 0 : term;
         total += w[i];
     }
-    *mass = (double)total;
+    *weight_sum = (double)total;
     return (double)s;
 }
 
-/* Classes that are not below `target`: greater, NaN, or, if those win a tie, equal. */
-static int64_t KIND(beaten)(const REAL *z, int64_t n, REAL target, int ties)
+/* Count the classes that beat `target`: greater, NaN, or equal if `ties`. */
+static int64_t KIND(count_better)(const REAL *z, int64_t n, REAL target, int ties)
 {
     int32_t count = 0;
     if (ties) {
@@ -85,11 +87,11 @@ static int64_t KIND(beaten)(const REAL *z, int64_t n, REAL target, int ties)
 }
 
 static void KIND(find_best)(
-    const REAL *z, int64_t start, int64_t n, REAL top, int leads, Part *part)
+    const REAL *z, int64_t start, int64_t n, REAL top, int is_best, Part *part)
 {
-    for (int64_t i = 0; leads && i < n; i++)
+    for (int64_t i = 0; is_best && i < n; i++)
         if (z[i] == top) {
-            part->argmax = start + i;
+            part->best_class = start + i;
             break;
         }
     for (int64_t i = 0; part->s != part->s && part->first_nan < 0 && i < n; i++)
@@ -97,41 +99,42 @@ static void KIND(find_best)(
             part->first_nan = start + i;
 }
 
-/* At most BLOCK classes, the target not among them; it lies right of them if `ties`. */
+/* Add at most BLOCK classes to `part`. The target is not among them. `ties`: they are to the left of
+   the target, so they beat it on a tie. */
 static void KIND(add_range)(const Job *job, int64_t row, const char *x, int64_t start, int64_t n,
                             REAL target_logit, int ties, Part *part)
 {
     REAL buffer[BLOCK];
     const REAL *z = KIND(logits)(job, x, start, n, buffer);
     const REAL top = KIND(maximum)(z, n);
-    const int leads = part->argmax < 0 || (double)top > part->m;
+    const int is_best = part->best_class < 0 || (double)top > part->m;
     if ((double)top > part->m)
         move_part(part, (double)top);
     const REAL m = part->m == -INFINITY ? LOWEST_FINITE : (REAL)part->m;
     part->s += KIND(sum_exp)(z, n, m);
-    if (job->entropy || job->weighted)
-        part->weighted += KIND(sum_exp_times)(z, n, m);
-    double mass = (double)n;
-    if ((job->mean_logprob || job->total || job->label_smoothing > 0) && !KIND(is_weighted)(job)) {
-        part->total += KIND(sum)(z, n, m);
-    } else if (job->mean_logprob || job->total) {
+    if (job->entropy || job->ez_sum)
+        part->ez_sum += KIND(sum_exp_times)(z, n, m);
+    double weight_sum = (double)n;
+    if ((job->mean_logprob || job->logit_sum || job->label_smoothing > 0) && !KIND(is_weighted)(job)) {
+        part->logit_sum += KIND(sum_shifted)(z, n, m);
+    } else if (job->mean_logprob || job->logit_sum) {
         REAL w[BLOCK];
         KIND(weights)(job, row, start, n, w);
-        part->total += KIND(weighted_sum)(z, w, n, m, &mass);
+        part->logit_sum += KIND(sum_weighted)(z, w, n, m, &weight_sum);
     }
-    part->mass += mass;
+    part->weight_sum += weight_sum;
     if (job->rank)
-        part->beaten_by += KIND(beaten)(z, n, target_logit, ties);
+        part->num_better += KIND(count_better)(z, n, target_logit, ties);
     if (job->argmax)
-        KIND(find_best)(z, start, n, top, leads, part);
+        KIND(find_best)(z, start, n, top, is_best, part);
 }
 
-/* A segment: blocks from its first class on, the one with the target in two ranges. */
+/* Return the sums of a segment, block by block. The target splits its block into two ranges. */
 static Part KIND(segment_sums)(
     const Job *job, int64_t row, int64_t segment, REAL target_logit)
 {
     Part part = empty_part();
-    const char *x = row_of(&job->x, job->inner, row);
+    const char *x = row_start(&job->x, job->inner, row);
     const int64_t target = job->target[row], end = (segment + 1) * SEGMENT;
     const int64_t stop = end < job->vocab_size ? end : job->vocab_size;
     for (int64_t start = segment * SEGMENT; start < stop; start += BLOCK) {

@@ -1,4 +1,5 @@
-/* Threads for one call. A thread that starts too late finds nothing to do; the call does not wait for it. */
+/* Threads that live for one call. A thread that starts late finds no task left, and the call does not
+   wait for it. */
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -9,7 +10,7 @@
 enum { MOST_THREADS = 1024, STACK_BYTES = 1 << 20 };
 
 typedef struct {
-    const Job *job; /* gone once all tasks are done, as `parts` */
+    const Job *job; /* like `parts` valid only until all tasks are done */
     Part *parts;
     Task task;
     int64_t count;
@@ -18,14 +19,14 @@ typedef struct {
     pthread_cond_t all_done;
 } Queue;
 
-/* Threads started that have not run yet: while the machine is so busy, no more are added to them. */
-static _Atomic int64_t waiting;
+/* Number of threads that were created but do not run yet. On a busy machine it limits new ones. */
+static _Atomic int64_t num_starting;
 
-static void forget_waiting(void) { atomic_store(&waiting, 0); }
+static void forget_starting(void) { atomic_store(&num_starting, 0); }
 
-__attribute__((constructor)) static void at_load(void)
+__attribute__((constructor)) static void register_fork_handler(void)
 {
-    pthread_atfork(NULL, NULL, forget_waiting); /* a forked child has none of them */
+    pthread_atfork(NULL, NULL, forget_starting); /* a forked child has no threads */
 }
 
 static void take_tasks(Queue *queue)
@@ -41,7 +42,7 @@ static void take_tasks(Queue *queue)
     }
 }
 
-static void let_go(Queue *queue)
+static void release_queue(Queue *queue)
 {
     if (atomic_fetch_sub(&queue->owners, 1) > 1)
         return;
@@ -50,15 +51,15 @@ static void let_go(Queue *queue)
     free(queue);
 }
 
-static void *work(void *queue)
+static void *run_worker(void *queue)
 {
-    atomic_fetch_sub(&waiting, 1);
+    atomic_fetch_sub(&num_starting, 1);
     take_tasks(queue);
-    let_go(queue);
+    release_queue(queue);
     return NULL;
 }
 
-/* Signals are for the threads that Python knows. */
+/* Start threads with all signals blocked, so that Python's own threads receive them. */
 static void start_threads(Queue *queue, int64_t count)
 {
     sigset_t all, before;
@@ -70,12 +71,12 @@ static void start_threads(Queue *queue, int64_t count)
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int64_t i = atomic_load(&waiting); i < count; i++) {
+    for (int64_t i = atomic_load(&num_starting); i < count; i++) {
         atomic_fetch_add(&queue->owners, 1);
-        atomic_fetch_add(&waiting, 1);
-        if (pthread_create(&thread, &attributes, work, queue) != 0) {
-            atomic_fetch_sub(&queue->owners, 1); /* the others do its share */
-            atomic_fetch_sub(&waiting, 1);
+        atomic_fetch_add(&num_starting, 1);
+        if (pthread_create(&thread, &attributes, run_worker, queue) != 0) {
+            atomic_fetch_sub(&queue->owners, 1); /* the other threads do its tasks */
+            atomic_fetch_sub(&num_starting, 1);
             break;
         }
     }
@@ -85,8 +86,8 @@ static void start_threads(Queue *queue, int64_t count)
 
 void run_tasks(const Job *job, Part *parts, Task task, int64_t count, int64_t threads)
 {
-    int64_t others = (threads < count ? threads : count) - 1;
-    Queue *queue = others > 0 ? malloc(sizeof *queue) : NULL;
+    int64_t num_helpers = (threads < count ? threads : count) - 1;
+    Queue *queue = num_helpers > 0 ? malloc(sizeof *queue) : NULL;
     if (!queue) {
         for (int64_t i = 0; i < count; i++)
             task(job, parts, i);
@@ -95,11 +96,11 @@ void run_tasks(const Job *job, Part *parts, Task task, int64_t count, int64_t th
     *queue = (Queue){.job = job, .parts = parts, .task = task, .count = count, .owners = 1};
     pthread_mutex_init(&queue->mutex, NULL);
     pthread_cond_init(&queue->all_done, NULL);
-    start_threads(queue, others < MOST_THREADS ? others : MOST_THREADS);
+    start_threads(queue, num_helpers < MOST_THREADS ? num_helpers : MOST_THREADS);
     take_tasks(queue);
     pthread_mutex_lock(&queue->mutex);
     while (atomic_load(&queue->done) < count)
         pthread_cond_wait(&queue->all_done, &queue->mutex);
     pthread_mutex_unlock(&queue->mutex);
-    let_go(queue);
+    release_queue(queue);
 }

@@ -86,7 +86,7 @@ static void *numbers(const Batch *batch, char *from, int i)
 
 static void ask_for_statistics(const Batch *batch, Results *out, Job *job)
 {
-    void **wanted[] = {&job->lse, &job->logprob, &job->lse_low, &job->entropy, &job->mean_logprob, &job->mass};
+    void **wanted[] = {&job->lse, &job->logprob, &job->lse_low, &job->entropy, &job->mean_logprob, &job->weight_sum};
     for (int i = 0; i < 6; i++)
         *wanted[i] = numbers(batch, out->numbers, i);
     job->rank = (int64_t *)(void *)out->ranks;
@@ -97,7 +97,7 @@ static void ask_for_statistics(const Batch *batch, Results *out, Job *job)
 
 static void ask_for_part(const Batch *batch, Results *out, Job *job)
 {
-    void **wanted[] = {&job->m, &job->s, &job->weighted, &job->total, &job->mass, &job->target_logit};
+    void **wanted[] = {&job->m, &job->s, &job->ez_sum, &job->logit_sum, &job->weight_sum, &job->target_logit};
     for (int i = 0; i < 6; i++)
         *wanted[i] = numbers(batch, out->numbers, i);
     job->shard = 1;
@@ -105,13 +105,13 @@ static void ask_for_part(const Batch *batch, Results *out, Job *job)
 
 static void ask_for_gradient(const Batch *batch, Results *out, Job *job)
 {
-    char *given = (char *)batch->row_numbers;
+    char *row_numbers = (char *)batch->row_numbers;
     const void **coefficients[] = {&job->a, &job->b, &job->c, &job->u};
     for (int i = 0; i < 4; i++)
-        *coefficients[i] = numbers(batch, given, i);
-    job->lse = numbers(batch, given, 4);
-    job->logprob = numbers(batch, given, 5);
-    job->lse_low = numbers(batch, given, 6);
+        *coefficients[i] = numbers(batch, row_numbers, i);
+    job->lse = numbers(batch, row_numbers, 4);
+    job->logprob = numbers(batch, row_numbers, 5);
+    job->lse_low = numbers(batch, row_numbers, 6);
     job->grad = rows_of(out->grad, batch->dtype);
 }
 
@@ -152,7 +152,7 @@ static void run_elements(const Batch *batch, Results *out, int64_t kind, int64_t
         job.upstream = (Rows){.data = (char *)batch->row_numbers, .stride = {0, 1, 0}, .dtype = real};
     if (chunked_ce_elementwise(&job) != 0)
         exit(3);
-    out->sum = job.total;
+    out->sum = job.loss_sum;
 }
 
 typedef struct {
@@ -161,9 +161,9 @@ typedef struct {
     Results results;
 } Call;
 
-static void *run(void *given)
+static void *run(void *argument)
 {
-    Call *call = given;
+    Call *call = argument;
     size_t rows = (size_t)call->batch->rows;
     call->results = (Results){.grad = allocate(rows * COLUMNS * 8),
                               .numbers = allocate(rows * 8 * ROW_NUMBERS),

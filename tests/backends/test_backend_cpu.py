@@ -12,7 +12,7 @@ from chunked_ce import checks, cross_entropy, token_stats
 from chunked_ce.backends import cpu_library
 
 ALL = dict(entropy=True, mean_logprob=True, rank=True, argmax=True)
-pytestmark = pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them")
+pytestmark = pytest.mark.skipif(not cpu_library.IS_AVAILABLE, reason="no C compiler built them")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -34,7 +34,7 @@ def results(x, target):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_no_bit_depends_on_threads_or_rows(threads, rows):
+def test_bit_identity_threads_and_rows(threads, rows):
     x = torch.randn(rows, 100_003) * 5
     target = torch.randint(100_003, (rows,))
     target[rows // 2] = -100 if rows > 1 else 7
@@ -49,7 +49,7 @@ def test_no_bit_depends_on_threads_or_rows(threads, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 15, 2048, 2049, 16384, 16385, 40_000])
-def test_statistics_and_gradient_at_the_edges_of_blocks(dtype, vocab):
+def test_statistics_and_gradient_block_edges(dtype, vocab):
     x = (torch.randn(6, vocab) * 3).to(dtype)
     target = torch.tensor(
         [0, vocab - 1, min(2047, vocab - 1), min(2048, vocab - 1), -100, vocab // 2]
@@ -72,7 +72,7 @@ def test_statistics_and_gradient_at_the_edges_of_blocks(dtype, vocab):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_half_is_widened_exactly(dtype):
+def test_half_precision_widening_exact(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[~x.isnan()][:, None].contiguous()
     lse = token_stats(x, torch.zeros(len(x), dtype=torch.long), backend="cpu").lse
@@ -81,7 +81,7 @@ def test_every_half_is_widened_exactly(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_are_rounded_to_nearest_even(dtype):
+def test_gradient_rounding_nearest_even(dtype):
     """u over all classes but the target is any number one likes: p is 0 there."""
     every = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()].float()
@@ -101,15 +101,15 @@ def test_gradients_are_rounded_to_nearest_even(dtype):
     n = len(wanted)
     x = torch.tensor([[0.0, -torch.inf]], dtype=dtype).expand(n, 2).contiguous()
     zero, target = torch.zeros(n), torch.zeros(n, dtype=torch.long)
-    given = (x, target, zero, zero, zero, Coefficients(None, None, None, wanted))
-    grad = backend_cpu.logits_gradient(*given, -100, 2, Head(None, 1.0), inplace=False)
+    arguments = (x, target, zero, zero, zero, Coefficients(None, None, None, wanted))
+    grad = backend_cpu.logits_gradient(*arguments, -100, 2, Head(None, 1.0), inplace=False)
     assert torch.equal(grad[:, 1], wanted.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("at", [0, 20_000, 39_999])
-def test_a_bad_logit_makes_its_row_nan_and_no_other(dtype, bad, at):
+def test_bad_logit_poisons_own_row(dtype, bad, at):
     x = torch.randn(3, 40_000).to(dtype)
     x[0, at] = x[2, at] = bad
     target = torch.tensor([5, 6, -100])
@@ -121,7 +121,7 @@ def test_a_bad_logit_makes_its_row_nan_and_no_other(dtype, bad, at):
     assert x.grad[0].isnan().any() and x.grad[1].isfinite().all() and (x.grad[2] == 0).all()
 
 
-def test_subnormal_results_are_zero():
+def test_subnormal_results_zero():
     x = torch.full((1, 3000), -100.0)
     x[0, 0] = 0.0
     x.requires_grad_()
@@ -129,7 +129,7 @@ def test_subnormal_results_are_zero():
     assert (x.grad[0, 1:] == 0).all()
 
 
-def test_a_damaged_library_is_named_and_not_used(tmp_path):
+def test_library_damaged(tmp_path):
     file = tmp_path / "cpu_base.bin"
     file.write_bytes(b"\x7fELF nothing that runs")
     with pytest.warns(UserWarning, match=f"{re.escape(str(file))} are not used") as warned:
@@ -137,7 +137,7 @@ def test_a_damaged_library_is_named_and_not_used(tmp_path):
     assert len(warned) == 1
 
 
-def test_a_library_of_another_version_is_not_used(tmp_path, monkeypatch):
+def test_library_other_version(tmp_path, monkeypatch):
     file = shutil.copy(cpu_library.path(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -147,9 +147,9 @@ def test_a_library_of_another_version_is_not_used(tmp_path, monkeypatch):
         assert cpu_library.load(file) is None
 
 
-def test_without_the_library(monkeypatch):
+def test_library_missing(monkeypatch):
     x, target = torch.randn(3, 5), torch.tensor([1, 2, 3])
-    monkeypatch.setattr(cpu_library, "IS_THERE", False)
+    monkeypatch.setattr(cpu_library, "IS_AVAILABLE", False)
     with pytest.raises(ValueError, match="install a C compiler"):
         cross_entropy(x, target, backend="cpu")
     torch.testing.assert_close(
@@ -157,7 +157,7 @@ def test_without_the_library(monkeypatch):
     )
 
 
-def test_tensors_elsewhere_are_named():
+def test_other_device_error():
     with pytest.raises(ValueError, match="on the CPU, but input is on cuda:1"):
         checks.cpu_cannot_run(torch.device("cuda:1"), built=True)
 
@@ -172,7 +172,7 @@ def test_tensors_elsewhere_are_named():
         ("AVX512", [], None),
     ],
 )
-def test_which_library(capability, files, expected, tmp_path, monkeypatch):
+def test_library_choice(capability, files, expected, tmp_path, monkeypatch):
     for name in files:
         (tmp_path / f"cpu_{name}.bin").touch()
     monkeypatch.setattr(cpu_library, "__file__", str(tmp_path / "cpu_library.py"))
@@ -182,7 +182,7 @@ def test_which_library(capability, files, expected, tmp_path, monkeypatch):
     assert (found and found.stem) == (expected and f"cpu_{expected}")
 
 
-def test_every_instruction_set_agrees():
+def test_instruction_sets_agree():
     """Those that this machine can run, on one batch."""
     x, target = torch.randn(4, 5000), torch.tensor([0, 17, 4999, -100])
     usable = {"AVX512": ["base", "avx2", "avx512"], "AVX2": ["base", "avx2"]}
@@ -216,19 +216,19 @@ class Wrapped(torch.Tensor):
         return function(*plain, **(kwargs or {}))
 
 
-def test_subclasses_without_memory_are_unwrapped():
+def test_wrapper_subclasses():
     x, target, weight = torch.randn(6, 11), torch.randint(0, 11, (6,)), torch.rand(11)
     torch.testing.assert_close(
         cross_entropy(x, Wrapped(target), backend="cpu"), cross_entropy(x, target)
     )
-    smoothed = dict(label_smoothing=0.3, backend="cpu")
+    options = dict(label_smoothing=0.3, backend="cpu")
     torch.testing.assert_close(
-        cross_entropy(x, target, Wrapped(weight), **smoothed),
+        cross_entropy(x, target, Wrapped(weight), **options),
         torch.nn.functional.cross_entropy(x, target, weight, label_smoothing=0.3),
     )
 
 
-def test_logits_with_a_lazy_sign():
+def test_lazy_negative_logits():
     x = torch.fft.fft(torch.randn(6, 11)).conj().imag
     assert x.is_neg()
     target = torch.randint(0, 11, (6,))
@@ -236,7 +236,7 @@ def test_logits_with_a_lazy_sign():
     torch.testing.assert_close(cross_entropy(x, target, backend="cpu"), expected)
 
 
-def test_results_are_where_the_logits_are():
+def test_result_device():
     x, target = torch.randn(6, 11, requires_grad=True), torch.randint(0, 11, (6,))
     expected = torch.nn.functional.cross_entropy(x, target)
     with torch.device("meta"):
@@ -246,7 +246,7 @@ def test_results_are_where_the_logits_are():
     assert x.grad.abs().max() > 0
 
 
-def test_upstream_gradients_in_a_batch():
+def test_upstream_gradients_vmap():
     x, target = torch.randn(6, 11, requires_grad=True), torch.randint(0, 11, (6,))
 
     def jacobian(loss, **options):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from chunked_ce import backends, binary_cross_entropy_with_logits, cross_entropy
 from chunked_ce.backends import cpu_library
 
-pytestmark = pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them")
+pytestmark = pytest.mark.skipif(not cpu_library.IS_AVAILABLE, reason="no C compiler built them")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -31,7 +31,7 @@ def results(x, target, weight):
 
 @pytest.mark.parametrize("rows, vocab", [(1, 100_003), (5, 60_000), (3000, 70)])
 @pytest.mark.parametrize("labels", ["dense", "indices"])
-def test_no_bit_depends_on_threads(threads, rows, vocab, labels):
+def test_bit_identity_threads(threads, rows, vocab, labels):
     x, weight = torch.randn(rows, vocab) * 5, torch.rand(vocab)
     target = torch.rand(rows, vocab) if labels == "dense" else torch.randint(vocab, (rows, 9))
     threads(1)
@@ -43,7 +43,7 @@ def test_no_bit_depends_on_threads(threads, rows, vocab, labels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 15, 2048, 2049, 16384, 16385, 40_000])
-def test_values_at_the_edges_of_blocks(dtype, vocab):
+def test_values_block_edges(dtype, vocab):
     x = (torch.randn(3, vocab) * 4).to(dtype)
     y = torch.zeros(3, vocab)
     index = torch.tensor([0, vocab - 1, min(2047, vocab - 1), min(2048, vocab - 1), vocab // 2])
@@ -60,11 +60,11 @@ def test_values_at_the_edges_of_blocks(dtype, vocab):
         torch.testing.assert_close(grad.double(), slope, rtol=half, atol=smallest)
 
 
-@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("label_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_labels_and_weights_of_every_dtype(dtype, given):
-    x, y = (torch.randn(4, 300) * 3).to(dtype), torch.rand(4, 300).to(given)
-    weight, pos_weight = torch.rand(4, 1).to(given), torch.rand(300).to(given)
+def test_labels_and_weights_dtypes(dtype, label_dtype):
+    x, y = (torch.randn(4, 300) * 3).to(dtype), torch.rand(4, 300).to(label_dtype)
+    weight, pos_weight = torch.rand(4, 1).to(label_dtype), torch.rand(300).to(label_dtype)
     ours = binary_cross_entropy_with_logits(
         x, y, weight, reduction="none", pos_weight=pos_weight, backend="cpu"
     )
@@ -75,7 +75,7 @@ def test_labels_and_weights_of_every_dtype(dtype, given):
     torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=0)
 
 
-def test_every_label_left_out():
+def test_all_labels_left_out():
     x = torch.randn(2, 5000)
     x[0, 4999] = torch.inf
     target = torch.arange(-1, 5000).clamp(min=0).expand(2, -1)  # 0 twice: it counts once
@@ -104,7 +104,7 @@ def test_scale(dtype, layout):
         assert torch.equal(ours, expected)
 
 
-def test_upstream_of_a_gradient_made_in_forward():
+def test_scale_grad_in_forward():
     x, target = torch.randn(3, 40_000), torch.tensor([1, -100, 39_999])
     leaf = x.clone().requires_grad_()
     loss = cross_entropy(leaf, target, reduction="none", grad_in_forward=True, backend="cpu")

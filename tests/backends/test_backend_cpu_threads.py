@@ -17,7 +17,7 @@ from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
 
 pytestmark = [
-    pytest.mark.skipif(not cpu_library.IS_THERE, reason="no C compiler built them"),
+    pytest.mark.skipif(not cpu_library.IS_AVAILABLE, reason="no C compiler built them"),
     pytest.mark.skipif(sys.platform != "linux", reason="/proc, fork"),
 ]
 
@@ -125,7 +125,7 @@ with multiprocessing.get_context("{method}").Pool(2) as pool:
     assert run(tmp_path, program) == "[True, True, True]"
 
 
-def test_several_callers_at_once(tmp_path):
+def test_concurrent_callers(tmp_path):
     program = """
 torch.set_num_threads(3)
 expected, right = [results(seed) for seed in range(4)], [False] * 4
@@ -138,7 +138,7 @@ print(right)
     assert run(tmp_path, program) == "[True, True, True, True]"
 
 
-def test_ctrl_c_waits_for_the_end_of_the_call(tmp_path):
+def test_ctrl_c_during_call(tmp_path):
     """It comes when the first row is written and the last is not; then all of them are."""
     program = """
 from chunked_ce.core.gradient import Coefficients
@@ -146,9 +146,9 @@ from chunked_ce.core.head import Head
 torch.set_num_threads(2)
 x, target = batch(1, 400, 50_000)
 stats = token_stats(x, target, softcap=30.0, backend="cpu")
-given = (target, stats.lse, stats.logprob, torch.zeros(400))
-given += (Coefficients(torch.ones(400), None, None, None), -100, 50_000, Head(30.0, 1.0))
-expected = cpu.logits_gradient(x, *given, inplace=False)
+arguments = (target, stats.lse, stats.logprob, torch.zeros(400))
+arguments += (Coefficients(torch.ones(400), None, None, None), -100, 50_000, Head(30.0, 1.0))
+expected = cpu.logits_gradient(x, *arguments, inplace=False)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
 in_midst = False
 for _ in range(20):
@@ -163,7 +163,7 @@ for _ in range(20):
     other = threading.Thread(target=interrupt)
     other.start()
     try:
-        cpu.logits_gradient(y, *given, inplace=True)
+        cpu.logits_gradient(y, *arguments, inplace=True)
         other.join()
         time.sleep(1)  # one that came between the call's end and here
     except KeyboardInterrupt:
@@ -194,7 +194,7 @@ def test_number_of_threads_from_the_environment(tmp_path, threads):
     assert found == wanted < threads
 
 
-def test_small_calls_start_no_thread(tmp_path):
+def test_number_of_threads_small_calls(tmp_path):
     program = """
 torch.set_num_threads(4)
 x, target = batch(1, 8, 1000)
@@ -203,7 +203,7 @@ print(most_threads(lambda: [token_stats(x, target, backend="cpu") for _ in range
     assert run(tmp_path, program) == "0"
 
 
-def test_threads_that_cannot_start(tmp_path):
+def test_thread_start_failure(tmp_path):
     """No address space for their stacks: the caller's own thread does everything."""
     program = """
 torch.set_num_threads(1)
@@ -226,13 +226,13 @@ print(limited, most_threads(call, 3) >= 3)
     assert run(tmp_path, program) == "0 True"
 
 
-def damage(file: Path, how: str) -> None:
+def damage(file: Path, damage_kind: str) -> None:
     content = file.read_bytes()
-    if how == "of another architecture":
+    if damage_kind == "of another architecture":
         assert content[:4] == b"\x7fELF"
         other = b"\xf3\x00" if content[18:20] != b"\xf3\x00" else b"\x3e\x00"  # RISC-V, x86-64
         content = content[:18] + other + content[20:]
-    elif how == "cut off":
+    elif damage_kind == "cut off":
         content = content[: len(content) // 3]
     else:
         content = b"#!/bin/sh\n"
@@ -240,12 +240,12 @@ def damage(file: Path, how: str) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["of another architecture", "cut off", "no library"])
-def test_a_library_that_cannot_be_loaded(tmp_path, how):
+@pytest.mark.parametrize("damage_kind", ["of another architecture", "cut off", "no library"])
+def test_library_load_failure(tmp_path, damage_kind):
     """One warning that names it; "auto" runs in plain PyTorch; "cpu" says what to do."""
     shutil.copytree(ROOT / "chunked_ce", tmp_path / "chunked_ce", dirs_exist_ok=True)
     for file in (tmp_path / "chunked_ce" / "backends").glob("cpu_*.bin"):
-        damage(file, how)
+        damage(file, damage_kind)
     program = f"""
 import warnings
 import torch
@@ -278,17 +278,17 @@ except ValueError as error:
     assert "install a C compiler" in done.stdout
 
 
-def test_tensors_without_memory_are_named():
+def test_fake_tensors_error():
     x, target = torch.empty(3, 5, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
     with pytest.raises(ValueError, match="on the CPU, but input is on meta"):
         cross_entropy(x, target, backend="cpu")
 
 
-def test_a_gradient_writes_nothing_over_what_it_is_given():
+def test_gradient_keeps_saved_inputs():
     x, target = torch.randn(3, 50), torch.tensor([1, -100, 4])
-    given = [torch.full((3,), 7.0) for _ in range(4)]
+    arguments = [torch.full((3,), 7.0) for _ in range(4)]
     grad = backends.logits_gradient(
-        "cpu", x, target, *given[:3], Coefficients(None, None, given[3], None), -100, 50,
+        "cpu", x, target, *arguments[:3], Coefficients(None, None, arguments[3], None), -100, 50,
         Head(None, 1.0), inplace=False,
     )  # fmt: skip
-    assert all((t == 7.0).all() for t in given) and (grad[1] == 0).all()
+    assert all((t == 7.0).all() for t in arguments) and (grad[1] == 0).all()

@@ -1,6 +1,6 @@
 """Sizes: offsets beyond 2^31 (PITFALLS, loss 4), many tokens, large vocabularies, many calls.
 
-Rows that lie 2^31 logits apart need no memory between them: what is never touched costs nothing."""
+Rows that lie 2^31 logits apart need no memory between them, because it is never touched."""
 
 import gc
 import re
@@ -26,9 +26,9 @@ backend, inplace, device = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
 if backend == "triton" and device == "cpu": os.environ["TRITON_INTERPRET"] = "1"
 import torch, chunked_ce
 torch.set_default_device(device)
-rows, vocab, apart = 3, 100, 2**31 + 8
-storage = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
-logits = storage.as_strided((rows, vocab), (apart, 1))
+rows, vocab, row_stride = 3, 100, 2**31 + 8
+storage = torch.empty(2 * row_stride + vocab, dtype=torch.bfloat16)
+logits = storage.as_strided((rows, vocab), (row_stride, 1))
 logits.copy_(torch.randn(rows, vocab))
 # Rows that start alike in 16 bytes: a sum's order follows that, and so its last bit.
 small = torch.empty(rows, 104, dtype=torch.bfloat16)[:, :vocab].copy_(logits)
@@ -59,7 +59,7 @@ print("equal")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_rows_two_to_the_31_logits_apart(backend, inplace, device):
+def test_large_row_stride(backend, inplace, device):
     command = [sys.executable, "-c", PROGRAM, backend, str(inplace), device]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
@@ -73,7 +73,7 @@ def memory_mib() -> float:
 
 @pytest.mark.long
 @pytest.mark.real_sizes
-def test_more_than_two_to_the_31_logits_that_exist():
+def test_large_logits():
     """43 000 x 50 000 in bfloat16, 4 GiB, the gradient written over them."""
     rows, vocab = 43_000, 50_000
     assert rows * vocab > 2**31
@@ -118,7 +118,7 @@ class WithoutCopy(torch.autograd.Function):
 
 @pytest.mark.long
 @pytest.mark.real_sizes
-def test_a_million_tokens():
+def test_large_token_count():
     """N = 1 M, of logits and of a head whose logits, 2^31 and more, never exist."""
     n, d, v, times = 1_000_000, 4, 2200, 50  # 50 times the same 20 000
     few = torch.arange(n // times) % v
@@ -145,14 +145,14 @@ def test_a_million_tokens():
     logits = torch.randn(n, 33).requires_grad_()
     wide = logits.detach().double().requires_grad_()
     labels = target.where(target < 33, -100)
-    for given, function in ((logits, cross_entropy), (wide, F.cross_entropy)):
-        function(given, labels).backward()
+    for arguments, function in ((logits, cross_entropy), (wide, F.cross_entropy)):
+        function(arguments, labels).backward()
     torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2e-6, atol=1e-12)
 
 
 @pytest.mark.long
 @pytest.mark.real_sizes
-def test_a_vocabulary_of_more_than_a_million():
+def test_large_vocabulary():
     n, d, v = 6, 8, 1_200_001
     hidden, weight = torch.randn(n, d), torch.randn(v, d)
     # All scored: chunks of two. A product with 1.2 M has an error of 1e-3 in some BLAS, in eager's hands too.
@@ -196,21 +196,21 @@ def every_function(x, hidden, weight, target, meter):
 
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("calls", [800, pytest.param(10_000, marks=pytest.mark.long)])
-def test_calls_leave_nothing_behind(calls):
+def test_memory_after_many_calls(calls):
     """Not even to the collector of cycles, which is off."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads /proc")
-    given = torch.randn(10, 500), torch.randn(10, 8), torch.randn(500, 8), torch.arange(10)
+    arguments = torch.randn(10, 500), torch.randn(10, 8), torch.randn(500, 8), torch.arange(10)
     meter = Perplexity()
     gc.collect()
     gc.disable()
     try:
         for _ in range(25):
-            every_function(*given, meter)
+            every_function(*arguments, meter)
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         before = memory_mib()
         for _ in range(calls // 8):
-            every_function(*given, meter)
+            every_function(*arguments, meter)
         growth = memory_mib() - before
         assert (
             sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()) <= tensors + 1

@@ -14,22 +14,22 @@ PROGRAM = """
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch, torch.nn.functional as F, chunked_ce
-V, apart = 10, 2**28 + 16
+V, stride = 10, 2**28 + 16
 def spread(values):
-    x = torch.empty(V * apart, dtype=torch.float16).as_strided((1, V), (1, apart))
+    x = torch.empty(V * stride, dtype=torch.float16).as_strided((1, V), (1, stride))
     return x.copy_(values)
 x = torch.randn(1, V).half()
 y, w, p = torch.rand(1, V).half(), torch.rand(1, V).half(), torch.rand(1, V).half()
 up = torch.randn(1, V).half()
-given = dict(logits=x, labels=y, weight=w, pos_weight=p, upstream=up)
-far = {name: spread(t) if name == NAME else t for name, t in given.items()}
+tensors = dict(logits=x, labels=y, weight=w, pos_weight=p, upstream=up)
+far = {name: spread(t) if name == NAME else t for name, t in tensors.items()}
 def run(logits, labels, weight, pos_weight, upstream, f, **options):
     logits = logits.detach().requires_grad_()
     loss = f(logits, labels, weight=weight, pos_weight=pos_weight[0], reduction="none", **options)
     grad, = torch.autograd.grad(loss, logits, upstream.to(loss.dtype) if NAME != "upstream" else upstream)
     return loss.detach(), grad
 loss, grad = run(**far, f=CALL)
-true_loss, true_grad = run(**{k: v.double() for k, v in given.items()}, f=F.binary_cross_entropy_with_logits)
+true_loss, true_grad = run(**{k: v.double() for k, v in tensors.items()}, f=F.binary_cross_entropy_with_logits)
 assert torch.allclose(loss.double(), true_loss, rtol=1e-3), (loss, true_loss)
 assert torch.allclose(grad.double(), true_grad, rtol=2e-3, atol=1e-6), (grad, true_grad)
 """

@@ -15,7 +15,7 @@ def rows_of(x):
     return rows
 
 
-def test_rows_are_aligned_alike_only_where_each_starts_alike():
+def test_row_alignment():
     """Else a kernel would write 16 bytes where they do not belong together."""
     memory = torch.empty(8, 64, dtype=torch.bfloat16)
     x = memory[:, :37]
@@ -26,7 +26,7 @@ def test_rows_are_aligned_alike_only_where_each_starts_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_that_starts_between_16_bytes(dtype, device):
+def test_strided_rows_unaligned_memory(dtype, device):
     """As numpy's and a file's may: there is nothing to read before it."""
     x, target = batch(3, 37, dtype)
     if device != "cpu":

@@ -92,14 +92,14 @@ def test_grid_is_along_each_axis():
 
 @pytest.mark.parametrize("wrong", [0, 1, 2], ids=["loss", "input's grad", "weight's grad"])
 def test_a_wrong_result_is_not_timed(wrong, tmp_path, monkeypatch, capsys):
-    answer = runner.answer
+    run_loss = runner.run_loss
 
     def spoiled(loss, batch, *arguments):
-        right = list(answer(loss, batch, *arguments))
+        right = list(run_loss(loss, batch, *arguments))
         right[wrong] = right[wrong] * 1.1
         return tuple(right)
 
-    monkeypatch.setattr(runner, "answer", spoiled)
+    monkeypatch.setattr(runner, "run_loss", spoiled)
     names = ["loss", "input's grad", "weight's grad"]
     assert linear.main([*TINY, *WITHOUT, "--only", "masked"]) == 1
     said = f"WRONG  ValueError: chunked_ce: its {names[wrong]} is not eager's"

@@ -58,10 +58,10 @@ def test_a_suite_writes_one_folder(tmp_path, capsys):
     assert {r["V"] for r in of_run} == {"70", "300"} and {r["N"] for r in of_run} == {"16"}
     times = [r for r in rows if r["metric"] == "seconds"]
     assert all(0 < float(r["q20"]) <= float(r["value"]) <= float(r["q80"]) for r in times)
-    of_logits = {(p, mode, "") for p in ("eager", "chunked_ce") for mode in ("forward", BOTH)}
-    of_head = {(p, mode, "8") for p, mode, _ in of_logits}
+    logits_times = {(p, mode, "") for p in ("eager", "chunked_ce") for mode in ("forward", BOTH)}
+    head_times = {(p, mode, "8") for p, mode, _ in logits_times}
     headed = {(f"head + {p}", BOTH, "8") for p in OURS[1:]}
-    assert times_of(tmp_path) == of_logits | of_head | headed
+    assert times_of(tmp_path) == logits_times | head_times | headed
     predicted = {
         (r["mode"], r["dtype"]): float(r["value"]) / (16 * 300)
         for r in rows

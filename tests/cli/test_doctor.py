@@ -53,7 +53,7 @@ def test_a_backend_is_asked_for_what_it_has():
 
 def expected_checks():
     """Of all backends that run on this machine's CPU, in this process's child."""
-    names = ["torch", *(["cpu"] if cpu_library.IS_THERE else [])]
+    names = ["torch", *(["cpu"] if cpu_library.IS_AVAILABLE else [])]
     return sum(len(self_check.checks_of(CPU, name)) for name in names)
 
 
@@ -210,7 +210,7 @@ row_statistics, logits_gradient = backend_torch.row_statistics, backend_torch.lo
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_exit_code_1(function, instead, said, monkeypatch, capsys):
     monkeypatch.setattr(backends, "INTERPRETED", False)
-    monkeypatch.setattr(cpu_library, "IS_THERE", False)
+    monkeypatch.setattr(cpu_library, "IS_AVAILABLE", False)
     monkeypatch.setattr(backend_torch, function, instead)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out

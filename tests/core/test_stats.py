@@ -20,8 +20,8 @@ def part_of(z: torch.Tensor, start: int) -> Part:
     m = z.amax(1)
     shifted = z - torch.where(m == -math.inf, 0.0, m)[:, None]
     e = shifted.exp()
-    weighted = torch.where(z == -math.inf, 0.0, e * shifted).sum(1)
-    return Part(m, e.sum(1), weighted, shifted.sum(1), z.shape[1], None, z.argmax(1) + start)
+    ez_sum = torch.where(z == -math.inf, 0.0, e * shifted).sum(1)
+    return Part(m, e.sum(1), ez_sum, shifted.sum(1), z.shape[1], None, z.argmax(1) + start)
 
 
 def assert_parts_equal(ours: Part, truth: Part) -> None:
@@ -31,7 +31,7 @@ def assert_parts_equal(ours: Part, truth: Part) -> None:
         )
 
 
-def test_merging_is_summing_both():
+def test_merge_parts():
     """Whichever side has the larger maximum; on a tie of maxima the lower class wins."""
     z = torch.randn(60, 20, dtype=torch.float64) * 5
     z[:20, 12:] += 30
@@ -43,25 +43,25 @@ def test_merging_is_summing_both():
 
 
 @pytest.mark.parametrize("empty", ["left", "right", "both"])
-def test_an_empty_part_adds_nothing(empty):
+def test_merge_empty_part(empty):
     z = torch.randn(8, 10, dtype=torch.float64)
     z[:, : (5 if empty == "left" else 0)] = -math.inf
     z[:, (5 if empty == "right" else 10) :] = -math.inf
     z = torch.full_like(z, -math.inf) if empty == "both" else z
     ours, truth = merge(part_of(z[:, :5], 0), part_of(z[:, 5:], 5)), part_of(z, 0)
-    for name in ("m", "s", "weighted"):
+    for name in ("m", "s", "ez_sum"):
         torch.testing.assert_close(getattr(ours, name), getattr(truth, name))
-    assert ours.mass == 10
+    assert ours.weight_sum == 10
 
 
-def test_the_argmax_is_the_first_nan():
+def test_merge_argmax_first_nan():
     left, right = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     left[0, 2] = left[1, 1] = right[1, 0] = right[2, 3] = math.nan
     both = merge(part_of(left, 0), part_of(right, 4))
-    assert both.argmax.tolist() == [2, 1, 7]
+    assert both.best_class.tolist() == [2, 1, 7]
 
 
-def test_parts_of_rows_one_after_another():
+def test_concatenate_parts():
     z = torch.randn(7, 5, dtype=torch.float64)
     whole = concatenate([part_of(z[:3], 0), part_of(z[3:4], 0), part_of(z[4:], 0)])
     assert_parts_equal(whole, part_of(z, 0))
@@ -69,7 +69,7 @@ def test_parts_of_rows_one_after_another():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("vocab", [301, 905])
-def test_rows_of_several_blocks(dtype, vocab):
+def test_token_stats_several_blocks(dtype, vocab):
     """So many rows that each block holds the maximum, and the target, of some; ties across blocks."""
     x, target = batch(40, vocab, dtype)
     x[5:15] = x[5:15].round()
@@ -83,7 +83,7 @@ def test_rows_of_several_blocks(dtype, vocab):
 
 @pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
 @pytest.mark.parametrize("head", [Head(None, 1.0), Head(5.0, 0.5)], ids=str)
-def test_shards_of_a_vocabulary_in_one_process(backend, leading, head, device):
+def test_shard_parts_merge(backend, leading, head, device):
     """The sums that ranks send; leading dimensions that do not merge, a target of +inf and of -inf."""
     vocab, cuts = 70, (0, 11, 12, 70)
     wide = torch.randn(2, *leading, vocab, dtype=torch.float64, device=device) * 3
@@ -99,7 +99,7 @@ def test_shards_of_a_vocabulary_in_one_process(backend, leading, head, device):
             entropy=True, mean_logprob=True, argmax=True,
         )  # fmt: skip
         assert torch.equal(logit == -math.inf, (local < 0) | (local >= stop - start))
-        parts.append(part._replace(argmax=part.argmax + start))
+        parts.append(part._replace(best_class=part.best_class + start))
         logits.append(logit)
     part = merge(merge(parts[0], parts[1]), parts[2])
     stats = finish(part, torch.stack(logits).amax(0), flat_target, vocab).stats
@@ -109,7 +109,7 @@ def test_shards_of_a_vocabulary_in_one_process(backend, leading, head, device):
     assert torch.equal(stats.argmax, truth["argmax"].view(-1))
 
 
-def test_a_shards_infinite_target_is_nan():
+def test_shard_infinite_target():
     """As `cross_entropy` has it; a row whose target lies elsewhere keeps its sums."""
     x = torch.randn(3, 9)
     x[0, 4] = math.inf
@@ -121,7 +121,7 @@ def test_a_shards_infinite_target_is_nan():
     torch.testing.assert_close(part.m[1] + part.s[1].log(), x[1].logsumexp(0))
 
 
-def test_a_shard_whose_first_class_is_masked(backend, device):
+def test_shard_first_class_masked(backend, device):
     """Sums are taken from it where the target lies elsewhere; the mean of log p is -inf, not NaN."""
     x = torch.randn(3, 9, device=device)
     x[0, 0] = -math.inf
@@ -129,15 +129,17 @@ def test_a_shard_whose_first_class_is_masked(backend, device):
         backend, x, torch.tensor([-1, -1, 2], device=device), NEVER, 9, Head(None, 1.0),
         entropy=False, mean_logprob=True, argmax=False,
     )  # fmt: skip
-    assert part.total[0] == -math.inf
-    total = part.total + (part.m - x.amax(1)) * part.mass  # where the target is the maximum
+    assert part.logit_sum[0] == -math.inf
+    logit_sum = (
+        part.logit_sum + (part.m - x.amax(1)) * part.weight_sum
+    )  # where the target is the maximum
     exact = (x - x.amax(1, keepdim=True)).sum(1)
     exact[2] -= x[2, 2] - x[2].amax()
-    torch.testing.assert_close(total[1:], exact[1:])
+    torch.testing.assert_close(logit_sum[1:], exact[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_entropy_of_a_row_whose_target_is_masked(backend, device, dtype):
+def test_entropy_masked_target(backend, device, dtype):
     """0 * inf is 0: the target has probability 0, and adds nothing."""
     x, target = batch(4, 40, dtype, device, ignored=0)
     x[torch.arange(3), target[:3]] = -math.inf
@@ -148,7 +150,7 @@ def test_entropy_of_a_row_whose_target_is_masked(backend, device, dtype):
 
 
 @pytest.mark.parametrize("vocab", [90, 700])
-def test_upstream_of_each_token_over_blocks_and_pieces_of_rows(vocab):
+def test_gradient_blocks_and_row_pieces(vocab):
     x, target = batch((3, 4), vocab)
     upstream = torch.randn(3, 4)
     options = dict(reduction="none", grad_in_forward=True, dim=-1)
@@ -161,7 +163,7 @@ def test_upstream_of_each_token_over_blocks_and_pieces_of_rows(vocab):
 
 @pytest.mark.parametrize("rank", [False, True])
 @pytest.mark.parametrize("vocab", [60, 301])
-def test_rows_out_of_the_range_of_exp_are_done_again(rank, vocab):
+def test_rows_outside_exp_range(rank, vocab):
     """Sums of exp z itself serve some rows; those beside them whose sums leave the range are redone."""
     wide, target = batch((2, 6, 2), vocab, torch.float64)
     wide[0, 1] += 60

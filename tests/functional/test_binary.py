@@ -92,7 +92,7 @@ def test_views(backend, device, view):
         )
 
 
-def test_confident_answers_keep_their_digits(backend, device):
+def test_confident_answers_digits(backend, device):
     """softplus(-20) = 2e-9 is not 0, nor is its gradient; torch's are, for z = -20 and label 0."""
     z = torch.tensor([[-20.0, 20.0, -20.0, 20.0]], device=device)
     y = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=device)
@@ -133,7 +133,7 @@ def test_infinite_logits(backend, device):
             torch.testing.assert_close(loss[0, 2].cpu(), exact)
 
 
-def test_rows_without_labels_and_without_anything(backend, device):
+def test_empty_labels_and_empty_rows(backend, device):
     x = torch.randn(3, 20, device=device)
     none = torch.full((3, 2), -100, device=device)
     compare(
@@ -154,7 +154,7 @@ def test_rows_without_labels_and_without_anything(backend, device):
     assert loss.isnan() and empty.grad.shape == (0, 20)
 
 
-def test_rows_do_not_depend_on_one_another(backend, device):
+def test_rows_independent(backend, device):
     x, y = torch.randn(5, 80, device=device), (torch.rand(5, 80, device=device) < 0.1).float()
     whole = binary_cross_entropy_with_logits(x, by_index(y), reduction="none", backend=backend)
     for i in range(5):
@@ -182,10 +182,10 @@ def test_operators_are_well_formed():
     index, weight = torch.tensor([[3, -100], [4, 5], [29, 29]]), torch.rand(30)
     ops = torch.ops.chunked_ce
     for target, by_element in itertools.product((y, index), (False, True)):
-        given = (x.clone().requires_grad_(), target, weight, weight, -100, by_element, "torch")
-        torch.library.opcheck(ops.binary_loss.default, given)
-        given = (x, target, weight, weight, torch.randn(3, 30), -100, "torch")
-        torch.library.opcheck(ops.binary_grad.default, given)
+        arguments = (x.clone().requires_grad_(), target, weight, weight, -100, by_element, "torch")
+        torch.library.opcheck(ops.binary_loss.default, arguments)
+        arguments = (x, target, weight, weight, torch.randn(3, 30), -100, "torch")
+        torch.library.opcheck(ops.binary_grad.default, arguments)
 
 
 @pytest.mark.framework
@@ -221,7 +221,7 @@ needs_proc = pytest.mark.skipif(not measure.memory_is_measurable(), reason="need
 
 
 @needs_proc
-def test_extra_memory_is_the_gradient():
+def test_extra_memory():
     assert (
         0.9 < extra_memory(256, 100_000, 20, "indices") <= 1.2
     )  # the blocks count for more than at full size
@@ -231,24 +231,24 @@ def test_extra_memory_is_the_gradient():
 @pytest.mark.long
 @needs_proc
 @pytest.mark.parametrize("labels", ["dense", "indices"])
-def test_extra_memory_with_600_000_labels(labels):
+def test_extra_memory_many_labels(labels):
     assert 0.9 < extra_memory(256, 600_000, 100, labels) <= 1.05
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_labels_in_fp64_keep_their_digits(weighted, backend, device):
+def test_labels_fp64_digits(weighted, backend, device):
     """1 - y of a label near 1 is not that of the label in fp32."""
     y = torch.tensor([[1 - 1e-5 / 3, 1 - 1e-6 / 7, 0.9]], dtype=torch.float64, device=device)
     x = torch.tensor([[15.0, 17.0, 1.0]], device=device)
-    given = dict(pos_weight=torch.full((3,), 0.6, device=device)) if weighted else {}
-    wide = {k: v.double() for k, v in given.items()}
-    loss = binary_cross_entropy_with_logits(x, y, reduction="none", backend=backend, **given)
+    arguments = dict(pos_weight=torch.full((3,), 0.6, device=device)) if weighted else {}
+    wide = {k: v.double() for k, v in arguments.items()}
+    loss = binary_cross_entropy_with_logits(x, y, reduction="none", backend=backend, **arguments)
     exact = F.binary_cross_entropy_with_logits(x.double(), y, reduction="none", **wide)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
-    def of(function, y, given):
-        return lambda x: function(x, y, reduction="sum", **given)
+    def of(function, y, arguments):
+        return lambda x: function(x, y, reduction="sum", **arguments)
 
-    grad = gradient(of(binary_cross_entropy_with_logits, y, given | dict(backend=backend)), x)
+    grad = gradient(of(binary_cross_entropy_with_logits, y, arguments | dict(backend=backend)), x)
     truth = gradient(of(F.binary_cross_entropy_with_logits, y, wide), x.double())
     torch.testing.assert_close(grad.double(), truth, rtol=1e-6, atol=1e-12)

@@ -19,12 +19,12 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("factor", [1.0, 2.0, 0.01])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_class_weights_leave_the_z_loss_of_a_mean_alone(form, factor, smoothing):
+def test_class_weights_z_loss_mean(form, factor, smoothing):
     loss, logits = FORMS[form]
     y = torch.where(torch.arange(6) == 2, -100, Y)
     squares, scored = logits.logsumexp(-1).square(), (y != -100).double()
     token_weight = torch.rand(6, dtype=torch.float64)
-    given = dict(weight=factor * W, label_smoothing=smoothing)
+    weighting = dict(weight=factor * W, label_smoothing=smoothing)
     for options, expected in (
         ({}, (squares * scored).sum() / scored.sum()),
         (dict(num_items=7), (squares * scored).sum() / 7),
@@ -34,12 +34,12 @@ def test_class_weights_leave_the_z_loss_of_a_mean_alone(form, factor, smoothing)
         ),
         (dict(reduction="sum"), (squares * scored).sum()),
     ):
-        z = loss(y, z_loss_weight=0.1, **given, **options) - loss(y, **given, **options)
+        z = loss(y, z_loss_weight=0.1, **weighting, **options) - loss(y, **weighting, **options)
         torch.testing.assert_close(z, 0.1 * expected)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "smoothed", "statistics", "head", "binary"])
-def test_class_weights_compile_with_any_number_of_classes(name):
+def test_class_weights_compile_dynamic_classes(name):
     def run(x, y, w):
         if name == "statistics":
             return c.token_stats(x, y, mean_logprob=True, weight=w).mean_logprob
@@ -61,6 +61,6 @@ def test_class_weights_compile_with_any_number_of_classes(name):
 
 
 @pytest.mark.parametrize("size", [(10,), (12,), (11, 1)])
-def test_a_head_refuses_class_weights_of_another_length_when_it_is_built(size):
+def test_head_module_class_weights_length_error(size):
     with pytest.raises(ValueError, match=r"expected one weight per class, \[11\]"):
         c.LinearCrossEntropyLoss(4, 11, weight=torch.ones(size))

@@ -20,7 +20,7 @@ def compile_kernels(*arguments, **variables):
     return subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
-def test_float16_compiles_and_spills_nothing(tmp_path):
+def test_float16_spills(tmp_path):
     done = compile_kernels("--dtype", "float16", "--json", str(tmp_path / "built.json"))
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     built = json.loads((tmp_path / "built.json").read_text())
@@ -33,12 +33,12 @@ def test_float16_compiles_and_spills_nothing(tmp_path):
     assert "FP_FUSION" not in done.stderr  # Triton 3.9 warns where fusion is not stated
 
 
-def test_an_interpreted_triton_is_named():
+def test_interpreted_triton_error():
     done = compile_kernels(TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET=1" in done.stderr
 
 
-def test_faults_are_named(monkeypatch):
+def test_fault_names(monkeypatch):
     """What does not compile, what spills, what takes too many instructions."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from bench import compile as program

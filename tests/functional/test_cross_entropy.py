@@ -103,7 +103,7 @@ def test_gradient_accumulation(backend, device, as_tensor):
     torch.testing.assert_close(leaf.grad, whole, rtol=2e-6, atol=1e-9)
 
 
-def test_masking_is_deleting(backend, device):
+def test_masked_classes_match_deleted(backend, device):
     """PITFALLS, loss 17, over every option."""
     x, target = batch(9, 60, device=device, ignored=0.4)
     keep = target != -100
@@ -136,13 +136,13 @@ def test_nothing_to_score(backend, device, reduction, rows):
     assert x.grad.shape == x.shape and (x.grad == 0).all()
 
 
-def test_ignored_loss_is_plus_zero(backend, device):
+def test_ignored_loss_plus_zero(backend, device):
     x, target = batch(4, 30, device=device, ignored=1.0)
     target[:] = -100
     assert not cross_entropy(x, target, reduction="none", backend=backend).signbit().any()
 
 
-def test_agrees_with_torch_where_torch_is_right(backend, device):
+def test_agreement_with_torch(backend, device):
     """PITFALLS, loss 19: label smoothing with -inf logits, as torch."""
     x, target = batch(5, 40, device=device)
     x[1, 3] = float("-inf")
@@ -167,7 +167,7 @@ def test_shapes(backend, device, shape):
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def test_logits_are_left_alone_by_default(backend, device):
+def test_logits_unchanged_by_default(backend, device):
     """PITFALLS, loss 7: softmax and two losses on the same logits; bit-equal afterwards."""
     x, target = batch(5, 60, device=device)
     leaf = x.clone().requires_grad_()
@@ -222,7 +222,7 @@ def test_inplace_backward(backend, device, dtype, view):
     assert torch.equal(cut(overwritten), cut(grad)), "the gradient lies over the logits"
 
 
-def test_inplace_backward_never_corrupts(backend, device):
+def test_inplace_backward_aliasing(backend, device):
     x, target = batch(4, 60, device=device)
     leaf = x.clone().requires_grad_()
     with pytest.raises(ValueError, match="inplace_backward=True would overwrite a leaf"):
@@ -474,7 +474,7 @@ def test_no_host_synchronisation(backend, device, monkeypatch):
 
 @pytest.mark.parametrize("other", ["exp", "logsumexp", "square", "second loss"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_inplace_backward_under_the_compiler_harms_no_other_gradient(other, compiler):
+def test_inplace_backward_compiled(other, compiler):
     torch._dynamo.reset()
     x, target = batch(4, 20)
 
@@ -494,7 +494,7 @@ def test_inplace_backward_under_the_compiler_harms_no_other_gradient(other, comp
     torch.testing.assert_close(gradient(lambda x: compiled(x, True), x), safe)
 
 
-def test_inplace_backward_refuses_what_it_cannot_do(backend, device):
+def test_inplace_backward_errors(backend, device):
     x, target = batch(4, 10, device=device)
     leaf = x.clone().requires_grad_()
     for view in (leaf.view(4, 10), leaf[:, :9]):
@@ -510,7 +510,7 @@ def test_inplace_backward_refuses_what_it_cannot_do(backend, device):
 
 
 @pytest.mark.framework
-def test_forward_mode_is_refused(device):
+def test_forward_mode_error(device):
     x, target = batch(4, 10, device=device)
     with pytest.raises(NotImplementedError, match="reverse-mode derivatives only"):
         torch.func.jvp(lambda x: cross_entropy(x, target), (x,), (x,))
@@ -518,7 +518,7 @@ def test_forward_mode_is_refused(device):
 
 @pytest.mark.framework
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_default_dtype_does_not_matter(dtype):
+def test_default_dtype(dtype):
     import threading
 
     x, target = batch(4, 1000)
@@ -538,7 +538,7 @@ def test_the_default_dtype_does_not_matter(dtype):
     assert torch.equal(losses[0], expected) and losses[1].dtype == torch.float32
 
 
-def test_small_integer_targets_do_not_wrap(backend, device):
+def test_small_integer_targets(backend, device):
     """-100 in uint8 is 156."""
     x = torch.randn(3, 200, device=device)
     target = torch.tensor([156, 156, 7], device=device)
@@ -553,7 +553,7 @@ def test_small_integer_targets_do_not_wrap(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.float64], ids=str)
-def test_num_items_does_not_change_the_dtype(backend, device, dtype):
+def test_num_items_dtype(backend, device, dtype):
     x, target = batch(4, 20, device=device)
     num_items = torch.tensor(3, dtype=dtype, device=device)
     loss = cross_entropy(x, target, num_items=num_items, backend=backend)
@@ -580,7 +580,7 @@ def test_compile_dynamic():
 @pytest.mark.parametrize("offset", [39.5, -39.5, 60.0])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("vocab", [2, 3])
-def test_few_classes_near_the_switches(backend, device, vocab, scale, offset):
+def test_few_classes_near_switches(backend, device, vocab, scale, offset):
     """Where the CPU's path changes, and where losses lie far below fp64's own step from 1."""
     x = torch.randn(64 if backend == "torch" else 6, vocab, device=device) * scale + offset
     target = torch.randint(0, vocab, x.shape[:1], device=device)
@@ -595,7 +595,7 @@ def test_few_classes_near_the_switches(backend, device, vocab, scale, offset):
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)
 
 
-def test_few_classes_and_rows_ignored(backend, device):
+def test_few_classes_ignored_rows(backend, device):
     """One class, whose loss is 0; two, each of which may stand in for what is ignored."""
     target = torch.tensor([0, -100, 0, -100], device=device)
     for vocab in (1, 2):
@@ -606,7 +606,7 @@ def test_few_classes_and_rows_ignored(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gradient_where_the_softcap_is_felt(backend, device, dtype):
+def test_gradient_softcap_is_felt(backend, device, dtype):
     """1 - tanh^2 keeps its digits five caps out, where eager's cancels."""
     x = torch.tensor([[24.0, 25.0, 30.0, -28.0, 3.0]], device=device).to(dtype)
     target = torch.tensor([1], device=device)

@@ -65,16 +65,16 @@ def kinds(shape, dim, device, generator=None):
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of every tensor made that is no view of `given`."""
+    """Elements of every tensor made that is not a view of `source`."""
 
-    def __init__(self, given):
+    def __init__(self, source):
         super().__init__()
-        self.given, self.seen = given.untyped_storage().data_ptr(), []
+        self.source, self.seen = source.untyped_storage().data_ptr(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
         for t in out if isinstance(out, tuple) else (out,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != self.given:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != self.source:
                 self.seen.append(t.numel())
         return out
 
@@ -145,7 +145,7 @@ def test_dtypes(backend, device, dtype, kind):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_with_the_options_of_language_models(backend, device, softcap):
+def test_language_model_options(backend, device, softcap):
     """Class weights scale the cross-entropy, token weights the whole loss.
 
     The mean divides the z-loss by the token weights, the cross-entropy by both.
@@ -181,7 +181,7 @@ def test_with_the_options_of_language_models(backend, device, softcap):
 
 @pytest.mark.parametrize("kind", ["top k", "top k, rest spread"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_teachers_top_k_under_a_head(backend, device, dtype, kind):
+def test_top_k_under_head(backend, device, dtype, kind):
     x = (torch.randn(5, 60, device=device) * 3).to(dtype)
     ours, theirs, more = kinds((5, 60), 1, device)[kind]
     ours, theirs = to(device, ours), to(device, theirs)
@@ -198,7 +198,7 @@ def test_a_teachers_top_k_under_a_head(backend, device, dtype, kind):
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("step", [1, 2])
-def test_weights_over_several_parts_of_a_row(backend, device, kind, step):
+def test_weights_several_parts(backend, device, kind, step):
     """A row long enough to be summed in segments, and its gradient written in spans."""
     wide = torch.randn(4, 305 * step, device=device) * 3
     x = wide[:, step * 3 : step * 304 : step]  # rows that start anywhere
@@ -221,7 +221,7 @@ def test_weights_over_several_parts_of_a_row(backend, device, kind, step):
         compare_gradient(gradient(loss, x), exact, x.dtype)
 
 
-def test_class_weights_are_token_weights_in_one_pass(backend, device):
+def test_class_weights_one_pass(backend, device):
     """grad_in_forward takes class weights where they scale a token's whole loss."""
     x, target = torch.randn(6, 50, device=device), torch.randint(0, 50, (6,), device=device)
     weight = torch.rand(50, device=device)
@@ -235,7 +235,7 @@ def test_class_weights_are_token_weights_in_one_pass(backend, device):
     )
 
 
-def test_masked_classes_of_probability_0_add_nothing(backend, device):
+def test_masked_classes_probability_0(backend, device):
     """0 * -inf: torch gives NaN; here a class that has no probability, or no weight, costs nothing."""
     x = torch.randn(3, 40, device=device)
     x[:, 7] = -torch.inf
@@ -263,14 +263,14 @@ def test_masked_classes_of_probability_0_add_nothing(backend, device):
     compare(smooth, exact, x.dtype)
 
 
-def test_a_certain_class_beside_masked_ones_costs_nothing(backend, device):
+def test_certain_class_beside_masked(backend, device):
     x = torch.tensor([[float("-inf"), 2.0, float("-inf")]] * 2, device=device)
     prob = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 0.0]], device=device)
     loss = cross_entropy(x, prob, reduction="none", backend=backend)
     assert torch.equal(loss.cpu(), torch.zeros(2))
 
 
-def test_nothing_left_to_spread_over_masked_classes(backend, device):
+def test_spread_rest_masked_classes(backend, device):
     x = torch.tensor([[1.0, 2.0, float("-inf"), 0.5]], device=device)
     indices, prob = (
         torch.tensor([[1, 3]], device=device),
@@ -289,7 +289,7 @@ def test_nothing_left_to_spread_over_masked_classes(backend, device):
 
 @pytest.mark.parametrize("schedule", [{}, dict(grad_in_forward=True)])
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "top k"])
-def test_all_smoothed_with_the_target_masked(backend, device, kind, schedule):
+def test_all_smoothed_masked_target(backend, device, kind, schedule):
     """No weight is left to the target, but 1/V to a class that cannot be: inf, not NaN."""
     x = torch.tensor([[1.0, float("-inf"), 0.5]], device=device, requires_grad=True)
     target = torch.tensor([1], device=device)
@@ -302,7 +302,7 @@ def test_all_smoothed_with_the_target_masked(backend, device, kind, schedule):
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "top k"])
-def test_confident_rows_keep_their_digits(backend, device, kind):
+def test_confident_rows_keep_digits(backend, device, kind):
     """A one-hot target whose class has logit 20 above the others: 1e-8, as with an index."""
     x = torch.zeros(2, 30, device=device)
     x[:, 4] = 21.0
@@ -344,17 +344,19 @@ def test_weights_in_another_dtype(backend, device, dtype, options):
     """Not their product's rounding in fp16, nor a loss in fp64."""
     x, target = torch.randn(4, 7, device=device), torch.tensor([0, 3, -100, 6], device=device)
     weight, of_token = (torch.rand(n, device=device).to(dtype) for n in (7, 4))
-    given = dict(weight=weight, token_weight=of_token, reduction="none", **options)
-    loss = cross_entropy(x, target, backend=backend, **given)
-    linear = linear_cross_entropy(x, torch.eye(7, device=device), target, backend=backend, **given)
-    given |= dict(weight=weight.double(), token_weight=of_token.double())
-    exact = cross_entropy(x.double(), target, backend=backend, **given)
+    weights = dict(weight=weight, token_weight=of_token, reduction="none", **options)
+    loss = cross_entropy(x, target, backend=backend, **weights)
+    linear = linear_cross_entropy(
+        x, torch.eye(7, device=device), target, backend=backend, **weights
+    )
+    weights |= dict(weight=weight.double(), token_weight=of_token.double())
+    exact = cross_entropy(x.double(), target, backend=backend, **weights)
     assert loss.dtype == linear.dtype == torch.float32
     for ours in (loss, linear):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-7)
 
 
-def test_a_teachers_padding_and_repetitions(backend, device):
+def test_top_k_padding_and_repetitions(backend, device):
     """Padded entries are none, a row of padding is ignored, a class named twice adds up."""
     x = torch.randn(3, 20, device=device)
     indices = torch.tensor([[3, 5, -100], [-100, -100, -100], [7, 7, 2]], device=device)
@@ -378,7 +380,7 @@ def test_a_teachers_padding_and_repetitions(backend, device):
 
 
 @pytest.mark.framework
-def test_k_dimensional_logits_are_not_copied(backend, device):
+def test_k_dimensional_logits_not_copied(backend, device):
     """[N, C, d1, d2] is read where it lies, and its gradient written in the same order."""
     x = torch.randn(2, 30, 5, 4, device=device, requires_grad=True)
     target = torch.randint(0, 30, (2, 5, 4), device=device)
@@ -472,7 +474,7 @@ def test_examples_of_torch_nn_functional_linear_cross_entropy(device):
          F.linear_cross_entropy, input, weight, bias)  # fmt: skip
 
 
-def test_positional_arguments_stand_in_torchs_order(device):
+def test_positional_arguments_order(device):
     x, t = torch.randn(4, 6, device=device), torch.tensor([0, 1, 2, 5], device=device)
     weight = torch.rand(6, device=device)
     arguments = (x, t, weight, None, 2, None, "sum", 0.1)
@@ -496,7 +498,7 @@ def test_positional_arguments_stand_in_torchs_order(device):
         (BCEWithLogitsLoss, nn.BCEWithLogitsLoss, {}),
     ],
 )  # fmt: skip
-def test_modules_are_torchs(ours, theirs, arguments):
+def test_module_signatures(ours, theirs, arguments):
     mine, torchs_module = ours(**arguments), theirs(**arguments)
     assert mine.state_dict().keys() == torchs_module.state_dict().keys()
     torchs_module.load_state_dict(mine.state_dict())
@@ -533,7 +535,7 @@ def test_module_options(device):
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "top k", "top k, rest spread"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.filterwarnings("ignore:target of shape")
-def test_linear_takes_every_target(backend, device, kind, smoothing):
+def test_linear_every_target(backend, device, kind, smoothing):
     rows, hidden, vocab = (2, 4), 8, 45
     x, w = torch.randn(*rows, hidden, device=device), torch.randn(vocab, hidden, device=device)
     weight = torch.rand(vocab, device=device)
@@ -554,12 +556,12 @@ def test_linear_takes_every_target(backend, device, kind, smoothing):
             compare_gradient(a, b, x.dtype)
 
 
-def test_a_teachers_top_k_is_never_dense(device):
+def test_top_k_never_dense(device):
     """No tensor of N x V elements but the gradient; in the linear form none at all."""
     n, d, vocab, k = 64, 8, 5000, 10
     x = torch.randn(n, vocab, device=device)
     indices, prob = torch.randint(0, vocab, (n, k), device=device), torch.rand(n, k, device=device)
-    classes = ops.Classes(at=indices)
+    classes = ops.Classes(indices=indices)
     with Sizes(x) as of_logits:
         ops._token_stats(x, indices[:, 0], *classes, -100, vocab, None, 1.0, "torch", *[False] * 5)
     assert max(of_logits.seen) < n * vocab // 4
@@ -598,7 +600,7 @@ def test_compile_fullgraph(kind):
 # --- what a review broke --------------------------------------------------------------------------
 
 
-def test_second_derivative_through_learned_probabilities_raises(backend, device):
+def test_second_derivative_learned_probabilities_error(backend, device):
     x = torch.randn(2, 4, device=device, requires_grad=True)
     prob = torch.randn(2, 4, device=device).softmax(-1).requires_grad_()
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -606,7 +608,7 @@ def test_second_derivative_through_learned_probabilities_raises(backend, device)
 
 
 @pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss_weight=0.1)])
-def test_the_loss_is_float32_whatever_the_weights_are(device, options):
+def test_loss_dtype_float32(device, options):
     x, t = torch.randn(3, 5, device=device), torch.tensor([0, 1, 2], device=device)
     weight = torch.rand(5, device=device)
     for dtype in (torch.float64, torch.bfloat16):
@@ -621,7 +623,7 @@ def test_the_loss_is_float32_whatever_the_weights_are(device, options):
     )
 
 
-def test_a_teachers_rest_that_is_rounding_is_none(backend, device):
+def test_top_k_rest_rounding(backend, device):
     x = torch.tensor([[0.0, 1.0, -torch.inf]], device=device)
     exact = -(0.6 * x.log_softmax(1)[0, 0] + 0.4 * x.log_softmax(1)[0, 1])
     for last in (0.4, 0.40000001, 0.39999998):
@@ -632,8 +634,8 @@ def test_a_teachers_rest_that_is_rounding_is_none(backend, device):
     assert cross_entropy(x, whole, spread_rest=True, backend=backend).isfinite()
 
 
-def test_a_teachers_classes_where_there_are_as_many_positions(backend, device):
-    """[N, C, d1] with C = d1 tells nothing about where the classes are."""
+def test_top_k_as_many_classes_as_positions(backend, device):
+    """[N, C, d1] with C = d1 does not tell where the classes are."""
     x = torch.randn(2, 3, 3, device=device)
     indices, prob = torch.tensor([[0, 2]], device=device), torch.tensor([[0.7, 0.3]], device=device)
     top = indices.expand(2, 3, 2), prob.expand(2, 3, 2)
@@ -643,7 +645,7 @@ def test_a_teachers_classes_where_there_are_as_many_positions(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_teachers_small_rest_is_spread(dtype, backend, device):
+def test_top_k_rest_small(dtype, backend, device):
     """However near to 1 the probabilities, rounded to their dtype, add up: what they lack is not noise."""
     x = torch.randn(3, 9, device=device) * 3
     top = torch.tensor([[1, 0], [4, 2], [8, 3]], device=device)
@@ -655,7 +657,7 @@ def test_a_teachers_small_rest_is_spread(dtype, backend, device):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-7)
 
 
-def test_a_confident_teachers_rest_keeps_its_digits(backend, device):
+def test_top_k_rest_confident_digits(backend, device):
     x = torch.tensor([[30.0, 0.0, 1.0, -2.0]], device=device)
     prob = torch.tensor([[1 - 2**-20, 2**-22, 2**-23 / 3]], device=device)
     dense = torch.cat([prob.double(), 1 - prob.double().sum(-1, keepdim=True)], -1)
@@ -664,14 +666,14 @@ def test_a_confident_teachers_rest_keeps_its_digits(backend, device):
     torch.testing.assert_close(loss.double(), F.cross_entropy(x.double(), dense), rtol=1e-6, atol=0)
 
 
-def test_a_rest_beside_a_masked_class_is_infinite(backend, device):
+def test_top_k_rest_masked_infinite(backend, device):
     x = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]], device=device)
     for q in (0.0, 0.01, 0.4):  # of the masked class: less than its even share, and more
         top = torch.tensor([[0, 1]], device=device), torch.tensor([[0.5, q]], device=device)
         assert cross_entropy(x, top, spread_rest=True, backend=backend) == torch.inf
 
 
-def test_what_has_no_weight_costs_nothing(backend, device):
+def test_no_weight_infinite_loss(backend, device):
     inf = torch.inf
     x = torch.tensor([[0.0, -inf, -inf]], device=device)
     hot, weight = torch.tensor([[1.0, 0, 0]], device=device), torch.tensor([1.0, 0, 0], device=device)  # fmt: skip
@@ -681,11 +683,11 @@ def test_what_has_no_weight_costs_nothing(backend, device):
     for options in ({}, dict(label_smoothing=0.1), dict(z_loss_weight=0.1)):
         loss = cross_entropy(x, last, weight, reduction="sum", backend=backend, **options)
         assert loss.isfinite()
-    nothing = torch.zeros(1, device=device)
-    assert cross_entropy(x, last, token_weight=nothing, reduction="sum", backend=backend) == 0
+    zero_weight = torch.zeros(1, device=device)
+    assert cross_entropy(x, last, token_weight=zero_weight, reduction="sum", backend=backend) == 0
 
 
-def test_a_teachers_classes_are_checked_where_they_are_read(monkeypatch, device):
+def test_top_k_classes_out_of_range(monkeypatch, device):
     """Compiled too; and on a GPU that row is NaN, without an access outside of it."""
     x, prob = torch.randn(2, 6), torch.tensor([[0.3, 0.7]] * 2)
     compiled = torch.compile(
@@ -703,7 +705,7 @@ def test_a_teachers_classes_are_checked_where_they_are_read(monkeypatch, device)
 
 
 @pytest.mark.framework
-def test_another_vocabulary_compiles_no_more_than_with_indices():
+def test_top_k_compilation_count():
     torch._dynamo.reset()
     compiles = []
 
@@ -718,7 +720,7 @@ def test_another_vocabulary_compiles_no_more_than_with_indices():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_row_is_nan_though_the_teachers_class_weighs_0(backend, device, value):
+def test_top_k_broken_row_zero_weight(backend, device, value):
     x = torch.zeros(2, 9, device=device)
     x[0, 3] = value
     top = torch.tensor([[5], [5]], device=device), torch.tensor([[0.5], [0.5]], device=device)
@@ -727,7 +729,7 @@ def test_a_broken_row_is_nan_though_the_teachers_class_weighs_0(backend, device,
     assert loss[0].isnan() and loss[1] == 0
 
 
-def test_an_explicit_ignore_index_beside_class_probabilities_raises_as_in_torch():
+def test_probabilities_ignore_index_error():
     x, h, head = (
         torch.randn(6, 11).double(),
         torch.randn(6, 4).double(),
@@ -754,7 +756,7 @@ def test_an_explicit_ignore_index_beside_class_probabilities_raises_as_in_torch(
     chunked_ce.LinearCrossEntropyLoss(4, 11, dtype=torch.float64)(h, prob)
 
 
-def test_spread_rest_of_probabilities_in_fp64(backend, device):
+def test_spread_rest_fp64_probabilities(backend, device):
     """What 0.999 lacks of 1 is lost where it is rounded to float32 first: seen where the others' weights are 0."""
     prob = torch.tensor([[0.999], [0.9999]], dtype=torch.float64, device=device)
     classes, x = torch.tensor([[3], [5]], device=device), torch.randn(2, 20, device=device)

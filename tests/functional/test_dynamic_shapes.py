@@ -1,4 +1,4 @@
-"""torch.compile with any number of tokens and of classes: one graph, whatever a function is given."""
+"""torch.compile with any number of tokens and of classes: one graph for all arguments."""
 
 import inspect
 
@@ -56,7 +56,7 @@ FUNCTIONS = {
 
 def _arguments(names, tokens, classes):
     generator = torch.Generator().manual_seed(tokens)
-    given = []
+    arguments = []
     for name in names:
         dynamic = [i for i, size in enumerate(SHAPES[name]) if size in (N, V)]
         shape = [(tokens, classes)[s] if s in (N, V) else s for s in SHAPES[name]]
@@ -72,22 +72,22 @@ def _arguments(names, tokens, classes):
             t.sub_(0.5).requires_grad_()
         for i in dynamic:
             torch._dynamo.mark_dynamic(t, i)
-        given.append(t)
-    return given
+        arguments.append(t)
+    return arguments
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_tokens_and_classes_are_dynamic(name):
+def test_dynamic_tokens_and_classes(name):
     function = FUNCTIONS[name]
     names = list(inspect.signature(function).parameters)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for tokens, classes, stance in ((6, 11, "default"), (9, 23, "fail_on_recompile")):
-        given = _arguments(names, tokens, classes)
-        leaves = [t for t in given if t.requires_grad]
+        arguments = _arguments(names, tokens, classes)
+        leaves = [t for t in arguments if t.requires_grad]
         with torch.compiler.set_stance(stance):
-            loss = compiled(*given)
-        expected = function(*given)
+            loss = compiled(*arguments)
+        expected = function(*arguments)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(
             torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)

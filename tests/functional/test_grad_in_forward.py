@@ -29,7 +29,7 @@ def backend(request, monkeypatch):
     if request.param != "on_chip":
         monkeypatch.setattr(launch, "ON_CHIP_GROUPS", 8)
         monkeypatch.setattr(launch, "STREAMED", launch.Row(groups=8, num_warps=1))
-    monkeypatch.setattr(clusters, "checked", lambda device: request.param == "cluster")
+    monkeypatch.setattr(clusters, "is_verified", lambda device: request.param == "cluster")
     return "triton"
 
 
@@ -84,7 +84,7 @@ def test_upstream_of_every_token(backend, device, shape):
     check(x, target, backend, torch.float32, upstream, reduction="none")
 
 
-def test_token_weight_and_num_items_are_read_on_the_device(backend, device):
+def test_token_weight_and_num_items_on_device(backend, device):
     x, target = batch(6, 100, device=device)
     weight = torch.rand(6, device=device)
     check(x, target, backend, torch.float32, token_weight=weight)
@@ -122,7 +122,7 @@ def test_over_the_logits(backend, device, dtype):
     torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=0)
 
 
-def test_autograd_is_told_that_the_logits_are_gone(backend, device):
+def test_overwritten_logits_version(backend, device):
     leaf, target = batch(6, 100, device=device)
     x = leaf.requires_grad_() * 1.0
     other = x.square().sum()
@@ -131,7 +131,7 @@ def test_autograd_is_told_that_the_logits_are_gone(backend, device):
         other.backward()
 
 
-def test_the_logits_are_untouched_by_default(backend, device):
+def test_logits_unchanged_by_default(backend, device):
     x, target = batch(6, 100, device=device)
     kept = x.clone()
     x.requires_grad_()
@@ -139,7 +139,7 @@ def test_the_logits_are_untouched_by_default(backend, device):
     assert torch.equal(x.detach(), kept)
 
 
-def test_second_backward_raises(backend, device):
+def test_second_backward_error(backend, device):
     x, target = batch(4, 100, device=device)
     loss = one_pass(backend)(x.requires_grad_(), target)
     loss.backward(retain_graph=True)
@@ -147,7 +147,7 @@ def test_second_backward_raises(backend, device):
         loss.backward()
 
 
-def test_double_backward_raises(backend, device):
+def test_double_backward_error(backend, device):
     x, target = batch(4, 100, device=device)
     loss = one_pass(backend)(x.requires_grad_(), target)
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -191,7 +191,7 @@ def test_extremes(backend, device):
     assert grad[4:].isnan().any(1).all() and grad[:4].isfinite().all()
 
 
-def test_a_target_out_of_range(backend, device):
+def test_target_out_of_range(backend, device):
     x, target = batch(3, 100, device=device, ignored=0.0)
     target[1] = 100
     x.requires_grad_()
@@ -212,20 +212,20 @@ def test_bit_identical_twice_and_alone(backend, device):
     assert torch.equal(*both) and torch.equal(both[0][3:4], alone)
 
 
-def test_a_token_weight_that_wants_a_gradient_is_refused(backend, device):
+def test_token_weight_requires_grad_error(backend, device):
     x, target = batch(3, 100, device=device)
     weight = torch.ones(3, device=device, requires_grad=True)
     with pytest.raises(ValueError, match="token_weight.detach()"):
         one_pass(backend, token_weight=weight)(x.requires_grad_(), target)
 
 
-def test_a_loss_scale_saves_small_float16_gradients(backend, device):
+def test_loss_scale_small_float16_gradients(backend, device):
     """They would round to 0 before backward, which alone knows the scale."""
     x, target = batch(3, 100, torch.float16, device)
     check(x, target, backend, torch.float16, lambda loss: 65536 * loss, num_items=65536)
 
 
-def test_evaluation_computes_no_gradient(backend, device, monkeypatch):
+def test_no_grad_evaluation(backend, device, monkeypatch):
     x, target = batch(3, 100, device=device)
     expected = cross_entropy(x, target, backend=backend)
     assert torch.equal(one_pass(backend)(x, target), expected)
@@ -245,7 +245,7 @@ def test_operators_are_well_formed(backend, device, inplace):
 
 @pytest.mark.framework
 @pytest.mark.parametrize("inplace", [False, True])
-def test_under_compile_it_is_the_usual_loss(backend, device, inplace):
+def test_compile_falls_back(backend, device, inplace):
     leaf, target = batch(4, 100, device=device)
     expected = gradient(one_pass(backend), leaf, target)
     step = torch.compile(

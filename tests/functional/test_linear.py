@@ -89,7 +89,7 @@ def test_half_precision(backend, device, dtype, chunk):
     assert_near((loss.detach(), x.grad, w.grad, b.grad), expected, dtype)
 
 
-def test_the_weights_gradient_in_bfloat16_is_no_worse_than_eagers():
+def test_weight_gradient_bfloat16_error():
     torch.manual_seed(1)
     x, w = torch.randn(512, 64), torch.randn(1000, 64) / 8
     target = torch.randint(0, 1000, (512,))
@@ -121,7 +121,7 @@ def test_frozen_tensors(needs, reduction):
 
 @pytest.mark.real_sizes
 @pytest.mark.parametrize(("d", "v"), [(33, 1001), (201, 101)])
-def test_the_padding_of_a_chunk_reaches_no_result(d, v):
+def test_chunk_padding(d, v):
     """In deterministic mode torch fills new memory with NaN; some bf16 products read it."""
     x, w = leaves(torch.randn(64, d).bfloat16(), torch.randn(v, d).bfloat16())
     torch.use_deterministic_algorithms(True)
@@ -160,7 +160,7 @@ torch_has_it = pytest.mark.skipif(
 @torch_has_it
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_several_heads_as_torch_has_them(reduction, bias):
+def test_several_heads(reduction, bias):
     double = dict(dtype=torch.float64)
     x, w = leaves(torch.randn(N, D, **double), torch.randn(V, 2, 3, D, **double))
     b = torch.randn(V, 2, 3, **double, requires_grad=True) if bias else None
@@ -198,7 +198,7 @@ def test_token_stats(backend, device, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_chunk_size_changes_rounding_alone(dtype):
+def test_chunk_size_rounding(dtype):
     x, w, b, target = head(dtype, n=40)
     results = []
     for chunk in (1, 7, 13, None):
@@ -233,7 +233,7 @@ def test_ignored_tokens(backend, device, drop, reduction):
 
 @pytest.mark.parametrize("n", [0, 3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_token_counts(n, reduction):
+def test_all_tokens_ignored(n, reduction):
     x, w, b, _ = head(n=n)
     x, w, b = leaves(x, w, b)
     target = torch.full((n,), -100)
@@ -258,7 +258,7 @@ def test_token_weight_with_and_without_a_gradient():
             torch.testing.assert_close(weight.grad, other.grad)
 
 
-def test_second_backward_is_right_and_double_backward_an_error():
+def test_second_backward_and_double_backward():
     x, w, b, target = head(torch.float64)
     x, w = leaves(x, w)
     loss = linear_cross_entropy(x, w, target)
@@ -270,7 +270,7 @@ def test_second_backward_is_right_and_double_backward_an_error():
         torch.autograd.grad(loss, x, create_graph=True)
 
 
-def test_a_loss_scale_saves_small_float16_gradients():
+def test_loss_scale_small_float16_gradients():
     """They would round to 0 before backward, which alone knows the scale."""
     x, w = torch.randn(4, 8), torch.randn(3000, 8) / 10
     target = torch.randint(0, 3000, (4,))
@@ -280,7 +280,7 @@ def test_a_loss_scale_saves_small_float16_gradients():
     assert (w.grad.double() - exact).norm() <= 5e-3 * exact.norm()
 
 
-def test_num_items_that_want_a_gradient():
+def test_num_items_requires_grad():
     x, w, _, target = head(torch.float64)
     items = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
     linear_cross_entropy(x.requires_grad_(), w, target, num_items=items).backward()
@@ -288,7 +288,7 @@ def test_num_items_that_want_a_gradient():
     torch.testing.assert_close(items.grad, -total / 49)
 
 
-def test_unknown_options_of_the_module():
+def test_module_unknown_options():
     with pytest.raises(TypeError, match="softcapp is no option"):
         LinearCrossEntropyLoss(4, 7, softcapp=3.0)
 
@@ -303,7 +303,7 @@ def test_gradients_accumulate():
     torch.testing.assert_close(w.grad, 3 * ws.grad)
 
 
-def test_autocast_as_linear_has_it():
+def test_autocast():
     x, w, b, target = head()
     results = []
     for ours in (True, False):
@@ -320,7 +320,7 @@ def test_autocast_as_linear_has_it():
         assert (a - e).abs().max() <= 2e-2 * e.abs().max()
 
 
-def test_shapes_on_a_device_without_autocast():
+def test_shapes_without_autocast():
     tensors = leaves(*(t.to("meta") for t in head()[:2]))
     linear_cross_entropy(*tensors, torch.zeros(N, dtype=torch.int64, device="meta")).backward()
     assert tensors[1].grad.shape == (V, D)
@@ -364,7 +364,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(reduction):
+def test_memory_largest_tensor(reduction):
     n, v, d = 512, 4000, 32
     x, w = leaves(torch.randn(n, d), torch.randn(v, d))
     target = torch.randint(0, v, (n,))
@@ -377,7 +377,7 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_gradients(reduction):
 
 
 @pytest.mark.real_sizes
-def test_without_gradients_nothing_is_computed_for_them():
+def test_no_gradient_no_extra_work():
     n, v, d = 256, 4000, 32
     x, w, target = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     with Watch() as seen, torch.no_grad():
@@ -442,7 +442,7 @@ def test_activation_checkpointing():
 
 
 @torch_has_it
-def test_module_has_torchs_parameters():
+def test_module_parameters():
     torch.manual_seed(0)
     ours = LinearCrossEntropyLoss(D, V, out_features=(2,), bias=True, label_smoothing=0.1)
     torchs = torch.nn.LinearCrossEntropyLoss(
@@ -501,7 +501,7 @@ def test_bad_input(arguments, options, error, message):
         linear_cross_entropy(*arguments, **options)
 
 
-def test_a_sharded_weight_is_refused():
+def test_sharded_weight_error():
     class DTensor(torch.Tensor):
         pass
 
@@ -509,7 +509,7 @@ def test_a_sharded_weight_is_refused():
         linear_cross_entropy(X, W.as_subclass(DTensor), T)
 
 
-def test_an_upstream_gradient_that_is_not_a_scalar():
+def test_upstream_gradient_shape_error():
     x, w = leaves(X, W)
     with pytest.raises(RuntimeError):
         linear_cross_entropy(x, w, T).backward(torch.ones(3))

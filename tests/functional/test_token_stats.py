@@ -144,7 +144,7 @@ def test_target_dtypes(backend, device, dtype):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 7, 255])
-def test_ignore_index_anywhere(backend, device, ignore_index):
+def test_ignore_index_any_value(backend, device, ignore_index):
     x, target = batch(6, 50, device=device, ignored=0)
     target[2] = target[4] = ignore_index
     ours = token_stats(x, target, ignore_index=ignore_index, backend=backend, **ALL)
@@ -206,7 +206,7 @@ def test_gradient_of_entropy_under_a_common_offset(backend, device, dtype):
 
 
 @pytest.mark.parametrize("gap", [1, 10, 18.42, 40, 80, 200])
-def test_confident_token_keeps_its_digits(backend, device, gap):
+def test_confident_token_digits(backend, device, gap):
     """A loss of 1e-8 is 1e-8, where torch gives 0; so is the gradient at the target."""
     x = torch.zeros(2, 2, device=device)
     x[:, 1] = gap
@@ -221,7 +221,7 @@ def test_confident_token_keeps_its_digits(backend, device, gap):
         assert 0 <= ours[0].item() < 1e-37
 
 
-def test_ignored_row_is_not_read(backend, device):
+def test_ignored_row_not_read(backend, device):
     x, target = batch(5, 100, device=device, ignored=0)
     target[1] = target[3] = -100
     x[1], x[3] = float("nan"), float("inf")
@@ -234,7 +234,7 @@ def test_ignored_row_is_not_read(backend, device):
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_every_output_is_written(backend, device, ignored):
+def test_every_output_written(backend, device, ignored):
     """PITFALLS, loss 9: torch.empty is filled with NaN here."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -306,7 +306,7 @@ def test_non_finite_rows(backend, device, softcap):
         torch.testing.assert_close(logprob.double(), truth, rtol=1e-6, atol=0, equal_nan=True)
 
 
-def test_every_class_beats_a_target_that_is_no_number(backend, device):
+def test_rank_of_nan_target(backend, device):
     x = torch.randn(3, 100, device=device)
     target = torch.tensor([0, 40, 99], device=device)
     x[0, 0] = x[2, 99] = float("nan")
@@ -335,7 +335,7 @@ def test_far_apart_logits(backend, device):
     assert_gradient(got, exact, torch.float32)
 
 
-def test_rank_and_argmax_ties_go_to_the_lower_index(backend, device):
+def test_rank_and_argmax_ties(backend, device):
     x = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]], device=device).repeat(5, 30)
     target = torch.tensor([1, 2, 4, 0, 149], device=device)
     ours = token_stats(x, target, backend=backend, rank=True, argmax=True)
@@ -343,7 +343,7 @@ def test_rank_and_argmax_ties_go_to_the_lower_index(backend, device):
     assert torch.equal(ours.rank, truth["rank"]) and torch.equal(ours.argmax, truth["argmax"])
 
 
-def test_out_of_range_target_poisons_its_row_alone(device):
+def test_out_of_range_target_poisons_own_row(device):
     """Kernels: no access outside the row, no synchronisation; that row's loss and gradient are NaN."""
     pytest.importorskip("triton")
     x, target = batch(6, 100, device=device, ignored=0)
@@ -360,7 +360,7 @@ def test_out_of_range_target_poisons_its_row_alone(device):
     assert leaf.grad[bad.to(device)].isnan().all()
 
 
-def test_out_of_range_target_is_an_error_on_request(device, monkeypatch):
+def test_out_of_range_target_error(device, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("CHUNKED_CE_CHECK_TARGETS", "1")
     x, target = batch(6, 100, device=device, ignored=0)
@@ -369,7 +369,7 @@ def test_out_of_range_target_is_an_error_on_request(device, monkeypatch):
         token_stats(x, target, backend="triton")
 
 
-def test_accelerators_without_triton_run_the_same_blocks(monkeypatch):
+def test_accelerators_without_triton(monkeypatch):
     """The torch backend's path for other devices, made to run on the CPU: no look at any value."""
     from chunked_ce.backends import torch as backend_torch
 
@@ -419,7 +419,7 @@ def test_small_probabilities_keep_their_digits(backend, device, dtype, depths):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 1000])
-def test_twice_and_alone_bit_for_bit(backend, device, dtype, vocab):
+def test_bit_identity_twice_and_alone(backend, device, dtype, vocab):
     """The same from run to run; and a row alone is the same row among 64."""
     rows = 64 if backend == "torch" else 9
     x, target = batch(rows, vocab, dtype, device)
@@ -439,7 +439,7 @@ def test_twice_and_alone_bit_for_bit(backend, device, dtype, vocab):
 
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("vocab", [(1 << 19) - 1, (1 << 19) + 1, (1 << 20) + 1])
-def test_a_long_row_alone_bit_for_bit(vocab):
+def test_bit_identity_long_row_alone(vocab):
     x, target = batch(2, vocab, ignored=0)
     for entropy in (False, True):
         both = token_stats(x, target, backend="torch", entropy=entropy)
@@ -456,7 +456,7 @@ def test_a_long_row_alone_bit_for_bit(vocab):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dividing_a_row_among_programs_changes_no_bit(device, dtype, monkeypatch):
+def test_bit_identity_programs_per_row(device, dtype, monkeypatch):
     pytest.importorskip("triton")
     from chunked_ce.backends import gpu
 
@@ -472,7 +472,7 @@ def test_dividing_a_row_among_programs_changes_no_bit(device, dtype, monkeypatch
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [50257, 600_000])
-def test_a_row_alone_at_full_size(dtype, vocab):
+def test_full_size_row(dtype, vocab):
     x, target = batch(17, vocab, dtype)
     many = token_stats(x, target, mean_logprob=True)
     for row in (1, 16):
@@ -495,7 +495,7 @@ def test_vocabularies(backend, device, vocab):
     assert (ours.logprob <= 0).all()
 
 
-def test_gradcheck_on_the_kernels_themselves(backend, device):
+def test_gradcheck_kernels(backend, device):
     rows, vocab = (3, 23) if backend == "torch" else (2, 18)  # two tiles; a launch for each number
     x, target = batch(rows, vocab, torch.float64, device)
     x.requires_grad_()
@@ -515,7 +515,7 @@ def test_gradcheck_on_the_kernels_themselves(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_gradients_of_either_sign(backend, device, dtype):
+def test_low_precision_gradient_either_sign(backend, device, dtype):
     """A positive factor of p may go into the exponent, where nothing else is added or multiplied."""
     x, target = batch(6, 100, dtype, device, ignored=0)
     target = target.clamp(max=89)
@@ -536,7 +536,7 @@ def test_low_precision_gradients_of_either_sign(backend, device, dtype):
         assert_gradient(gradient(ours, x, upstream=g), exact, dtype, largest)
 
 
-def test_low_precision_gradient_is_rounded_once(backend, device):
+def test_low_precision_gradient_rounding(backend, device):
     """bf16 gradients are the fp32 ones, rounded; accumulation never happens in bf16 (PITFALLS, loss 11)."""
     x, target = batch(4, 100, torch.bfloat16, device)
     low = gradient(lambda x: token_stats(x, target, backend=backend).logprob.sum(), x)
@@ -546,7 +546,7 @@ def test_low_precision_gradient_is_rounded_once(backend, device):
     torch.testing.assert_close(low.float(), full, rtol=ULP[torch.bfloat16], atol=0)
 
 
-def test_fp64_keeps_its_digits_far_from_zero(backend, device):
+def test_fp64_far_from_zero(backend, device):
     """lse is rounded to 2e-12 at 1e4, and log2 e to 2e-17 of itself: neither reaches a gradient."""
     x = torch.full((1, 2), 1e4, dtype=torch.float64, device=device)
     target = torch.tensor([1], device=device)

@@ -83,9 +83,7 @@ def backward_is_traced() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_a_step_of_any_size_compiles_at_most_twice(
-    backward_is_traced: None, fused: bool, autocast: bool
-) -> None:
+def test_step_compilation_count(backward_is_traced: None, fused: bool, autocast: bool) -> None:
     """The first size, and then all others: those after the second compile nothing."""
     sizes = (5, 5, 7, 9, 12)
     compiler = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -99,7 +97,7 @@ def test_a_step_of_any_size_compiles_at_most_twice(
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_a_step_through_inductor(backward_is_traced: None, fused: bool, autocast: bool) -> None:
+def test_step_inductor(backward_is_traced: None, fused: bool, autocast: bool) -> None:
     sizes = (6, 6, 8, 10)
     ours = train(Model(fused), sizes, autocast, "inductor")
     tolerance = 1e-3 if autocast else 1e-6
@@ -107,7 +105,7 @@ def test_a_step_through_inductor(backward_is_traced: None, fused: bool, autocast
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_loss_scale_saves_small_float16_gradients(fused: bool) -> None:
+def test_loss_scale_small_float16_gradients(fused: bool) -> None:
     """The gradients of a sum over 1e7 tokens are below float16's smallest number, 6e-8."""
     ((tokens, labels),) = batches((9,))
     items = torch.tensor(10**7)
@@ -179,7 +177,7 @@ def operators(device: str, drop_ignored: bool) -> None:
     h, w, b, target = head(device)
     shared = (-100, V, 30.0, 0.5, "torch")
     x = h @ w.t()
-    classes = ops.Classes(weight=w[:, 0], at=target.clamp(min=0)[:, None])
+    classes = ops.Classes(weight=w[:, 0], indices=target.clamp(min=0)[:, None])
     lse, logprob, low, entropy, *_ = ops._token_stats(
         x, target, *classes, *shared, True, True, True, True, False
     )
@@ -196,7 +194,7 @@ def operators(device: str, drop_ignored: bool) -> None:
     linear_ops._linear_stats_grad(h, w, b, target, *rows, *shared, *chunks, [True] * 3)
 
 
-def test_nothing_waits_for_a_device() -> None:
+def test_loss_no_device_sync() -> None:
     with Waits() as waits:
         operators("meta", drop_ignored=False)
     assert waits.seen == []
@@ -208,7 +206,7 @@ def test_nothing_waits_for_a_device() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_no_step_waits_for_a_device(fused: bool) -> None:
+def test_step_no_device_sync(fused: bool) -> None:
     """From the public functions to the gradients, by the operators' shapes alone."""
     model = Model(fused).to("meta")
     ((tokens, labels),) = batches((6,))
@@ -218,11 +216,11 @@ def test_no_step_waits_for_a_device(fused: bool) -> None:
     assert waits.seen == [] and model.head.weight.grad.shape == (V, D)
 
 
-def test_no_kernel_launch_reads_a_value(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_no_device_sync(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton backend in the interpreter, told that looking is not free, as on a GPU."""
     pytest.importorskip("triton")
     checked = backends.check_targets
-    monkeypatch.setattr(backends, "check_targets", lambda *a, free: checked(*a, free=False))
+    monkeypatch.setattr(backends, "check_targets", lambda *a, on_host: checked(*a, on_host=False))
     h, w, b, target = head(device)
     tensors = [t.requires_grad_() for t in (h, w, b)]
     for reduction in ("mean", "none"):

@@ -112,14 +112,14 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_transform_of_a_loss(name, kind):
+def test_transform_loss(name, kind):
     ours, reference, a = LOSSES[name]
     before = a.clone()
     torch.testing.assert_close(TRANSFORMS[kind](ours, a), TRANSFORMS[kind](reference, a))
     assert torch.equal(a, before)
 
 
-def test_vmap_over_logits_targets_and_weights():
+def test_vmap_all_arguments():
     x, y = _batch(X), torch.stack([Y, Y.flip(0), (Y + 1).clamp(min=0)])
     w, token_weight = torch.rand(V, B).double(), torch.rand(B, N).double()
 
@@ -127,17 +127,17 @@ def test_vmap_over_logits_targets_and_weights():
         return c.cross_entropy(x, y, w)
 
     for in_dims in ((0, 0, 1), (None, 0, None), (None, None, 1), (0, None, 1)):
-        given = [t if d is not None else t.select(d0, 0)
+        arguments = [t if d is not None else t.select(d0, 0)
                  for t, d, d0 in zip((x, y, w), in_dims, (0, 0, 1), strict=True)]  # fmt: skip
-        out = vmap(ours, in_dims=in_dims)(*given)
-        torch.testing.assert_close(out, vmap(F.cross_entropy, in_dims=in_dims)(*given))
+        out = vmap(ours, in_dims=in_dims)(*arguments)
+        torch.testing.assert_close(out, vmap(F.cross_entropy, in_dims=in_dims)(*arguments))
     out = vmap(lambda x, t: c.cross_entropy(x, Y, token_weight=t))(x, token_weight)
     losses = vmap(lambda x: F.cross_entropy(x, Y, reduction="none"))(x)
     weights = token_weight * (Y != -100)
     torch.testing.assert_close(out, (losses * weights).sum(1) / weights.sum(1))
 
 
-def test_vmap_over_rows_is_one_call(monkeypatch):
+def test_vmap_rows_one_call(monkeypatch):
     from chunked_ce import backends
 
     calls, row_statistics = [], backends.row_statistics
@@ -158,7 +158,7 @@ def test_vmap_over_rows_is_one_call(monkeypatch):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradients_of_each_sample(fused):
+def test_per_sample_gradients(fused):
     model = nn.Sequential(nn.Linear(D, 6), nn.Tanh()).double()
     loss = c.LinearCrossEntropyLoss(6, V, bias=True, dtype=torch.float64)
     parameters = dict(model.named_parameters()) | {"h." + k: p for k, p in loss.named_parameters()}
@@ -181,7 +181,7 @@ def test_gradients_of_each_sample(fused):
         torch.testing.assert_close(of_each, torch.stack([e[name] for e in expected]))
 
 
-def test_gradient_of_probabilities_and_of_what_divides_the_mean():
+def test_gradient_probabilities_and_num_items():
     f, g = (lambda p: c.cross_entropy(X, p), lambda p: F.cross_entropy(X, p))
     torch.testing.assert_close(grad(f)(P), grad(g)(P))
     n = torch.tensor(7.0).double()
@@ -189,7 +189,7 @@ def test_gradient_of_probabilities_and_of_what_divides_the_mean():
     torch.testing.assert_close(ours, grad(lambda n: F.cross_entropy(X, Y, reduction="sum") / n)(n))
 
 
-def test_ordinary_backward_through_vmap():
+def test_backward_through_vmap():
     b = _batch(X).requires_grad_()
     (ours,) = torch.autograd.grad(vmap(lambda x: c.cross_entropy(x, Y))(b).square().sum(), b)
     (expected,) = torch.autograd.grad(vmap(lambda x: F.cross_entropy(x, Y))(b).square().sum(), b)
@@ -197,7 +197,7 @@ def test_ordinary_backward_through_vmap():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_second_derivatives_and_forward_mode_are_refused(name):
+def test_second_derivatives_and_forward_mode_error(name):
     f, _, a = LOSSES[name]
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad(lambda a: grad(f)(a).square().sum())(a)
@@ -207,7 +207,7 @@ def test_second_derivatives_and_forward_mode_are_refused(name):
         hessian(f)(a)
 
 
-def test_mistakes_are_named_below_transforms():
+def test_bad_input_under_transforms():
     with pytest.raises(IndexError, match="target 37 in row 2 is out of range"):
         grad(lambda x: c.cross_entropy(x, torch.tensor([0, 1, V, 3, 4])))(X)
     with pytest.raises(ValueError, match="target has shape"):
@@ -222,7 +222,7 @@ def test_mistakes_are_named_below_transforms():
         grad(lambda x: vocab_parallel_cross_entropy(x, Y))(X)
 
 
-def test_transforms_outside_of_a_compiled_loss_and_inside():
+def test_transforms_and_compile():
     def loss(x):
         return c.cross_entropy(x, Y)
 

@@ -130,7 +130,7 @@ def strided(draw, t: Tensor) -> Tensor:
 
 
 @dataclass
-class Goal:
+class TargetSpec:
     """A target, and the same as class probabilities in fp64, for the truth."""
 
     kind: str
@@ -142,7 +142,7 @@ class Goal:
     unspread: Tensor | None = None
 
 
-def indices_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> Goal:
+def index_spec(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> TargetSpec:
     ignore_index = draw(st.sampled_from([-100, -100, -1, 0, vocab - 1, 10**6]))
     dtypes = [d for d in INTEGERS if torch.iinfo(d).max >= vocab]
     dtype = draw(st.sampled_from(dtypes))
@@ -156,20 +156,20 @@ def indices_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) ->
     options = (
         {} if ignore_index == -100 and draw(st.booleans()) else dict(ignore_index=ignore_index)
     )
-    return Goal("indices", strided(draw, index.to(dtype)), prob, counted, options)
+    return TargetSpec("indices", strided(draw, index.to(dtype)), prob, counted, options)
 
 
-def probabilities_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> Goal:
+def probability_spec(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> TargetSpec:
     prob = torch.rand(*rows, vocab, generator=g, dtype=torch.float64)
     if draw(st.booleans()):
         prob = torch.where(torch.rand(prob.shape, generator=g) < 0.5, 0.0, prob)
     if draw(st.booleans()):
         prob = prob / prob.sum(-1, keepdim=True).clamp(min=1e-3)
     prob = prob.to(draw(st.sampled_from(DTYPES)))
-    return Goal("probabilities", prob, prob.double(), torch.ones(rows, dtype=torch.bool))
+    return TargetSpec("probabilities", prob, prob.double(), torch.ones(rows, dtype=torch.bool))
 
 
-def top_k_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> Goal:
+def top_k_spec(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> TargetSpec:
     ignore_index = draw(st.sampled_from([-100, -100, -1, 0]))
     k = draw(st.integers(1, 5))
     index = torch.randint(0, vocab, (*rows, k), generator=g)
@@ -194,15 +194,15 @@ def top_k_goal(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> G
         prob = spread_out
     options = dict(ignore_index=ignore_index, spread_rest=spread)
     index = index.to(draw(st.sampled_from(INTEGERS[:4])))
-    return Goal("top k", (index, q), prob, given.any(-1), options, unspread)
+    return TargetSpec("top k", (index, q), prob, given.any(-1), options, unspread)
 
 
-GOALS = dict(indices=indices_goal, probabilities=probabilities_goal) | {"top k": top_k_goal}
+TARGET_SPECS = dict(indices=index_spec, probabilities=probability_spec) | {"top k": top_k_spec}
 
 
-def goals(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> Goal:
+def target_specs(draw, g: torch.Generator, rows: tuple[int, ...], vocab: int) -> TargetSpec:
     kind = draw(st.sampled_from(["indices", "indices", "indices", "probabilities", "top k"]))
-    return GOALS[kind](draw, g, rows, vocab)
+    return TARGET_SPECS[kind](draw, g, rows, vocab)
 
 
 def heads(draw) -> dict[str, Any]:

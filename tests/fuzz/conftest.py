@@ -60,7 +60,7 @@ def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
     backend = request.node.callspec.params.get("backend")
     if backend == "triton":
         pytest.importorskip("triton")
-    if backend == "cpu" and not cpu_library.IS_THERE:
+    if backend == "cpu" and not cpu_library.IS_AVAILABLE:
         pytest.skip("the CPU kernels are not built")
 
     def run(strategy: SearchStrategy[Any], check: Callable[..., None]) -> None:

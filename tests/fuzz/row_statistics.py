@@ -19,7 +19,7 @@ FLOATS = ("lse", "logprob", "entropy", "mean_logprob")
 class Call:
     x: Tensor  # [..., columns]
     view: str
-    goal: cases.Goal
+    target_spec: cases.TargetSpec
     head: dict[str, Any]
     wanted: dict[str, bool]
     weight: Tensor | None
@@ -38,12 +38,12 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, largest=cases.LARGEST[
     x = torch.nn.functional.pad(x, (0, padding), value=cases.NAN)
     wanted = {name: draw(st.booleans()) for name in ("entropy", "mean_logprob", "rank", "argmax")}
     weight = torch.rand(vocab, generator=g) if draw(st.integers(0, 3)) == 0 else None
-    goal = cases.indices_goal(draw, g, shape, vocab)
+    target_spec = cases.index_spec(draw, g, shape, vocab)
     upstream = [cases.upstreams(draw, g, shape) for _ in FLOATS]
     view, inplace = draw(st.sampled_from(cases.VIEWS)), draw(st.integers(0, 3)) == 0
     cuts = sorted(draw(st.lists(st.integers(0, vocab), max_size=3)))
     return Call(
-        x, view, goal, cases.heads(draw), wanted, weight, inplace and view != "expanded", upstream, cuts,
+        x, view, target_spec, cases.heads(draw), wanted, weight, inplace and view != "expanded", upstream, cuts,
         draw(cases.BLOCKS), vocab,
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ class Truth:
     """The statistics of a call in fp64, their gradient, and how near to them one must come."""
 
     def __init__(self, call: Call, wanted: dict[str, bool]) -> None:
-        self.dtype, counted = call.x.dtype, call.goal.counted
+        self.dtype, counted = call.x.dtype, call.target_spec.counted
         self.leaf = call.x.double().requires_grad_()
         self.z = z = truth.head_of(cases.seen(self.leaf, call.view), call.head, call.vocab)
         z = torch.where(counted[..., None], z, 0.0)
@@ -65,7 +65,7 @@ class Truth:
         logp = near - above
         finite = torch.where(logp == -torch.inf, 0.0, logp)
         w = torch.ones(z.shape[-1]) if call.weight is None else call.weight
-        t = call.goal.prob.argmax(-1, keepdim=True)
+        t = call.target_spec.prob.argmax(-1, keepdim=True)
         stats = dict(
             lse=(largest + above)[..., 0],
             logprob=logp.gather(-1, t)[..., 0],

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(input|target) of shape")
 class Call:
     x: Tensor  # [..., columns]
     view: str
-    goal: cases.Goal
+    target_spec: cases.TargetSpec
     options: dict[str, Any]
     head: dict[str, Any]
     schedule: dict[str, Any]
@@ -40,20 +40,22 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, largest=cases.LARGEST[
     view = draw(st.sampled_from(cases.VIEWS))
     if view == "expanded" and "inplace_backward" in schedule:
         schedule = {}
-    goal = cases.goals(draw, g, shape, vocab)
+    target_spec = cases.target_specs(draw, g, shape, vocab)
     options = cases.loss_options(draw, g, shape, vocab)
     if padding:
         options["vocab_size"] = vocab
-        if goal.kind == "probabilities":  # of columns that do not exist
-            goal.target = torch.nn.functional.pad(goal.target, (0, padding), value=0.5)
+        if target_spec.kind == "probabilities":  # of columns that do not exist
+            target_spec.target = torch.nn.functional.pad(
+                target_spec.target, (0, padding), value=0.5
+            )
     if "token_weight" in options and "grad_in_forward" not in schedule and draw(st.booleans()):
         options["token_weight"] = options["token_weight"].requires_grad_()
-    if goal.kind == "probabilities" and draw(st.booleans()):
-        goal.target.requires_grad_()
+    if target_spec.kind == "probabilities" and draw(st.booleans()):
+        target_spec.target.requires_grad_()
     upstream = cases.upstreams(draw, g, shape if options["reduction"] == "none" else ())
     dim = draw(st.sampled_from([-1, -1, 1]))
     return Call(
-        x, view, goal, options, cases.heads(draw), schedule, vocab, upstream, dim, draw(cases.BLOCKS)
+        x, view, target_spec, options, cases.heads(draw), schedule, vocab, upstream, dim, draw(cases.BLOCKS)
     )  # fmt: skip
 
 
@@ -62,13 +64,13 @@ def ours(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     leaf = call.x.clone().requires_grad_()
     x = cases.seen(leaf, call.view)
     before, beside = x.detach().clone(), cases.outside(x)
-    target, dim = call.goal.target, call.dim
+    target, dim = call.target_spec.target, call.dim
     if dim == 1 and x.dim() > 1:
         x = x.movedim(-1, 1)
-        target = target.movedim(-1, 1) if call.goal.kind == "probabilities" else target
+        target = target.movedim(-1, 1) if call.target_spec.kind == "probabilities" else target
     with cases.block_size(call.block):
         loss = cross_entropy(
-            x, target, dim=dim, backend=backend, **call.goal.options, **call.options, **call.head, **call.schedule
+            x, target, dim=dim, backend=backend, **call.target_spec.options, **call.options, **call.head, **call.schedule
         )  # fmt: skip
         loss.backward(call.upstream.to(loss))
     x = x.movedim(1, -1) if dim == 1 and x.dim() > 1 else x
@@ -80,7 +82,7 @@ def ours(call: Call, backend: str) -> tuple[Tensor, Tensor]:
 
 def learned(call: Call) -> list[Tensor]:
     """Tensors other than the logits that want a gradient."""
-    given = (call.goal.target, call.options.get("token_weight"))
+    given = (call.target_spec.target, call.options.get("token_weight"))
     return [t for t in given if isinstance(t, Tensor) and t.requires_grad]
 
 
@@ -88,21 +90,28 @@ def check(call: Call, backend: str = "torch") -> None:
     loss, grad = ours(call, backend)
     wide = {id(t): t.detach().double().requires_grad_() for t in learned(call)}
     options = {k: wide.get(id(v), v) for k, v in call.options.items()}
-    prob = call.goal.prob
-    if id(call.goal.target) in wide:
-        prob = wide[id(call.goal.target)][..., : call.vocab]
+    prob = call.target_spec.prob
+    if id(call.target_spec.target) in wide:
+        prob = wide[id(call.target_spec.target)][..., : call.vocab]
     leaf = call.x.double().requires_grad_()
     z = truth.head_of(cases.seen(leaf, call.view), call.head, call.vocab)
-    indices = call.goal.kind == "indices"
+    indices = call.target_spec.kind == "indices"
     exact = truth.cross_entropy(
-        z, prob, call.goal.counted, indices=indices, unspread=call.goal.unspread, **options
+        z,
+        prob,
+        call.target_spec.counted,
+        indices=indices,
+        unspread=call.target_spec.unspread,
+        **options,
     )
     exact.value.backward(call.upstream.to(exact.value))
     moved = truth.rounding(call.x, z, call.head)
     slack = truth.slack(exact, moved, call.options["reduction"], call.x.dtype)
     truth.assert_values(loss, exact.value, call.x.dtype, slack)
 
-    if exact.divisor == 0 and call.goal.counted.any():  # the weights add up to 0: any gradient is
+    if (
+        exact.divisor == 0 and call.target_spec.counted.any()
+    ):  # the weights add up to 0: any gradient is
         return
     steepest = exact.steepest * abs(call.head.get("logit_scale", 1.0))
     bound = (call.upstream.abs() / exact.divisor.abs() * steepest).nan_to_num(0.0)

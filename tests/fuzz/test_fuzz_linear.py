@@ -39,7 +39,7 @@ class Call:
     weight: Tensor  # [V, D]
     bias: Tensor | None
     view: str  # of weight
-    goal: cases.Goal
+    target_spec: cases.TargetSpec
     options: dict[str, Any]
     head: dict[str, Any]
     chunks: dict[str, Any]
@@ -67,19 +67,19 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, statistics=SOMETIMES):
             torch.rand(bias.shape, generator=g) < 0.1, -torch.inf
         )  # masked classes
     statistics = draw(statistics)
-    goal = (cases.indices_goal if statistics else cases.goals)(draw, g, shape, vocab)
+    target_spec = (cases.index_spec if statistics else cases.target_specs)(draw, g, shape, vocab)
     options = cases.loss_options(draw, g, shape, vocab)
     if statistics:
         options = dict(reduction="none")
     if padding:
         options["vocab_size"] = vocab
-        if goal.kind == "probabilities":
-            goal.target = torch.nn.functional.pad(goal.target, (0, padding))
+        if target_spec.kind == "probabilities":
+            target_spec.target = torch.nn.functional.pad(target_spec.target, (0, padding))
     if draw(st.integers(0, 3)) == 0:
         special = torch.rand(x.shape, generator=g) < 0.05
         x = x.masked_fill(special, draw(st.sampled_from([torch.nan, torch.inf, -0.0])))
-    if not goal.counted.all() and draw(st.booleans()):  # what is ignored is not read
-        x = torch.where(goal.counted[..., None], x, torch.nan)
+    if not target_spec.counted.all() and draw(st.booleans()):  # what is ignored is not read
+        x = torch.where(target_spec.counted[..., None], x, torch.nan)
     if dtype == torch.bfloat16 and hidden % 2:  # torch.mm on a CPU lets NaN into the row before
         x = x.nan_to_num(0.0, 0.0, 0.0)
     chunks = dict(
@@ -91,7 +91,7 @@ def calls(draw, shapes=cases.SHAPES, vocabs=cases.VOCABS, statistics=SOMETIMES):
     upstream = cases.upstreams(draw, g, shape if options["reduction"] == "none" else ())
     wanted = draw(st.lists(st.booleans(), min_size=3, max_size=3))
     return Call(
-        x, weight, bias, view, goal, options, cases.heads(draw), chunks, vocab, upstream, wanted, statistics,
+        x, weight, bias, view, target_spec, options, cases.heads(draw), chunks, vocab, upstream, wanted, statistics,
         draw(cases.BLOCKS),
     )  # fmt: skip
 
@@ -104,16 +104,16 @@ def ours(call: Call, backend: str) -> tuple[Tensor, list[Tensor | None]]:
     ]
     x, weight, bias = leaves
     weight = cases.seen(weight, call.view)
-    shared = call.goal.options | call.options | call.head | call.chunks
+    shared = call.target_spec.options | call.options | call.head | call.chunks
     with cases.block_size(call.block):
         if call.statistics:
             shared.pop("reduction")
             loss = -linear_token_stats(
-                x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared
+                x, weight, call.target_spec.target, linear_bias=bias, backend=backend, **shared
             ).logprob
         else:
             loss = linear_cross_entropy(
-                x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared
+                x, weight, call.target_spec.target, linear_bias=bias, backend=backend, **shared
             )
         if loss.requires_grad:
             loss.backward(call.upstream.to(loss))
@@ -122,7 +122,7 @@ def ours(call: Call, backend: str) -> tuple[Tensor, list[Tensor | None]]:
 
 def check(call: Call, backend: str = "torch") -> None:
     loss, grads = ours(call, backend)
-    dtype, counted = call.x.dtype, call.goal.counted
+    dtype, counted = call.x.dtype, call.target_spec.counted
     x = torch.where(counted[..., None], call.x, 0.0).double().requires_grad_()
     weight = call.weight.double().requires_grad_()
     bias = (
@@ -132,9 +132,14 @@ def check(call: Call, backend: str = "torch") -> None:
     rounded = _Rounded.apply(logits, dtype)
     rounded.retain_grad()
     z = truth.head_of(rounded, call.head, call.vocab)
-    indices = call.goal.kind == "indices"
+    indices = call.target_spec.kind == "indices"
     exact = truth.cross_entropy(
-        z, call.goal.prob, counted, indices=indices, unspread=call.goal.unspread, **call.options
+        z,
+        call.target_spec.prob,
+        counted,
+        indices=indices,
+        unspread=call.target_spec.unspread,
+        **call.options,
     )
     exact.value.backward(call.upstream.to(exact.value))
     moved = truth.rounding(call.x, z, call.head)
@@ -178,8 +183,8 @@ def products(rows: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
 def check_statistics(call: Call, backend: str = "torch") -> None:
     """All of them, and their gradients, as :func:`token_stats` has them of the same logits."""
     call.options.pop("reduction")
-    dtype, counted = call.x.dtype, call.goal.counted
-    shared = call.goal.options | call.options | call.head
+    dtype, counted = call.x.dtype, call.target_spec.counted
+    shared = call.target_spec.options | call.options | call.head
     shared |= dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
     leaves = [None if t is None else t.clone().requires_grad_() for t in (call.x, call.weight, call.bias)]  # fmt: skip
     x, weight, bias = leaves
@@ -187,9 +192,15 @@ def check_statistics(call: Call, backend: str = "torch") -> None:
     logits = flat @ call.weight.double().t() + (0.0 if bias is None else call.bias.double())
     logits = logits.to(dtype).requires_grad_()
     with cases.block_size(call.block):
-        of_logits = token_stats(logits, call.goal.target, backend=backend, **shared)
+        of_logits = token_stats(logits, call.target_spec.target, backend=backend, **shared)
         stats = linear_token_stats(
-            x, weight, call.goal.target, linear_bias=bias, backend=backend, **shared, **call.chunks
+            x,
+            weight,
+            call.target_spec.target,
+            linear_bias=bias,
+            backend=backend,
+            **shared,
+            **call.chunks,
         )
         assert torch.equal(stats.rank, of_logits.rank)
         assert torch.equal(stats.argmax, of_logits.argmax)
@@ -222,11 +233,11 @@ def check_statistics(call: Call, backend: str = "torch") -> None:
 
 def check_heads(call: Call) -> None:
     """[V, d1, D]: as many heads side by side."""
-    x, target = call.x.reshape(-1, call.x.shape[-1]), call.goal.target.reshape(-1)
+    x, target = call.x.reshape(-1, call.x.shape[-1]), call.target_spec.target.reshape(-1)
     weight = torch.stack([call.weight, call.weight.flip(0)], 1)
     bias = None if call.bias is None else torch.stack([call.bias, call.bias.flip(0)], 1)
     labels = torch.stack([target, target], 1)
-    options = call.goal.options | call.head | call.chunks
+    options = call.target_spec.options | call.head | call.chunks
     for reduction in ("none", "sum"):
         both = linear_cross_entropy(
             x, weight, labels, linear_bias=bias, reduction=reduction, **options
@@ -260,7 +271,7 @@ def test_statistics(explore, backend):
 def test_heads(explore):
     explore(
         calls().filter(
-            lambda call: call.goal.kind == "indices" and "vocab_size" not in call.options
+            lambda call: call.target_spec.kind == "indices" and "vocab_size" not in call.options
         ),
         check_heads,
     )

@@ -17,13 +17,13 @@ VOCAB = 11
 
 def check_meters(call: Call) -> None:
     """Of a batch, and of the batches that it is cut into, in two meters."""
-    x, target = cases.seen(call.x, call.view)[..., : call.vocab], call.goal.target
+    x, target = cases.seen(call.x, call.view)[..., : call.vocab], call.target_spec.target
     call.head, call.weight = {}, None
     exact = Truth(call, {})
     nll = -exact.stats["logprob"].detach().where(~exact.broken, torch.nan)
-    counted = call.goal.counted
+    counted = call.target_spec.counted
     mean = nll.sum() / counted.sum()
-    ignore_index = call.goal.options.get("ignore_index", -100)
+    ignore_index = call.target_spec.options.get("ignore_index", -100)
     dim = -2 if x.dim() > 1 and call.inplace else -1
     value = perplexity(x.movedim(-1, dim), target, ignore_index=ignore_index, dim=dim)
     assert value.dtype == torch.float64 and value.dim() == 0

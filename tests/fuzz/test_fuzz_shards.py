@@ -18,7 +18,7 @@ def check(call: Call, backend: str = "torch") -> None:
     vocab = call.vocab
     names = ("entropy", "mean_logprob", "argmax")
     wanted = shards.Wanted(*(call.wanted[name] for name in names))
-    ignore_index = call.goal.options.get("ignore_index", -100)
+    ignore_index = call.target_spec.options.get("ignore_index", -100)
     head = Head(call.head.get("softcap"), call.head.get("logit_scale", 1.0))
     call.weight = None
     leaf = call.x.clone().requires_grad_()
@@ -30,13 +30,18 @@ def check(call: Call, backend: str = "torch") -> None:
     with cases.block_size(call.block):
         sent = [
             shards.fields(
-                backend, piece.detach(), p.local(call.goal.target, ignore_index), p, head, wanted
+                backend,
+                piece.detach(),
+                p.local(call.target_spec.target, ignore_index),
+                p,
+                head,
+                wanted,
             )
             for piece, p in zip(pieces, parts, strict=True)
         ]
         with mock.patch.object(shards, "all_gather", lambda *_: torch.stack(sent)):
             stats = [
-                shard_stats(piece, call.goal.target, o)
+                shard_stats(piece, call.target_spec.target, o)
                 for piece, o in zip(pieces, options, strict=True)
             ]
         for name in TokenStats._fields:  # the same bits on every rank

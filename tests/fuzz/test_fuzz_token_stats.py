@@ -14,7 +14,7 @@ def check(call: Call, backend: str = "torch") -> None:
     beside = cases.outside(x)
     with cases.block_size(call.block):
         stats = token_stats(
-            x, call.goal.target, **call.goal.options, **call.head, **call.wanted, weight=call.weight,
+            x, call.target_spec.target, **call.target_spec.options, **call.head, **call.wanted, weight=call.weight,
             vocab_size=call.vocab, inplace_backward=call.inplace, backend=backend,
         )  # fmt: skip
         exact = Truth(call, call.wanted)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(input|target) of shape")
 @dataclass
 class Call:
     x: Tensor  # [N, V], fp32 or fp64: multiples of 1/8
-    goal: cases.Goal
+    target_spec: cases.TargetSpec
     options: dict[str, Any]
     block: int
     g: torch.Generator
@@ -30,22 +30,22 @@ class Call:
 
 
 @st.composite
-def calls(draw, kinds=tuple(cases.GOALS)):
+def calls(draw, kinds=tuple(cases.TARGET_SPECS)):
     g, tokens, vocab = cases.generator(draw), draw(st.integers(1, 9)), draw(cases.VOCABS)
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     x = (torch.randint(-80, 81, (tokens, vocab), generator=g) / 8).to(dtype)
-    goal = cases.GOALS[draw(st.sampled_from(kinds))](draw, g, (tokens,), vocab)
+    target_spec = cases.TARGET_SPECS[draw(st.sampled_from(kinds))](draw, g, (tokens,), vocab)
     options = cases.loss_options(draw, g, (tokens,), vocab)
     options.pop("num_items", None)
-    return Call(x, goal, options | cases.heads(draw), draw(cases.BLOCKS), g)
+    return Call(x, target_spec, options | cases.heads(draw), draw(cases.BLOCKS), g)
 
 
 def loss_and_gradient(
     call: Call, upstream: Tensor | float = 1.0, **changed: Any
 ) -> tuple[Tensor, Tensor]:
     x = changed.pop("x", call.x).detach().clone().requires_grad_()
-    options = call.goal.options | call.options | changed
-    target = options.pop("target", call.goal.target)
+    options = call.target_spec.options | call.options | changed
+    target = options.pop("target", call.target_spec.target)
     with cases.block_size(options.pop("block", call.block)):
         loss = cross_entropy(x, target, dim=-1, **options)
         (loss * upstream).sum().backward()
@@ -82,17 +82,19 @@ def check_permutation(call: Call) -> None:
     vocab = call.x.shape[-1]
     order = torch.randperm(vocab, generator=call.g)
     place = order.argsort()
-    target, changed = call.goal.target, {}
-    if call.goal.kind == "probabilities":
+    target, changed = call.target_spec.target, {}
+    if call.target_spec.kind == "probabilities":
         target = target[:, order]
-    elif call.goal.kind == "indices":
-        target = torch.where(call.goal.counted, place[target.long().clamp(0, vocab - 1)], -100)
+    elif call.target_spec.kind == "indices":
+        target = torch.where(
+            call.target_spec.counted, place[target.long().clamp(0, vocab - 1)], -100
+        )
     else:
-        given = target[0] != call.goal.options["ignore_index"]
+        given = target[0] != call.target_spec.options["ignore_index"]
         target = torch.where(given, place[target[0].long().clamp(0, vocab - 1)], -100), target[1]
     if "weight" in call.options:
         changed["weight"] = call.options["weight"][order]
-    if call.goal.kind != "probabilities":
+    if call.target_spec.kind != "probabilities":
         changed["ignore_index"] = -100
     loss, grad = loss_and_gradient(call, x=call.x[:, order], target=target, **changed)
     assert_same((loss, grad[:, place]), loss_and_gradient(call), 4.0)
@@ -104,7 +106,7 @@ def check_rows(call: Call) -> None:
     whole = loss_and_gradient(call)
     cut = int(torch.randint(0, call.tokens + 1, (), generator=call.g))
     for part in (slice(0, cut), slice(cut, None)):
-        changed = dict(target=rows_of(call.goal.target, part))
+        changed = dict(target=rows_of(call.target_spec.target, part))
         if "token_weight" in call.options:
             changed["token_weight"] = call.options["token_weight"][part]
         for a, b in zip(loss_and_gradient(call, x=call.x[part], **changed), whole, strict=True):
@@ -116,8 +118,8 @@ def check_padding(call: Call) -> None:
     pad = int(torch.randint(1, 70, (), generator=call.g))
     vocab = call.x.shape[-1]
     x = torch.nn.functional.pad(call.x, (0, pad), value=math.nan)
-    target = call.goal.target
-    if call.goal.kind == "probabilities":
+    target = call.target_spec.target
+    if call.target_spec.kind == "probabilities":
         target = torch.nn.functional.pad(target, (0, pad))
     loss, grad = loss_and_gradient(call, x=x, target=target, vocab_size=vocab)
     assert (grad[:, vocab:] == 0).all()
@@ -125,7 +127,7 @@ def check_padding(call: Call) -> None:
     if (
         call.options["label_smoothing"]
         or call.options.get("softcap")
-        or call.goal.options.get("spread_rest")
+        or call.target_spec.options.get("spread_rest")
     ):
         return
     scale = call.options.get("logit_scale", 1.0)
@@ -149,7 +151,8 @@ def check_duplicates(call: Call) -> None:
     )
     half = call.options.get("token_weight", torch.ones(call.tokens)).double() / 2
     twice = dict(
-        target=joined(call.goal.target, call.goal.target), token_weight=torch.cat([half, half])
+        target=joined(call.target_spec.target, call.target_spec.target),
+        token_weight=torch.cat([half, half]),
     )
     loss, grad = loss_and_gradient(call, x=torch.cat([call.x, call.x]), **twice)
     expected = loss_and_gradient(call)
@@ -158,8 +161,8 @@ def check_duplicates(call: Call) -> None:
 
 def check_masking(call: Call) -> None:
     """A masked token is one that is not there."""
-    kept = call.goal.counted
-    changed = dict(target=rows_of(call.goal.target, kept))
+    kept = call.target_spec.counted
+    changed = dict(target=rows_of(call.target_spec.target, kept))
     if "token_weight" in call.options:
         changed["token_weight"] = call.options["token_weight"][kept]
     loss, grad = loss_and_gradient(call)
@@ -183,7 +186,8 @@ def check_sum_over_classes(call: Call) -> None:
     call.options |= dict(softcap=None, logit_scale=1.0, reduction="sum")
     _, grad = loss_and_gradient(call)
     of_token = (
-        call.options.get("token_weight", torch.ones(call.tokens)).double() * call.goal.counted
+        call.options.get("token_weight", torch.ones(call.tokens)).double()
+        * call.target_spec.counted
     )
     expected = 2.0 * call.options["z_loss_weight"] * call.x.double().logsumexp(-1) * of_token
     size = grad.double().abs().sum(-1) + expected.abs()
@@ -200,7 +204,12 @@ def check_chunks(call: Call) -> None:
     leaf = call.x.clone().requires_grad_()
     x = leaf * 1.0
     loss = cross_entropy(
-        x, call.goal.target, dim=-1, inplace_backward=True, **call.goal.options, **call.options
+        x,
+        call.target_spec.target,
+        dim=-1,
+        inplace_backward=True,
+        **call.target_spec.options,
+        **call.options,
     )
     loss.sum().backward()
     assert_same((loss.detach(), leaf.grad), whole)
@@ -209,18 +218,18 @@ def check_chunks(call: Call) -> None:
 def check_linear(call: Call) -> None:
     """A head that is the identity; chunks of any size."""
     eye = torch.eye(call.x.shape[-1], dtype=call.x.dtype)
-    options = call.goal.options | call.options
+    options = call.target_spec.options | call.options
     expected = loss_and_gradient(call)
     for size, drop in ((None, None), (1, True), (2, False), (4, None)):
         x = call.x.clone().requires_grad_()
         loss = linear_cross_entropy(
-            x, eye, call.goal.target, token_chunk_size=size, drop_ignored=drop, **options
+            x, eye, call.target_spec.target, token_chunk_size=size, drop_ignored=drop, **options
         )
         loss.sum().backward()
         assert_same((loss.detach(), x.grad), expected)
 
 
-def law(check, kinds=tuple(cases.GOALS), share=20):
+def law(check, kinds=tuple(cases.TARGET_SPECS), share=20):
     return pytest.param(
         check, kinds, marks=pytest.mark.cases(share), id=check.__name__.removeprefix("check_")
     )

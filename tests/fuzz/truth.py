@@ -29,7 +29,7 @@ def cross_entropy(
     counted: Tensor,  # [...]
     *,
     indices: bool,
-    unspread: Tensor | None = None,  # see cases.Goal
+    unspread: Tensor | None = None,  # see cases.TargetSpec
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,

@@ -70,7 +70,7 @@ def forward_backward(
 def test_walk_of_cross_entropy(backend, most, request):
     if backend == "triton":
         pytest.importorskip("triton")
-    elif not cpu_library.IS_THERE:
+    elif not cpu_library.IS_AVAILABLE:
         pytest.skip("no C compiler built the CPU kernels")
     x = torch.randn(4, 100)
     crossed = files_crossed(forward_backward(chunked_ce.cross_entropy, x, backend=backend))

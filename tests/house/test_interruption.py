@@ -19,7 +19,7 @@ WRITES = dict(inplace_backward=True), dict(grad_in_forward=True, inplace_backwar
 def interrupt(monkeypatch):
     """interrupt(name, call): Ctrl-C arrives at that call of a function of the torch backend."""
 
-    monkeypatch.setattr(cpu_library, "IS_THERE", False)
+    monkeypatch.setattr(cpu_library, "IS_AVAILABLE", False)
 
     def at(name, call):
         function, calls = getattr(backend_torch, name), []

@@ -33,7 +33,7 @@ def in_place(x, target, **options):
     return cross_entropy(x * 1, target, inplace_backward=True, **options)
 
 
-def of_head(x, target, **options):
+def head_loss(x, target, **options):
     """x [N, V], its first columns the hidden states."""
     weight = torch.linspace(-1, 1, V * D, device=x.device).to(x.dtype).view(V, D)
     return linear_cross_entropy(
@@ -53,8 +53,8 @@ LOSSES = {
     "top k": lambda x, t: cross_entropy(
         x, (t.clamp(min=0)[:, None], x.detach().sigmoid()[:, :1].to(x.dtype)), reduction="sum"
     ),
-    "head": of_head,
-    "head, each": lambda x, t: of_head(x, t, reduction="none").square().sum(),
+    "head": head_loss,
+    "head, each": lambda x, t: head_loss(x, t, reduction="none").square().sum(),
     "binary": lambda x, t: binary_cross_entropy_with_logits(x, t[:, None], ignore_index=-100),
 }
 
@@ -119,7 +119,7 @@ def test_a_backward_in_another_thread(case):
 def test_one_graph_in_several_threads(case):
     """Each backward has a gradient of its own; one that was given away is given to one thread."""
     x, target = case
-    for loss in (cross_entropy, of_head):
+    for loss in (cross_entropy, head_loss):
         leaf = x.clone().requires_grad_()
         value = loss(leaf, target)
         _, expected = value_and_gradient(loss, x, target)
@@ -216,7 +216,7 @@ def test_another_number_of_threads():
             stats = token_stats(x, target, entropy=True, mean_logprob=True, rank=True)
             _, grad = value_and_gradient(cross_entropy, x, target)
             found.append((*(s for s in stats if s is not None), grad))
-            losses.append(float(of_head(x, target.clamp(max=V - 1))))
+            losses.append(float(head_loss(x, target.clamp(max=V - 1))))
     finally:
         torch.set_num_threads(before)
     assert all(same(f, found[0]) for f in found)

@@ -63,7 +63,7 @@ def test_loss_and_gradient(vocab, dtype, one_pass, inplace, head, device):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_rounds_to_nearest(dtype, device):
+def test_half_precision_rounding(dtype, device):
     """The interpreter truncates, so only a GPU can show it: at most half a step, twice rounded."""
     x, target = batch(16, 50257, dtype, device)
     _, grad = loss_and_gradient(x, target)
@@ -74,7 +74,7 @@ def test_half_precision_rounds_to_nearest(dtype, device):
     assert float(off.max()) <= 0.51 * torch.finfo(dtype).eps
 
 
-def test_launches_with_a_bound_on_registers(device):
+def test_launches_register_bound(device):
     """The statistics beyond lse and logprob are launched with maxnreg: nothing may change."""
     where = torch.device(device, torch.cuda.current_device())
     tile = launch.tile(gpu.architecture(where), 50257, 2, contiguous=True, plain=False)

@@ -51,16 +51,16 @@ def calls(x, ignore_index):
     head = Head(30.0, 0.5)
     everything = dict.fromkeys(("entropy", "mean_logprob", "rank", "argmax"), True)
     weights = ClassWeights(torch.empty(vocab), x, 0.9, 0.1)
-    given = (ignore_index, vocab, head)
-    record(lambda: triton.row_statistics(x, target, *given, weights, **everything))
+    arguments = (ignore_index, vocab, head)
+    record(lambda: triton.row_statistics(x, target, *arguments, weights, **everything))
     numbers = Coefficients(v, v, v, v)
     record(lambda: triton.logits_gradient(
-        x, target, v, v, v, numbers, *given, weights, inplace=True))
+        x, target, v, v, v, numbers, *arguments, weights, inplace=True))
     record(lambda: triton.loss_and_gradient(
-        x, target, v, v[0], 0.1, 1e-4, *given, inplace=True, on_clusters=False))
+        x, target, v, v[0], 0.1, 1e-4, *arguments, inplace=True, on_clusters=False))
     record(lambda: triton.scale_(x, v))
     left_out = torch.empty(rows, 5, dtype=torch.int32)
-    record(lambda: triton_binary.total(x, x, x, x, left_out))
+    record(lambda: triton_binary.loss_sum(x, x, x, x, left_out))
 
 for dtype in (torch.bfloat16, torch.float32) if "--dtypes" in sys.argv else (torch.bfloat16,):
     memory = torch.empty(40 * 60000, dtype=dtype)
@@ -79,11 +79,11 @@ def kernel(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_at_most_20_parameters(name):
+def test_parameter_count(name):
     assert 1 <= len(inspect.signature(kernel(name).fn).parameters) <= 20
 
 
-def test_every_kernel_is_counted():
+def test_parameter_count_covers_all_kernels():
     found = [
         node.name
         for path in (ROOT / "kernels").glob("*.py")
@@ -94,7 +94,7 @@ def test_every_kernel_is_counted():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_and_functions_are_short(path):
+def test_file_and_function_length(path):
     source = path.read_text()
     assert source.count("\n") <= 300
     for node in ast.walk(ast.parse(source)):
@@ -106,7 +106,7 @@ def test_files_and_functions_are_short(path):
             assert lines <= 50, f"{node.name}: {lines} lines"
 
 
-def test_integers_of_a_tuple_are_never_special():
+def test_tuple_integers_specialization():
     """Triton has kinds of its own for 1 and for multiples of 16."""
     numbers = (0, 1, -1, 3, 4, 16, -100, 128256, 2**31 - 1, 2**31, 2**40)
     for number, encoded in zip(numbers, encode(*numbers), strict=True):
@@ -114,7 +114,7 @@ def test_integers_of_a_tuple_are_never_special():
         assert decode.fn(encoded) == number
 
 
-def test_names_not_specialized_on_are_parameters():
+def test_not_specialized_names():
     names = {p for name in KERNELS for p in inspect.signature(kernel(name).fn).parameters}
     assert set(NOT_SPECIALIZED) <= names
 
@@ -128,7 +128,7 @@ def compiled_kinds(*arguments):
     return json.loads(done.stdout)
 
 
-def test_other_sizes_compile_nothing_new():
+def test_compilation_count_other_sizes():
     """Rows, V, strides, where the logits start, ignore_index: one kind of launch for them all."""
     one = {f"{name}_kernel": 1 for name in KERNELS}
     assert compiled_kinds() == one

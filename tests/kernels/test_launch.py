@@ -22,7 +22,7 @@ def device_with(monkeypatch, **properties):
     return torch.device("cuda", 7)
 
 
-def test_an_unknown_architecture_is_said_once(monkeypatch):
+def test_unknown_architecture_warning(monkeypatch):
     device = device_with(monkeypatch, major=7, minor=5)
     with pytest.warns(UserWarning, match="no launch table for sm_75"):
         assert gpu.architecture(device) == "generic"
@@ -51,7 +51,7 @@ def test_known_architectures(monkeypatch, properties, name):
         (dict(), 64, 16 << 20),
     ],
 )
-def test_sizes_of_a_device(monkeypatch, properties, processors, l2_bytes):
+def test_device_sizes(monkeypatch, properties, processors, l2_bytes):
     device = device_with(monkeypatch, **properties)
     assert gpu.processors(device) == processors and gpu.l2_bytes(device) == l2_bytes
 
@@ -77,42 +77,42 @@ def plan(columns, rows=4096, itemsize=2, clusters=False, contiguous=True, plain=
     )  # fmt: skip
 
 
-def test_one_pass_holds_short_rows_on_chip_and_streams_long_ones():
+def test_one_pass_plan():
     assert plan(16000).on_chip and not plan(50257).on_chip
     assert not plan(16000, contiguous=False).on_chip and not plan(16000, plain=False).on_chip
     assert not plan(16000, itemsize=8).on_chip
 
 
-def test_streamed_rows_under_way_fit_half_the_l2():
+def test_streamed_rows_fit_l2():
     assert plan(50257).programs * 50257 * 2 <= 25 << 20
     assert plan(128256).programs == 132  # one for each processor at least
     assert plan(50257, rows=3).programs == 3
 
 
 @pytest.mark.parametrize(("columns", "ctas"), [(32000, 2), (50257, 4), (131072, 8)])
-def test_clusters_where_they_were_checked(columns, ctas):
+def test_clusters_verified(columns, ctas):
     with_clusters = plan(columns, clusters=True)
     assert with_clusters.on_chip and with_clusters.tile.num_ctas == ctas
     assert not plan(131073 * 2, clusters=True).on_chip
 
 
-def test_clusters_need_a_record(monkeypatch, tmp_path):
+def test_clusters_record(monkeypatch, tmp_path):
     monkeypatch.setenv("CHUNKED_CE_CACHE", str(tmp_path))
-    monkeypatch.setattr(clusters, "supported", lambda device: True)
+    monkeypatch.setattr(clusters, "is_supported", lambda device: True)
     monkeypatch.setattr(clusters, "_key", lambda device: "a GPU")
     device = torch.device("cuda", 7)
-    clusters.checked.cache_clear()
-    assert clusters.checked(device) is False
+    clusters.is_verified.cache_clear()
+    assert clusters.is_verified(device) is False
     for agrees in (True, False):
         monkeypatch.setattr(clusters, "_agrees", lambda *_, agrees=agrees: agrees)
         assert clusters.check(device) is agrees
-        assert clusters.checked(device) is agrees
+        assert clusters.is_verified(device) is agrees
     (tmp_path / "clusters.json").write_text("not json")
-    clusters.checked.cache_clear()
-    assert clusters.checked(device) is False
-    clusters.checked.cache_clear()
+    clusters.is_verified.cache_clear()
+    assert clusters.is_verified(device) is False
+    clusters.is_verified.cache_clear()
 
 
-def test_no_clusters_on_a_cpu():
-    assert clusters.supported(torch.device("cpu")) is False
+def test_clusters_cpu():
+    assert clusters.is_supported(torch.device("cpu")) is False
     assert clusters.check(torch.device("cpu")) is False

@@ -122,11 +122,11 @@ def _reason(device: torch.device, backend: str) -> str:
 
 def _built() -> str:
     """Which of the CPU kernels there are, and which is in use."""
-    names = [file.stem.removeprefix("cpu_") for file in cpu_library.built()]
+    names = [file.stem.removeprefix("cpu_") for file in cpu_library.built_libraries()]
     if not names:
         return "the kernels in C were not built: no C compiler when chunked-ce was installed"
     file, built = cpu_library.path(), ", ".join(names)
-    if file is None or not cpu_library.IS_THERE:
+    if file is None or not cpu_library.IS_AVAILABLE:
         return f"kernels in C built for {built}, of which none can be loaded"
     return f"kernels in C built for {built}; in use: {file.stem.removeprefix('cpu_')}"
 
@@ -140,7 +140,7 @@ def _launch_row(device: torch.device) -> str:
 
 
 def _clusters(device: torch.device) -> str:
-    if not clusters.supported(device):
+    if not clusters.is_supported(device):
         return "not used: they need sm_90 and Triton 3.8"
     return "agree, and are used" if clusters.check(device) else "disagree, and are not used"
 
@@ -159,7 +159,7 @@ def _attempt(section: str, what: str, find_out: Callable[[], str]) -> Finding:
 
 def _backends(device: torch.device) -> list[str]:
     names = ["torch"]
-    if device.type == "cpu" and cpu_library.IS_THERE:
+    if device.type == "cpu" and cpu_library.IS_AVAILABLE:
         names.insert(0, "cpu")
     if backends.TRITON_INSTALLED and (device.type != "cpu" or backends.INTERPRETED):
         names.insert(0, "triton")
