@@ -50,9 +50,9 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
-# The API reference, from the docstrings.
+# The pages of docs/ and the API reference from the docstrings: open build/docs/index.html.
 docs: .venv/dev
-	$(BIN)/python -m pdoc -d google -o build/docs chunked_ce chunked_ce.distributed chunked_ce.huggingface chunked_ce.planner chunked_ce.cli.doctor
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The programs that check and measure a GPU, on tiny sizes on the CPU; with a GPU: `python -m bench gpu`.
 gpu-dry-run: .venv/dev

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {  # command: (module, its function, what it does)
     "quick": ("suites", "quick", "every provider that needs no compiler, small sizes: seconds"),
-    "full": ("suites", "full", "every provider over vocabularies, the README's figure: minutes"),
+    "full": ("suites", "full", "every provider over vocabularies: minutes"),
     "cpu": ("cpu", "main", "the losses from logits on the CPU beside their bounds; --busy N"),
     "linear": ("linear", "main", "head and loss together on the CPU beside their bounds"),
     "weight_traffic": ("weight_traffic", "main", "bytes of the weight gradient, counted"),
@@ -23,6 +23,7 @@ COMMANDS = {  # command: (module, its function, what it does)
     "audit": ("audit", "main", "instructions, registers and bounds of the compiled kernels"),
     "compile": ("compile", "main", "compile every kernel for GPUs that are not here"),
     "providers": ("providers", "main", "who is compared, and why one cannot run here"),
+    "plan": ("plan_figure", "main", "draw the planner's peak memory, README's figure: seconds"),
     "figures": ("figures", "main", "draw every figure from the CSV files"),
 }
 

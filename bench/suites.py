@@ -1,7 +1,7 @@
 """Time and memory of every provider over vocabularies, and the predicted memory beside it.
 
     python -m bench quick                     small sizes, without what compiles: seconds
-    python -m bench full                      the README's figure: some 8 minutes on 2 idle cores
+    python -m bench full                      the figure in docs: 8 minutes on 2 idle cores
     python -m bench full --dtype float32 --provider eager chunked_ce --out folder
 
 Of the loss alone, of head and loss in one, and of the head followed by the loss ("head + ...").

@@ -1,22 +1,26 @@
-"""Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored."""
+"""Cross-entropy over large vocabularies, computed in chunks: the softmax is never stored.
+
+Names are loaded at their first use, so that `chunked-ce --help` need not wait for torch. Where
+torch is imported already, everything is loaded at once, the operators `torch.ops.chunked_ce` too.
+"""
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .checks import explain_loss
-from .core.row_stats import TokenStats
-from .evaluation import documents as _documents
-from .evaluation.evaluate import evaluate_perplexity
-from .evaluation.likelihood import Loglikelihood, loglikelihood
-from .evaluation.meter import Perplexity, perplexity
-from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
-from .functional.binary import binary_cross_entropy_with_logits
-from .functional.linear import linear_cross_entropy, linear_token_stats
-from .functional.logits import cross_entropy, token_stats
-from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
+if TYPE_CHECKING:
+    from .checks import explain_loss
+    from .core.row_stats import TokenStats
+    from .evaluation.evaluate import evaluate_perplexity
+    from .evaluation.likelihood import Loglikelihood, loglikelihood
+    from .evaluation.meter import Perplexity, perplexity
+    from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
+    from .functional.binary import binary_cross_entropy_with_logits
+    from .functional.linear import linear_cross_entropy, linear_token_stats
+    from .functional.logits import cross_entropy, token_stats
+    from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
-
-sys.modules[f"{__name__}.documents"] = _documents  # where it was imported from before
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -38,3 +42,41 @@ __all__ = [
     "perplexity",
     "token_stats",
 ]
+
+_MODULES = (  # the same as above, which type checkers read
+    "checks",
+    "core.row_stats",
+    "evaluation.evaluate",
+    "evaluation.likelihood",
+    "evaluation.meter",
+    "evaluation.report",
+    "functional.binary",
+    "functional.linear",
+    "functional.logits",
+    "modules",
+)
+
+
+def _load() -> None:
+    """Import every public name into this module."""
+    for name in _MODULES:
+        found = vars(import_module(f".{name}", __name__))
+        globals().update({public: found[public] for public in __all__ if public in found})
+
+
+if not TYPE_CHECKING:  # a type checker must not take any name for a public one
+
+    def __getattr__(name: str) -> object:
+        """Load the library at the first use of a name (PEP 562)."""
+        if not name.startswith("_"):
+            _load()
+        if name in globals():
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    _load()

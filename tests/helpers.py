@@ -103,8 +103,19 @@ def patch_the_language_once() -> None:
     interpreter._patch_lang = patch_once
 
 
-def run_snippet(containing: str, names: dict[str, Any]) -> None:
-    """Runs the README's one piece of Python that contains a text, with and into `names`."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if containing in s)
-    exec(snippet, names)
+def blocks_of(page: str) -> list[str]:
+    """Return the pieces of Python of README.md or of a page of docs/."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.M | re.S)
+
+
+def block_of(page: str, containing: str) -> str:
+    """Return the page's one piece of Python that contains a text."""
+    (block,) = (b for b in blocks_of(page) if containing in b)
+    return block
+
+
+def run_block(page: str, containing: str) -> dict[str, Any]:
+    """Execute a page's piece of Python in a fresh namespace, and return that."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(block_of(page, containing), page, "exec"), names)
+    return names

@@ -47,7 +47,8 @@ def _train(
     name = "train_" + "_".join(way.replace(",", "").split())
     command = [sys.executable, str(ROOT / "examples/train_gpt.py"), *options]
     command += ["--name", name, "--device", context.device]
-    command += [*TINY, "--text", str(ROOT / "README.md")] if context.dry else SIZE
+    pages = map(str, sorted((ROOT / "docs").glob("*.md")))
+    command += [*TINY, "--text", *pages] if context.dry else SIZE
     with tempfile.TemporaryDirectory() as folder:  # of the report alone is something kept
         return _run([*command, "--out", folder], context, table, way, Path(folder) / name, seconds)
 

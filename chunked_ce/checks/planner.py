@@ -30,21 +30,31 @@ def plan_dtype(dtype: object) -> None:
         raise ValueError(f"dtype is {brief(dtype)}, expected one of {names(LOGIT_DTYPES)}")
 
 
+def timed_dtype(dtype: object) -> None:
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    if dtype not in known:
+        raise ValueError(
+            f"dtype is {brief(dtype)}, expected one of {names(known)}: no other rate is known"
+        )
+
+
 def config_size(config: Mapping[str, Any], what: str, keys: tuple[str, ...]) -> int:
-    """The first of `keys` that the config has."""
+    """Return the first of `keys` that the config has."""
     for key in keys:
         value = config.get(key)
         if value is not None:
             if not is_int(value) or value < 1:
                 raise ValueError(f"config has {key} {brief(value)}, expected a positive int")
             return value
+    option = "vocab" if what.startswith("vocab") else "hidden"
     raise ValueError(
-        f"config has no {what}, expected one of {names(keys)}: give the sizes themselves"
+        f"config has no {what}, expected one of {names(keys)}, and transformers, which may know a "
+        f"default, is not installed or has none: pass --{option} ({option}_size= in Python)"
     )
 
 
 def config_factor(config: Mapping[str, Any], key: str) -> float | None:
-    """None where the config has none."""
+    """Return a factor above 0, or None where the config has none."""
     value = config.get(key)
     if value is None:
         return None
@@ -57,7 +67,7 @@ def config_factor(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def config_dtype(value: object) -> torch.dtype:
-    """bfloat16 where a config says nothing."""
+    """Return a dtype by its name; bfloat16 where a config says nothing."""
     name = "bfloat16" if value is None else str(value).removeprefix("torch.")
     if name not in PLAN_DTYPES:
         raise ValueError(f"config has dtype {brief(value)}, expected one of {names(LOGIT_DTYPES)}")

@@ -1,7 +1,9 @@
-"""What a user of the command line got wrong."""
+"""Exit codes, and the error that a mistake on the command line raises."""
 
 from __future__ import annotations
 
+INTERRUPTED = 130
+
 
 class UsageError(Exception):
-    """Its message, one line, is all that is printed; the exit code is 2."""
+    """A mistake of the user: its message, one line, is all that is printed; the exit code is 2."""

@@ -6,21 +6,27 @@ import argparse
 import importlib.util
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from .errors import UsageError
 
+STANDARD = Path("-")
+"""The standard input or output, where a file is expected."""
+_PICTURES = (".png", ".pdf", ".svg")
+
 
 def check_files(args: argparse.Namespace) -> None:
-    """Before the work rather than after it."""
-    taken = {path.resolve(): "a file of --text" for path in args.text}
+    """Raise before the work where a file of `args.text`, `json` or `plot` cannot serve."""
+    if args.text.count(STANDARD) > 1:
+        raise UsageError("--text: - is given twice, but the standard input can be read once")
+    taken = {path.resolve(): "a file of --text" for path in args.text if path != STANDARD}
     for name in ("json", "plot"):
         path = getattr(args, name)
-        if path is None:
+        if path is None or (name == "json" and path == STANDARD):
             continue
-        if path.is_dir() or not path.parent.is_dir() or not _can_write(path):
-            raise UsageError(f"--{name}: no file can be written at {str(path)!r}")
+        check_writable(path, f"--{name}")
         real = path.resolve()
         if real.is_file() and real.parent == Path(args.model).resolve():
             taken[real] = "a file of the model"
@@ -31,14 +37,24 @@ def check_files(args: argparse.Namespace) -> None:
             )
         taken[real] = f"that of --{name}"
     if args.plot is not None:
-        if args.plot.suffix.lower() != ".png":
-            raise UsageError(f"--plot: expected a name that ends in .png, got {str(args.plot)!r}")
+        if args.plot.suffix.lower() not in _PICTURES:
+            raise UsageError(
+                f"--plot: expected a name that ends in .png, .pdf or .svg, got {str(args.plot)!r}"
+            )
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib: pip install 'chunked-ce[bench]'")
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Raise where no file can be written at `path`."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{option}: the folder {str(path.parent)!r} does not exist")
+    if path.is_dir() or not _can_write(path):
+        raise UsageError(f"{option}: no file can be written at {str(path)!r}")
+
+
 def _can_write(path: Path) -> bool:
-    """Tried: permissions alone do not tell. What is there stays as it is."""
+    """Return whether opening `path` to append works: permissions alone do not tell."""
     new = not path.exists()
     if not (new or path.is_file()):
         return True  # a pipe would wait
@@ -51,8 +67,16 @@ def _can_write(path: Path) -> bool:
     return True
 
 
-def whole(path: Path, option: str, write: Callable[[Path], object]) -> None:
-    """The file as it was, or all of the new one: an interruption leaves no half of it."""
+def write_text(path: Path, option: str, text: str) -> None:
+    """Write a text to a file, all of it or nothing, or to the standard output."""
+    if path == STANDARD:
+        sys.stdout.write(text)
+    else:
+        write_whole(path, option, lambda part: part.write_text(text))
+
+
+def write_whole(path: Path, option: str, write: Callable[[Path], object]) -> None:
+    """Have `write` write a file; an interruption or a full disk leaves the old one as it was."""
     special = path.exists() and not path.is_file()  # /dev/stdout, a pipe
     real = path if special else path.resolve()  # a link stays a link
     part = real if special else real.with_name(f".{os.getpid()}.{real.name}")
@@ -68,11 +92,15 @@ def whole(path: Path, option: str, write: Callable[[Path], object]) -> None:
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a file of `--text`, or of the standard input."""
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):  # some of them never end
-            raise UsageError(f"--text: {path}: a device; expected a file of text")
-        text = path.read_bytes().decode()
+        if path == STANDARD:
+            text = sys.stdin.buffer.read().decode()
+        else:
+            mode = path.stat().st_mode
+            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):  # some of them never end
+                raise UsageError(f"--text: {path}: a device; expected a file of text")
+            text = path.read_bytes().decode()
     except OSError as error:
         raise UsageError(f"--text: {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -5,33 +5,29 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..evaluation.evaluate import evaluate_perplexity
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
-from .errors import UsageError
-from .files import check_files, read_text, whole
-from .perplexity_report import draw, table
+from .errors import INTERRUPTED, UsageError
+from .files import STANDARD, check_files, read_text, write_text, write_whole
 
 DTYPES = {
     "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-INTERRUPTED = 130
+    "float32": "float32", "fp32": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16",
+    "float64": "float64", "fp64": "float64",
+}  # fmt: skip
+_MUCH_TEXT = 1_000_000
+"""Characters from which on each step is named, also where stderr is no terminal."""
 
 
 def add_command(subparsers: Any) -> None:
+    """Add the command to the parser's."""
     parser = subparsers.add_parser(
         "perplexity",
         help="perplexity, bits per byte and more of a model on files of text",
@@ -41,48 +37,76 @@ def add_command(subparsers: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a Hugging Face causal LM and its tokenizer")
     add("--text", nargs="+", type=Path, required=True, metavar="FILE",
-        help="UTF-8; each file is a document")  # fmt: skip
-    add("--context", type=int, metavar="TOKENS", help="shown at once; default: all the model takes")
-    add("--stride", type=int, metavar="TOKENS", help="between windows; default: the context")
+        help="UTF-8; each file is a document; - reads the standard input")  # fmt: skip
+    add("--context", type=int, metavar="TOKENS",
+        help="tokens the model sees at once; default: all it can take")  # fmt: skip
+    add("--stride", type=int, metavar="TOKENS",
+        help="step from one window to the next; default: the context")  # fmt: skip
     add("--full-last-window", action="store_true",
-        help="a file's last window reaches back as far as the context allows")  # fmt: skip
+        help="let a file's last window reach back as far as the context allows")  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="WINDOWS", help="default: %(default)s")
-    add("--bos", type=_special, default=None, metavar="auto|yes|no|ID",
-        help="before each file, not scored; auto, the default: as the tokenizer does")  # fmt: skip
-    add("--eos", type=_special, default=False, metavar="yes|no|ID",
-        help="after each file, scored; default: no")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="auto", help="auto, the default: as it was saved")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default here: %(default)s")  # fmt: skip
-    add("--no-rank", dest="rank", action="store_false", help="no accuracy and reciprocal rank")
-    add("--json", type=Path, metavar="OUT", help="write the report, by file and by position too")
+    add("--bos", type=_special_token, default=None, metavar="auto|yes|no|ID",
+        help="token before each file, unscored; default: auto, the tokenizer's way")  # fmt: skip
+    add("--eos", type=_special_token, default=False, metavar="yes|no|ID",
+        help="token after each file, scored; default: no")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="auto", metavar="DTYPE",
+        help="bf16, fp16, fp32, fp64; default: auto, as it was saved")  # fmt: skip
+    add("--device", help="default: cuda where there is a GPU, else cpu")
+    add("--no-rank", dest="rank", action="store_false",
+        help="leave out accuracy and reciprocal rank")  # fmt: skip
+    add("--json", type=Path, metavar="OUT",
+        help="write the report, also by file and by position; - writes it to the standard output "
+        "and the table to stderr")  # fmt: skip
     add("--plot", type=Path, metavar="OUT.png",
-        help="draw the loss against the position, and the running perplexity")  # fmt: skip
+        help="draw loss against position, and running perplexity; .png, .pdf or .svg")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Load, score and report; after Ctrl-C report what has been scored."""
     check_files(args)
     texts = [read_text(path) for path in args.text]
+    progress = sys.stderr.isatty() or sum(map(len, texts)) >= _MUCH_TEXT
     try:
-        model, tokenizer = load(args.model, DTYPES[args.dtype], usable_device(args.device))
-        report = evaluate(args, model, tokenizer, texts)
+        if progress:
+            size = sum(len(text.encode()) for text in texts) / 1e6
+            print(f"read {size:.1f} MB; loading {args.model}", file=sys.stderr, flush=True)
+        model, tokenizer = _load(args)
+        report = _evaluate(args, model, tokenizer, texts, progress)
     except EvaluationInterrupted as interruption:
         report = interruption.report
     except KeyboardInterrupt:
         print("chunked-ce: interrupted before anything was scored", file=sys.stderr)
         return INTERRUPTED
-    print(table(report, args.model))
+    from .perplexity_table import table
+
+    to_stdout = args.json == STANDARD
+    print(table(report, args.model, args.text), file=sys.stderr if to_stdout else sys.stdout)
     if args.json:
-        whole(args.json, "--json", lambda path: path.write_text(as_json(report, args)))
+        write_text(args.json, "--json", _as_json(report, args, model))
     if args.plot and report.tokens:
-        whole(args.plot, "--plot", lambda path: draw(report, args.model, path))
+        from .perplexity_plot import draw
+
+        write_whole(args.plot, "--plot", lambda path: draw(report, args.model, path))
     return INTERRUPTED if report.partial else 0
 
 
-def evaluate(
-    args: argparse.Namespace, model: Any, tokenizer: Any, texts: list[str]
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    from .local_model import load, usable_device
+
+    dtype = DTYPES[args.dtype]
+    if dtype != "auto":
+        import torch
+
+        return load(args.model, getattr(torch, dtype), usable_device(args.device))
+    return load(args.model, dtype, usable_device(args.device))
+
+
+def _evaluate(
+    args: argparse.Namespace, model: Any, tokenizer: Any, texts: list[str], progress: bool
 ) -> EvaluationReport:
+    from ..evaluation.evaluate import evaluate_perplexity
+
     try:
         return evaluate_perplexity(
             model,
@@ -98,125 +122,46 @@ def evaluate(
             per_document=True,
             per_position=True,
             per_window=args.plot is not None,
-            progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
+            progress=progress and importlib.util.find_spec("tqdm") is not None,
         )
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_in_words_of_the_command(str(error), args.text)) from error
 
 
-def as_json(report: EvaluationReport, args: argparse.Namespace) -> str:
+def _in_words_of_the_command(message: str, files: list[Path]) -> str:
+    """Return the library's message with the files' names and the command's options."""
+
+    def file_name(match: re.Match[str]) -> str:
+        index = int(match[1])
+        return f"--text: {files[index]}" if index < len(files) else match[0]
+
+    message = re.sub(r"^document (\d+)\b", file_name, message)
+    return message.replace("bos=True", "--bos yes").replace("eos=True", "--eos yes")
+
+
+def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> str:
+    import torch
+
+    parameter = next(model.parameters())
     settings = {
         "model": args.model,
         "text": [str(path) for path in args.text],
-        "dtype": args.dtype,
-        "device": args.device,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
         "torch": torch.__version__,
     }
     contents = settings | replace(report, per_window=None).to_dict()
+    for path, document in zip(args.text, contents["per_document"], strict=True):
+        document["file"] = str(path)
+    for position, measures in enumerate(contents["per_position"], 1):
+        measures["context_tokens"] = position
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"
 
 
-# What the user gave
-
-
-def _special(text: str) -> bool | int | None:
+def _special_token(text: str) -> bool | int | None:
     known: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
     if text in known:
         return known[text]
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected auto, yes, no or a token id, got {text!r}")
     return int(text)
-
-
-def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros((), dtype=torch.float64, device=device).item()  # sums are float64
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise UsageError(
-            f"--device: {name!r} cannot be used here; expected cpu, or cuda with a GPU"
-        ) from error
-    return device
-
-
-def check_folder(folder: Path) -> None:
-    """What transformers would do with this folder that is not promised here.
-
-    A configuration may name a repository of kernels, whose code would be fetched and run; an
-    adapter may come as a pickle.
-    """
-    try:
-        nested = [json.loads((folder / "config.json").read_bytes())]
-    except (OSError, ValueError):
-        nested = []  # transformers says what is wrong
-    while nested:
-        found = nested.pop()
-        for key, value in found.items() if isinstance(found, dict) else ():
-            if key.endswith("_implementation") and "/" in str(value):
-                raise UsageError(
-                    f"{str(folder)!r}: config.json has {key} {value!r}, code from elsewhere, and "
-                    "none is run: remove that line"
-                )
-            nested.append(value)
-    if (folder / "adapter_config.json").is_file():
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UsageError(
-                f"{str(folder)!r} has an adapter without adapter_model.safetensors, and no pickle "
-                "is read: save it with safe_serialization=True"
-            )
-
-
-def load(name: str, dtype: Any, device: torch.device) -> tuple[Any, Any]:
-    """(model, tokenizer) from safetensors and JSON alone, without a network."""
-    if importlib.util.find_spec("transformers") is None:
-        raise UsageError("perplexity needs transformers: pip install 'chunked-ce[hf,cli]'")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{name!r} is no model folder: it has no config.json")
-    if Path(name).is_file():
-        raise UsageError(f"{name!r} is a file, expected the folder of a model")
-    check_folder(Path(name))
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for what transformers imports and calls by itself
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    options = {"local_files_only": True, "trust_remote_code": False}
-    with failing_on_one_line(name, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    with failing_on_one_line(name, "causal LM"):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    model, found = loaded
-    check_weights(name, found)
-    return model.to(device), tokenizer
-
-
-@contextmanager
-def failing_on_one_line(name: str, what: str) -> Iterator[None]:
-    """Whatever a broken file makes its reader raise, and each has errors of its own."""
-    try:
-        yield
-    except Exception as error:
-        if not Path(name).is_dir():
-            raise UsageError(
-                f"{name!r} is no folder, and the local Hugging Face cache has no whole model of "
-                "that name: nothing is downloaded, so give the folder of a model"
-            ) from error
-        reason = " ".join(str(error).split())
-        if "ignore_mismatched_sizes" in reason:  # "see the report above", which is not shown
-            reason = "its weights have other sizes than config.json says"
-        elif not isinstance(error, (OSError, ValueError)):  # whose messages stand alone
-            reason = f"{type(error).__name__}: {reason}"
-        raise UsageError(f"{name!r} cannot be loaded as a {what}: {reason}") from error
-
-
-def check_weights(name: str, found: dict[str, Any]) -> None:
-    """What the folder lacks is random numbers by now; a tied weight is not missing."""
-    lacking = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise UsageError(
-            f"{name!r} has no weights for {', '.join(lacking[:3])}{more}, which would be random: "
-            "save the whole model, head included, with the config.json that belongs to it"
-        )

@@ -5,79 +5,86 @@ from __future__ import annotations
 import argparse
 import re
 from decimal import Decimal
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .. import planner
-from ..checks.planner import PLAN_DEVICES, PLAN_DTYPES
 from .errors import UsageError
+from .files import STANDARD, check_writable, write_text
 
+if TYPE_CHECKING:
+    from ..planner import HeadShape
+
+DTYPES = {
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16",
+    "float32": "float32", "fp32": "float32",
+    "float64": "float64", "fp64": "float64",
+}  # fmt: skip
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20}  # as in a context of 8k
 _UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
           "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
-GIB = 1 << 30
 
 
 def add_command(subparsers: Any) -> None:
+    """Add the command to the parser's."""
     parser = subparsers.add_parser(
         "plan",
-        help="peak memory of head and loss, predicted",
+        help="peak memory of head and loss, predicted, and the code to use",
         description="Predicts the peak memory of a model's head and loss in training, hidden "
         "states to gradients, for each way to compute them.",
     )
     add = parser.add_argument
     add("--config", metavar="DIR_OR_JSON", help="a Hugging Face config.json or its folder")
-    add("--vocab", type=_count, metavar="V", help="classes of the head; goes before the config's")
-    add("--hidden", type=_count, metavar="D", help="hidden size; goes before the config's")
-    add("--tokens", type=_count, default=8192, metavar="N", help="of a batch; default: %(default)s")
-    add(
-        "--dtype",
-        choices=PLAN_DTYPES,
-        help="of the head; goes before the config's; default: bfloat16",
-    )
-    add("--device", choices=PLAN_DEVICES, default="cuda", help="default: %(default)s")
+    add("--vocab", type=_count, metavar="V", help="vocabulary size, instead of the config's")
+    add("--hidden", type=_count, metavar="D", help="hidden size, instead of the config's")
+    add("--tokens", type=_count, default=8192, metavar="N",
+        help="tokens of a batch, such as 8192 or 8k; default: %(default)s")  # fmt: skip
+    add("--dtype", choices=DTYPES, metavar="DTYPE",
+        help="bf16, fp16, fp32, fp64; default: the config's, or bf16")  # fmt: skip
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     add("--memory", type=_bytes, metavar="24GiB",
-        help="of weight, hidden states and loss, with a unit: adds the largest batch")  # fmt: skip
+        help="memory for weight, hidden states and loss: adds the largest batch")  # fmt: skip
+    add("--gpu", choices=("a100", "h100", "h200", "b200"),
+        help="add the time, predicted from this GPU's peak rates")  # fmt: skip
+    add("--json", type=Path, metavar="OUT",
+        help="write the plan as JSON instead; - writes it to the standard output")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the plan, or write it as JSON."""
+    if args.json not in (None, STANDARD):
+        check_writable(args.json, "--json")
+    if args.gpu is not None and args.device != "cuda":
+        raise UsageError("--gpu goes with --device cuda")
+    from .. import planner
+    from . import plan_output
+
     try:
         head = _head(args)
         estimates = planner.plan(head, args.tokens, memory=args.memory, device=args.device)
+        shown = plan_output.Plan(
+            head, args.tokens, args.device, args.memory, args.gpu, args.config is not None,
+            estimates, planner.recommend(estimates),
+        )  # fmt: skip
+        if args.json is None:
+            print(plan_output.as_text(shown))
+        else:
+            write_text(args.json, "--json", plan_output.as_json(shown))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    dtype = str(head.dtype).removeprefix("torch.")
-    print(
-        f"Head and loss, forward + backward: N = {args.tokens} tokens, D = {head.hidden_size}, "
-        f"V = {head.vocab_size}, {dtype}, {args.device}.\n"
-        "Peak beside the weight "
-        f"({_gib(head.weight_bytes)} GiB) and the hidden states; its gradients are in it.\n"
-    )
-    header: tuple[str, ...] = ("", "peak, GiB", "of eager's")
-    if args.memory is not None:
-        header += (f"tokens in {_gib(args.memory)} GiB",)
-    rows = [header]
-    for e in estimates:
-        row = (e.name, _gib(e.peak_bytes), f"{e.peak_bytes / estimates[0].peak_bytes:.0%}")
-        rows.append(row if e.largest_batch is None else (*row, str(e.largest_batch)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *numbers in rows:
-        cells = (n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))
-        print("  ".join((name.ljust(widths[0]), *cells)).rstrip())
-    chosen = planner.best(estimates)
-    if chosen.largest_batch is not None and chosen.largest_batch < args.tokens:
-        fits = max(e.largest_batch or 0 for e in estimates)
-        print(f"\n{args.tokens} tokens do not fit in {_gib(args.memory)} GiB; {fits} at most do.")
-    print(f"\nUse:\n\n    loss = {chosen.code}")
-    if "inplace_backward" in (chosen.code or ""):
-        print("\nwhich overwrites the logits in backward.")
     return 0
 
 
-def _head(args: argparse.Namespace) -> planner.HeadShape:
+def _head(args: argparse.Namespace) -> HeadShape:
+    import torch
+
+    from .. import planner
+
     given: dict[str, Any] = {
         "vocab_size": args.vocab,
         "hidden_size": args.hidden,
-        "dtype": PLAN_DTYPES.get(args.dtype),
+        "dtype": None if args.dtype is None else getattr(torch, DTYPES[args.dtype]),
     }
     if args.config is not None:
         return planner.head_of_config(args.config, **given)
@@ -86,14 +93,15 @@ def _head(args: argparse.Namespace) -> planner.HeadShape:
     return planner.HeadShape(**{name: value for name, value in given.items() if value is not None})
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
-
-
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
+    match = re.fullmatch(r"(\d+(?:[,_]\d{3})*(?:\.\d+)?)([kmKM]?)", text)
+    number = Decimal(re.sub("[,_]", "", match[1])) if match else Decimal(0)
+    count = number * _FACTORS[match[2].lower()] if match else number
+    if count < 1 or count != int(count):
+        raise argparse.ArgumentTypeError(
+            f"expected a positive whole number, such as 8192 or 8k, got {text!r}"
+        )
+    return int(count)
 
 
 def _bytes(text: str) -> int:

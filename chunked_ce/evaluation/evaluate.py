@@ -10,7 +10,7 @@ ranks change the rounding inside the model at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..distributed.checks import process_group
 from . import checks
 from .documents import Document, bos_id, eos_id, from_ids, from_text
 from .language_model import device_of, evaluating, examine
+from .progress import describe_text, describe_windows
 from .report import EvaluationInterrupted, EvaluationReport
 from .scoring import Scoring
 from .windows import batches, sliding_windows
@@ -29,7 +30,7 @@ from .windows import batches, sliding_windows
 def evaluate_perplexity(
     model: Any,
     input_ids: Tensor | Sequence[Any] | None = None,
-    *,
+    *positional: NoReturn,
     text: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     attention_mask: Tensor | None = None,
@@ -76,7 +77,8 @@ def evaluate_perplexity(
         rank: top-1 accuracy and mean reciprocal rank too.
         per_document, per_position, per_window: reports of each, see :class:`EvaluationReport`.
         device: where batches go, by default where the model's parameters are; it is not moved.
-        progress: a bar with the running perplexity; needs tqdm.
+        progress: say on stderr when text is tokenized, and show a bar with the running
+            perplexity; needs tqdm.
         group: a torch.distributed process group (`torch.distributed.group.WORLD` for all ranks):
             each rank, given the same documents, scores every so many-th batch, and all get the
             whole report, bit for bit. None: this process scores everything; so is WORLD until
@@ -96,6 +98,7 @@ def evaluate_perplexity(
         full_last_window=full_last_window, rank=rank, per_document=per_document,
         per_position=per_position, per_window=per_window, progress=progress,
     )  # fmt: skip
+    checks.no_more_positional(positional)
     backend_name(backend)
     checks.model(model)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
@@ -105,11 +108,13 @@ def evaluate_perplexity(
     stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
+    checks.progress_bar(progress)
+    describe_text(text, shown=progress)
     documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
     ids = [document.ids for document in documents]
     settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
     windows = sliding_windows([len(document) for document in ids], context_length, **settings)
-    checks.progress_bar(progress)
+    describe_windows(ids, len(windows), shown=progress)
     with evaluating(model):
         examined = examine(model, "document", ids, context_length, where, backend)
         scoring = Scoring(examined, documents, windows, where, rank, backend)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerplexityReport:
     """What was scored, and the measures that follow from it.
 
@@ -88,21 +88,26 @@ class PerplexityReport:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON, where inf and NaN are "inf", "-inf" and "nan"."""
+        """Return `to_dict` as JSON, which knows no infinity and no NaN: "inf", and null."""
         return json.dumps(for_json(self.to_dict()), indent=2, allow_nan=False)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
 
     def __str__(self) -> str:
         error = self.mean_nll_stderr
         spread = "" if error is None or math.isnan(error) else f" ± {error:.4f}"
         parts = [
-            f"perplexity {self.perplexity:.4g} per token over {self.tokens} tokens",
+            f"perplexity {self.perplexity:.4g} per token over {counted(self.tokens, 'token')}",
             f"mean NLL {self.mean_nll:.4f}{spread} nats",
             f"{self.bits_per_token:.4f} bits per token",
         ]
         if self.bits_per_byte is not None:
-            parts.append(f"{self.bits_per_byte:.4f} bits per byte over {self.bytes} bytes")
+            n_bytes = counted(self.bytes or 0, "byte")
+            parts.append(f"{self.bits_per_byte:.4f} bits per byte over {n_bytes}")
         if self.word_perplexity is not None:
-            parts.append(f"perplexity {self.word_perplexity:.4g} per word over {self.words} words")
+            words = counted(self.words or 0, "word")
+            parts.append(f"perplexity {self.word_perplexity:.4g} per word over {words}")
         if self.accuracy is not None:
             parts.append(f"top-1 accuracy {self.accuracy:.4f}")
         if self.mean_reciprocal_rank is not None:
@@ -110,7 +115,7 @@ class PerplexityReport:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationReport(PerplexityReport):
     """What was scored and how.
 
@@ -161,6 +166,11 @@ class EvaluationInterrupted(KeyboardInterrupt):
         self.report = report
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 token" or "1,234 tokens"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _exp(x: float) -> float:
     try:
         return math.exp(x)
@@ -173,9 +183,11 @@ def _ratio(sum: float, count: int) -> float:
 
 
 def for_json(value: Any) -> Any:
-    """`value` with its floats that JSON does not know spelled: "inf", "-inf" and "nan"."""
+    """Return `value` without the floats that JSON lacks: "inf" and "-inf", and None for NaN."""
     if isinstance(value, dict):
         return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [for_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)

@@ -14,7 +14,7 @@ from bench import __main__ as bench
 from bench import measure, providers, records, runner, suites
 from bench.cases import LINEAR, LOGITS, Case, dtype_name
 
-RESULTS = Path(bench.__file__).parent / "results/cpu"  # of the README's figure
+RESULTS = Path(bench.__file__).parent / "results/cpu"  # of the figure in docs/benchmarks.md
 TINY = "--tokens 16 --hidden 8 --vocab 70 300 --repeats 2".split()
 QUICK = ["quick", *TINY, "--dtype", "float32"]
 OURS = ("eager", "chunked_ce", "chunked_ce inplace_backward")

@@ -1,5 +1,6 @@
 """`chunked-ce perplexity` on a model saved here."""
 
+import io
 import json
 import os
 import re
@@ -14,8 +15,8 @@ import pytest
 import torch
 from language_models import TEXTS, brute_force, byte_tokenizer, causal_lm
 
-from chunked_ce.cli import main
-from chunked_ce.cli.perplexity_report import binned
+from chunked_ce.cli import files, main, perplexity
+from chunked_ce.cli.perplexity_plot import binned
 from chunked_ce.evaluation.report import PerplexityReport
 from chunked_ce.evaluation.scoring import Scoring
 
@@ -91,7 +92,7 @@ def test_ctrl_c_reports_what_there_is(folder, tmp_path, monkeypatch, capsys):
     assert "PARTIAL" in printed and picture.exists()
     some = f"{begun} of {len(TEXTS)} documents" if begun < len(TEXTS) else f"{begun} documents"
     assert f"{some}, 2 of {report['windows']} windows" in printed
-    mean = f"mean of {some}' perplexities, partly scored"
+    mean = f"mean of the perplexities of {some}, partly scored"
     assert (mean in printed) == (begun > 1)
 
 
@@ -135,7 +136,9 @@ def test_positions_are_binned_without_losing_any(tokens, first):
     ("bad", "says"),
     [
         ("{m} --text {t}/empty", "empty: empty; expected a file of text"),
-        ("{m} --text {t}/one", "document 0 has 1 token"),
+        ("{m} --text {t}/one", "--text: {t}/one has 1 token"),
+        ("{m} --text {t}/one", "leave it out, or pass --bos yes"),
+        ("{m} --text - -", "--text: - is given twice"),
         ("{m} --text {t}/latin", "latin: not UTF-8 at byte 2"),
         ("{m} --text {t}/none", "none: No such file or directory"),
         ("{m} --text {t}", "Is a directory"),
@@ -146,18 +149,19 @@ def test_positions_are_binned_without_losing_any(tokens, first):
         ("{m} --text {t}/good --batch-size 0", "batch_size is 0"),
         ("{m} --text {t}/good --bos 300", "token id 300, but the model's are 0 to 299"),
         ("{m} --text {t}/good --device nonsense", "--device: 'nonsense' cannot be used here"),
-        ("{m} --text {t}/good --plot {t}/x.pdf", "--plot: expected a name that ends in .png"),
-        ("{m} --text {t}/good --plot {t}/no/x.png", "--plot: no file can be written"),
-        ("{m} --text {t}/good --json {t}/no/x", "--json: no file can be written"),
+        ("{m} --text {t}/good --plot {t}/x.gif", "--plot: expected a name that ends in .png, .pdf or .svg"),
+        ("{m} --text {t}/good --plot {t}/no/x.png", "--plot: the folder '{t}/no' does not exist"),
+        ("{m} --text {t}/good --json {t}/no/x", "--json: the folder '{t}/no' does not exist"),
         ("{m} --text {t}/good --json /proc/foo.json", "--json: no file can be written"),
         ("{m} --text {t}/good --plot /proc/foo.png", "--plot: no file can be written"),
         ("{t} --text {t}/good", "is no model folder: it has no config.json"),
         ("{t}/good --text {t}/good", "is a file, expected the folder of a model"),
-        ("{t}/hollow --text {t}/good", "cannot be loaded as a tokenizer"),
+        ("{t}/hollow --text {t}/good", "has no tokenizer files, such as tokenizer.json"),
+        ("{t}/run --text {t}/good", "has no config.json; did you mean '{t}/run/model'?"),
         ("{t}/pickled --text {t}/good", "cannot be loaded as a causal LM"),
         ("{t}/adapter --text {t}/good", "has an adapter without adapter_model.safetensors"),
         ("{t}/kernel --text {t}/good", "config.json has attn_implementation 'someone/kernel'"),
-        ("{t}/nested --text {t}/good", "'someone/kernel'}, code from elsewhere, and none is run"),
+        ("{t}/nested --text {t}/good", "'someone/kernel'}}, code from elsewhere, and none is run"),
         ("no-one/no-model --text {t}/good", "nothing is downloaded"),
         ("{m} --text /dev/zero", "/dev/zero: a device; expected a file of text"),
         ("{m} --text {t}/good --json {t}/good", "good' is a file of --text, which it would overwrite"),
@@ -174,6 +178,8 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capfd, bad, say
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow" / "config.json").write_text("{}")
     (tmp_path / "pickled").mkdir()
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "pickled" / name).write_bytes((folder / name).read_bytes())
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
@@ -185,10 +191,12 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capfd, bad, say
     for name, extra in dict(kernel=code, nested=nested, adapter={}).items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | extra))
+        (tmp_path / name / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["perplexity", *bad.format(m=folder, t=tmp_path).split()]) == 2
     out, err = capfd.readouterr()
+    says = says.format(t=tmp_path)
     assert err.startswith("chunked-ce: ") and err.count("\n") == 1 and says in err and not out
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -211,8 +219,8 @@ def test_an_output_is_whole_or_what_it_was(folder, tmp_path, monkeypatch, capsys
                 assert main([*argv, str(out)]) == 2
                 assert "out.json: No space left on device" in capsys.readouterr().err
             else:
-                with pytest.raises(KeyboardInterrupt):
-                    main([*argv, str(out)])
+                assert main([*argv, str(out)]) == 130
+                assert capsys.readouterr().err == "chunked-ce: interrupted\n"
         assert out.read_text() == "before" and sorted(tmp_path.iterdir()) == [link, out]
     assert main([*argv, str(link)]) == 0
     assert link.is_symlink() and json.loads(out.read_text())["tokens"] > 0
@@ -223,7 +231,64 @@ def test_an_output_is_whole_or_what_it_was(folder, tmp_path, monkeypatch, capsys
 def test_what_argparse_rejects(folder, bad, capfd):
     with pytest.raises(SystemExit) as exit:
         main(["perplexity", str(folder), "--text", "x", *bad.split()])
-    assert exit.value.code == 2 and "error:" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert exit.value.code == 2 and err.startswith("chunked-ce: ") and err.count("\n") == 1
+
+
+def test_text_from_the_standard_input_and_json_to_the_output(folder, monkeypatch, capsys):
+    text = io.TextIOWrapper(io.BytesIO(TEXTS[0].encode()))
+    monkeypatch.setattr(files.sys, "stdin", text)
+    argv = ["perplexity", str(folder), "--text", "-", texts(folder)[1], "--device", "cpu"]
+    assert main([*argv, "--json", "-", "--bos", "yes"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out, parse_constant=pytest.fail)
+    assert report["bytes"] == sum(len(t.encode()) for t in TEXTS[:2]) and "perplexity" in err
+    assert [document["file"] for document in report["per_document"]] == ["-", texts(folder)[1]]
+    assert not Path("-").exists()
+
+
+def test_json_says_what_was_used(folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    argv = ["perplexity", str(folder), "--text", texts(folder)[1], "--json", str(out)]
+    assert main([*argv, "--device", "cpu", "--dtype", "bf16"]) == 0
+    report = json.loads(out.read_text())
+    assert (report["dtype"], report["device"]) == ("bfloat16", "cpu")
+    assert [p["context_tokens"] for p in report["per_position"][:3]] == [1, 2, 3]
+    scored = [p for p in report["per_position"] if not p["tokens"]]
+    assert scored == [] or all(p["perplexity"] is None for p in scored)
+    assert main([*argv, "--device", "cpu"]) == 0
+    assert json.loads(out.read_text())["dtype"] == "float32"
+
+
+def test_a_table_by_file(folder, capsys):
+    argv = ["perplexity", str(folder), "--text", *texts(folder), "--device", "cpu", "--bos", "yes"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].split() == ["file", "tokens", "perplexity", "bits", "per", "byte"]
+    total = 0
+    for line, file in zip(lines[-3:], texts(folder), strict=True):
+        name, tokens, perplexity, bits = line.split()
+        assert name == file and float(perplexity) > 1 and float(bits) > 0
+        total += int(tokens)
+    assert f"per token, {total} tokens" in lines[1]
+
+
+@pytest.mark.parametrize("suffix, start", [(".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_other_kinds_of_pictures(folder, tmp_path, suffix, start, capsys):
+    picture = tmp_path / f"out{suffix}"
+    argv = ["perplexity", str(folder), "--text", texts(folder)[1], "--device", "cpu"]
+    assert main([*argv, "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(start)
+
+
+def test_much_text_is_announced_step_by_step(folder, monkeypatch, capfd):
+    monkeypatch.setattr(perplexity, "_MUCH_TEXT", 10)
+    assert main(["perplexity", str(folder), "--text", *texts(folder), "--device", "cpu"]) == 0
+    err = capfd.readouterr().err
+    size = sum(len(t.encode()) for t in TEXTS) / 1e6
+    steps = [f"read {size:.1f} MB; loading", "tokenizing 3 documents, 0.0 M characters", "scoring "]
+    places = [err.index(step) for step in steps]
+    assert places == sorted(places) and "windows" in err
 
 
 def headless(folder, family="Llama", **config):

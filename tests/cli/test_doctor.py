@@ -1,6 +1,7 @@
 """chunked-ce doctor: what it says, and that it notices what is wrong."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,15 +13,16 @@ from chunked_ce import backends
 from chunked_ce.backends import cpu_library
 from chunked_ce.backends import torch as backend_torch
 from chunked_ce.cli import main
-from chunked_ce.cli.doctor import losses, others, self_check, statistics
+from chunked_ce.cli.doctor import load, losses, others, self_check, statistics
 from chunked_ce.cli.doctor import machine as doctor
+from chunked_ce.cli.doctor.verdict import summary
 
 CPU = torch.device("cpu")
 
 
 def test_nothing_is_wrong_here(monkeypatch, capsys):
     monkeypatch.setattr(backends, "INTERPRETED", False)  # the kernels have tests of their own
-    assert main(["doctor"]) == 0
+    assert main(["doctor", "--verbose"]) == 0
     printed = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in printed
     backend = backends.choose_backend("auto", CPU)
@@ -30,7 +32,35 @@ def test_nothing_is_wrong_here(monkeypatch, capsys):
         assert "kernels in C built for " in printed and f"; in use: {used}; " in printed
     checks = [line for line in printed.splitlines() if ": ok, off by " in line]
     assert len(checks) == 2 * expected_checks()
-    assert printed.endswith("nothing is wrong\n")
+    assert printed.startswith(f"Nothing is wrong: {len(checks)} checks agree with eager torch.\n")
+    assert "  busy cores: " in printed and "  memory: " in printed and "OMP_WAIT" not in printed
+
+
+def test_the_short_report_has_the_verdict_the_machine_and_what_is_wrong():
+    machine = doctor.Finding("device cpu", "backend", "cpu")
+    good = doctor.Finding("operators, cpu, cpu", "token_stats", "ok", is_check=True)
+    bad = doctor.Finding("operators, cpu, cpu", "perplexity", "FAILED: x", ok=False, is_check=True)
+    printed = summary([machine, good, good], verbose=False).splitlines()
+    assert printed[0] == "Nothing is wrong: 2 checks agree with eager torch."
+    assert "  backend: cpu" in printed and not any("token_stats" in line for line in printed)
+    printed = summary([machine, good, bad], verbose=False).splitlines()
+    assert printed[0] == "1 finding is wrong:"
+    assert printed[2] == "  operators, cpu, cpu: perplexity: FAILED: x"
+
+
+def test_busy_cores_and_free_memory_without_proc(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(load.Path, "read_text", missing)
+    monkeypatch.setattr(load, "_SAMPLE_SECONDS", 0.0)
+    assert load.busy_cores() == load.free_memory() == "not known here"
+    monkeypatch.undo()
+    seconds = iter((10.0, 10.5))
+    monkeypatch.setattr(load, "_seconds_of_others", lambda: next(seconds))
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    busy = float(re.fullmatch(r"other processes use (.*) of 2 cores;.*own", load.busy_cores())[1])
+    assert 0.5 < busy <= 1.0
 
 
 @pytest.mark.long
@@ -132,7 +162,9 @@ def doctor_in_a_process(code, path="", **variables):
     root = str(ROOT)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, (path, root))), **variables}
-    program = f"{code}\nfrom chunked_ce.cli import main\nraise SystemExit(main(['doctor']))"
+    program = (
+        f"{code}\nfrom chunked_ce.cli import main\nraise SystemExit(main(['doctor', '--verbose']))"
+    )
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -212,7 +244,7 @@ def test_what_is_wrong_is_said_with_exit_code_1(function, instead, said, monkeyp
     monkeypatch.setattr(backends, "INTERPRETED", False)
     monkeypatch.setattr(cpu_library, "IS_AVAILABLE", False)
     monkeypatch.setattr(backend_torch, function, instead)
-    assert main(["doctor"]) == 1
+    assert main(["doctor", "--verbose"]) == 1
     printed = capsys.readouterr().out
     assert said in printed and "findings are wrong" in printed
     assert "\n  linear_token_stats, bfloat16: " in printed  # the rest is still checked
@@ -226,11 +258,3 @@ def test_why_a_backend_runs(monkeypatch):
         assert ("is not installed" in doctor._reason(on_gpu, backend)) != installed
         assert doctor._backends(on_gpu) == ["triton", "torch"][not installed :]
     assert doctor._backends(on_cpu)[-1] == "torch"
-
-
-def test_no_command_is_exit_code_2(capsys):
-    for arguments in ([], ["diagnose"]):
-        with pytest.raises(SystemExit) as exit:
-            main(arguments)
-        assert exit.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("chunked-ce: error: ")

@@ -1,6 +1,7 @@
 """chunked_ce.planner against the exact count of tensor bytes, that against the process, and the command."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bench.tensor_bytes import predicted_peak
 from chunked_ce import planner
 from chunked_ce.cli import main
 from chunked_ce.cli import plan as plan_command
+from chunked_ce.planner import head as head_of
 
 MIB, GIB = 1 << 20, 1 << 30
 LLAMA = planner.HeadShape(128256, 4096)
@@ -200,7 +202,7 @@ def test_the_command_completes_a_config(config, tmp_path, capsys):
     sizes = ["--vocab", "7000", "--hidden", "30", "--dtype", "float32"]
     assert main(["plan", "--config", str(tmp_path), *sizes]) == 0
     printed = capsys.readouterr().out
-    assert "D = 30, V = 7000, float32" in printed
+    assert "D = 30, V = 7,000, float32" in printed
     assert f"logit_scale={1 / 3}" in printed  # every digit of it
 
 
@@ -216,6 +218,14 @@ def test_the_command_completes_a_config(config, tmp_path, capsys):
 )
 def test_sizes_with_their_unit(text, size):
     assert plan_command._bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8192", 8192), ("8k", 8192), ("0.5K", 512), ("1M", 1 << 20), ("10,000,000", 10**7)],
+)
+def test_counts_of_tokens(text, count):
+    assert plan_command._count(text) == count
 
 
 @pytest.mark.parametrize(
@@ -242,13 +252,115 @@ def test_a_plan_checks_sizes_device_and_dtype(arguments, said):
 def test_tokens_that_fit_nowhere(capsys):
     sizes = ["--vocab", "128256", "--hidden", "4096", "--tokens", "99999999", "--memory", "24GiB"]
     assert main(["plan", *sizes]) == 0
-    assert "99999999 tokens do not fit in 24.00 GiB; 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    largest = max(e.largest_batch for e in planner.plan(LLAMA, 99999999, memory=24 * GIB))
+    assert f"99,999,999 tokens do not fit in 24.00 GiB; {largest:,} do." in printed
+    assert "Recommended: linear_cross_entropy, sums in bfloat16." in printed
 
 
 def test_a_config_of_transformers():
     transformers = pytest.importorskip("transformers")
     head = planner.head_of_config(transformers.Gemma2Config(hidden_size=64).to_dict())
     assert (head.vocab_size, head.hidden_size, head.softcap) == (256000, 64, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 2560}}, (262208, 2560)),
+        ({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}}, (32064, 4096)),
+        ({"model_type": "opt", "vocab_size": 50272, "hidden_size": 1024, "word_embed_proj_dim": 512}, (50272, 512)),
+    ],
+    ids=["gemma3", "llava", "opt-350m"],
+)  # fmt: skip
+def test_a_config_that_leaves_a_size_to_its_class(config, sizes):
+    pytest.importorskip("transformers")
+    assert planner.head_of_config(config)[:2] == sizes
+
+
+def test_a_size_that_no_class_has(monkeypatch):
+    config = {"model_type": "gemma3", "text_config": {"hidden_size": 2560}}
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(head_of.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="no vocabulary size.*pass --vocab"):
+        planner.head_of_config(config)
+
+
+def test_the_recommendation_and_its_rule():
+    """Default options where the batch fits, then the ways that fit, then the one that fits most."""
+    cohere = planner.HeadShape(256000, 8192, torch.float16)
+    assert planner.recommend(planner.plan(cohere, 8192)).estimate.name == "cross_entropy"
+    for memory, name, reason in (
+        (24 * GIB, "linear_cross_entropy", "least peak of this library's ways with float32 sums"),
+        (3 * GIB, "linear_cross_entropy, sums in bfloat16", "none with default options does"),
+        (23 * GIB // 10, "linear_cross_entropy, sums in bfloat16", "fits most tokens"),
+    ):
+        estimates = planner.plan(LLAMA, 8192, memory=memory)
+        chosen, why = planner.recommend(estimates)
+        assert chosen.name == name and reason in why, (memory, chosen, why)
+        assert chosen.fits == (memory >= 3 * GIB)
+    assert planner.recommend(planner.plan(LLAMA, 8192, memory=GIB // 2)).estimate is None
+
+
+def test_the_command_without_a_batch_that_fits(capsys):
+    sizes = ["--vocab", "128256", "--hidden", "4096", "--memory", "0.5GiB"]
+    assert main(["plan", *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "No recommendation" in printed and "weight alone takes 0.98" in printed
+    assert "Recommended" not in printed and "Use:" not in printed
+
+
+def test_time_from_peak_rates():
+    """6 N D V operations and the passes over the logits, by hand."""
+    gpu = planner.Gpu("made up", half_flops=1e12, float32_flops=1e11, bytes_per_second=1e9)
+    n, d, v = 1000, 64, 10000  # one chunk
+    products, logits = 6 * n * d * v, 2 * n * v
+    expected = {
+        "eager": (products, 6 * logits),
+        "eager, float32 loss (transformers)": (products, 8 * 2 * logits + 2 * logits),
+        "cross_entropy": (products, 3 * logits),
+        "linear_cross_entropy": (products, 2 * logits),
+    }
+    estimates = {e.name: e for e in planner.plan(planner.HeadShape(v, d), n)}
+    for name, (flops, traffic) in expected.items():
+        seconds = planner.predicted_seconds(estimates[name], torch.bfloat16, gpu)
+        assert seconds == pytest.approx(flops / 1e12 + traffic / 1e9), name
+    half = planner.plan(planner.HeadShape(v, d, torch.float16), n)
+    linear = next(e for e in half if e.name == "linear_cross_entropy")
+    assert (linear.product_flops, linear.traffic_bytes) == (products * 8 // 6, 3 * logits)
+    # Chunks of 64 MiB of Llama 3's logits have 261 rows: 32 sums of 8192 tokens.
+    chunks = {e.name: e for e in planner.plan(LLAMA, 8192)}
+    weight, logits = 128256 * 4096, 2 * 8192 * 128256
+    in_float32 = chunks["linear_cross_entropy, 64 MiB"].traffic_bytes - 2 * logits
+    assert in_float32 == weight * (4 + 31 * 8 + 6)
+    rounded = chunks["linear_cross_entropy, sums in bfloat16"].traffic_bytes - 2 * logits
+    assert rounded == 2 * 2 * weight  # of two chunks
+
+
+def test_the_command_predicts_time_and_says_from_what(capsys):
+    sizes = ["--vocab", "128256", "--hidden", "4096", "--gpu", "h100"]
+    assert main(["plan", *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted, ms" in printed and "Not measured" in printed and "3.35 TB/s" in printed
+    (eager,) = (line.split() for line in printed.splitlines() if line.startswith("eager  "))
+    assert float(eager[-1]) == pytest.approx(1e3 * (6 * 8192 * 4096 * 128256 / 989e12
+                                             + 12 * 8192 * 128256 / 3.35e12), abs=0.1)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_json_and_short_names_of_dtypes(name, tmp_path, capsys):
+    sizes = ["--vocab", "50257", "--hidden", "768", "--dtype", name, "--tokens", "8k"]
+    assert main(["plan", *sizes, "--json", "-", "--memory", "24GiB", "--gpu", "a100"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    estimates = planner.plan(planner.HeadShape(50257, 768, dtype), 8192, memory=24 * GIB)
+    assert [way["peak_bytes"] for way in printed["ways"]] == [e.peak_bytes for e in estimates]
+    assert all(way["predicted_seconds"] > 0 for way in printed["ways"])
+    assert printed["head"]["dtype"] == str(dtype).removeprefix("torch.")
+    assert printed["recommended"] == planner.recommend(estimates).estimate.name
+    assert main(["plan", *sizes, "--json", str(tmp_path / "plan.json")]) == 0
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["ways"][0]["predicted_seconds"] is written["memory_bytes"] is None
 
 
 def test_the_command(capsys, tmp_path):
@@ -260,17 +372,17 @@ def test_the_command(capsys, tmp_path):
     for e in estimates:
         (line,) = (x for x in printed.splitlines() if x.startswith(e.name + "  "))
         peak, _, largest = line.removeprefix(e.name).split()
-        assert peak == f"{e.peak_bytes / GIB:.2f}" and int(largest) == e.largest_batch
-    assert f"loss = {planner.best(estimates).code}" in printed and "softcap=30.0" in printed
+        assert peak == f"{e.peak_bytes / GIB:.2f}" and largest == f"{e.largest_batch:,}"
+    assert all(f"        loss = {e.code}\n" in f"{printed}\n" for e in estimates if e.code)
+    assert "    chunked_ce.huggingface.enable(model)\n" in printed and "softcap=30.0" in printed
 
 
 @pytest.mark.parametrize("sizes", [(1000, 32, 64), (256000, 512, 4096), (50257, 4096, 512)])
 def test_the_line_of_code_runs_as_printed(sizes):
     """On a small batch, whatever batch it was printed for."""
     vocab, hidden_size, tokens = sizes
-    code = planner.best(
-        planner.plan(planner.HeadShape(vocab, hidden_size, softcap=9.0), tokens)
-    ).code
+    estimates = planner.plan(planner.HeadShape(vocab, hidden_size, softcap=9.0), tokens)
+    code = planner.recommend(estimates).estimate.code
     lm_head = torch.nn.Linear(16, 100, bias=False)
     names = {
         "lm_head": lm_head,
@@ -287,7 +399,8 @@ def test_the_line_of_code_runs_as_printed(sizes):
     ("arguments", "said"),
     [
         ([], "give --config, or --vocab and --hidden"),
-        (["--vocab", "0"], "expected a positive whole number, got '0'"),
+        (["--vocab", "1.5"], "expected a positive whole number, such as 8192 or 8k, got '1.5'"),
+        (["--vocab", "0"], "expected a positive whole number, such as 8192 or 8k, got '0'"),
         (["--vocab", "9", "--hidden", "9", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--vocab", "9", "--hidden", "9", "--memory", "much"], "a size such as 24GiB, got 'much'"),
         (["--vocab", "9", "--hidden", "9", "--memory", "24"], "24 has no unit: write 24GiB, or 24B for bytes"),
@@ -301,6 +414,11 @@ def test_the_line_of_code_runs_as_printed(sizes):
         (["--config", "no/such/folder"], "cannot be read (No such file or directory)"),
         (["--config", "{hidden_size}"], "config has no vocabulary size, expected one of vocab_size"),
         (["--config", "{vocab_size}"], "config has no hidden size"),
+        (["--config", "{hidden_size}"], "pass --vocab (vocab_size= in Python)"),
+        (["--config", "{vocab_size}"], "pass --hidden (hidden_size= in Python)"),
+        (["--vocab", "9", "--hidden", "9", "--gpu", "h100", "--device", "cpu"], "--gpu goes with --device cuda"),
+        (["--vocab", "9", "--hidden", "9", "--gpu", "h100", "--dtype", "fp64"], "no other rate is known"),
+        (["--vocab", "9", "--hidden", "9", "--json", "no/such.json"], "--json: the folder 'no' does not exist"),
         (["--config", "{text}"], "it holds no JSON"),
         (["--config", "{wrong}"], "config has vocab_size 'many', expected a positive int"),
         (["--config", "{dtype}"], "config has dtype 'int4'"),
@@ -329,5 +447,5 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
     except SystemExit as exit:
         code = exit.code
     assert code == 2
-    *usage, error = capsys.readouterr().err.strip().splitlines()
+    (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("chunked-ce") and said in error

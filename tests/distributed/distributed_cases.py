@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_gradient, fuse_multiply_add, patch_the_language_once, run_snippet
+from helpers import assert_gradient, fuse_multiply_add, patch_the_language_once
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -765,35 +765,6 @@ def fsdp2_is_one_process():
     hidden = torch.randn(3, D)
     with pytest.raises(TypeError, match="linear_weight is a DTensor.*module.unshard"):
         chunked_ce.linear_cross_entropy(hidden, model.head.linear.weight, labels[0, :, 0])
-
-
-@case
-def the_readmes_snippets():
-    world, rank = dist.get_world_size(), dist.get_rank()
-    names = dict(group=dist.group.WORLD, labels=torch.randint(0, 5 * world, (3,)))
-    logits, hidden, weight = torch.randn(3, 5 * world), torch.randn(3, D), torch.randn(5 * world, D)
-    here = slice(5 * rank, 5 * rank + 5)
-    names |= dict(hidden=hidden, local_logits=logits[:, here], local_weight=weight[here])
-    run_snippet("vocab_parallel_cross_entropy(", names)
-    assert_loss(names["loss"], truth(hidden @ weight.T, names["labels"])[0], torch.float32)
-    assert torch.equal(names["stats"].argmax, logits.argmax(1))
-
-    if world > 2:  # a head of real size, gathered on every rank
-        return
-
-    class Embedded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Embedding(11, 256)
-
-        def forward(self, tokens, labels):
-            return self.head(self.body(tokens), labels)
-
-    model = Embedded()
-    names = dict(chunked_ce=chunked_ce, model=model, world=world, tokens_of_all_ranks=4 * world)
-    names |= dict(tokens=torch.randint(0, 11, (4,)), labels=torch.randint(0, 32000, (4,)))
-    run_snippet("fully_shard(model.head)", names)
-    assert model.head.linear.weight.grad.full_tensor().abs().sum() > 0
 
 
 def main():

@@ -404,7 +404,7 @@ def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
 
 
 def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
-    from chunked_ce.cli.perplexity_report import table
+    from chunked_ce.cli.perplexity_table import table
     from chunked_ce.evaluation.scoring import Scoring
 
     score, calls = Scoring._batch, []
@@ -429,7 +429,12 @@ def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
     assert (report.windows_scored, report.windows) == (2, 5)
     shown = table(report, "model")
     assert "2 of 3 documents, 2 of 5 windows" in shown
-    assert "mean of 2 of 3 documents' perplexities, partly scored" in shown
+    assert "mean of the perplexities of 2 of 3 documents, partly scored" in shown
+    files = table(report, "model", ["a", "b", "c"]).splitlines()[-3:]
+    assert (
+        files[0].split()[:2] == ["a", f"{CONTEXT:,}"]
+        and files[2].split() == "c 0 not scored".split()
+    )
 
 
 def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):

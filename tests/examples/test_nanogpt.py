@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, run_snippet
+from helpers import ROOT, run_block
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import chunked_ce
 
 SCRIPT = ROOT / "examples" / "nanogpt.py"
 SMALL = "--steps 30 --batch-size 4 --context 16 --layers 1 --heads 2 --width 16 --sample 5".split()
@@ -118,32 +116,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_loss_of_predictions_and_labels_as_torchtitan_calls_it() -> None:
     """Micro-batches of unequal padding, each a sum over its tokens, by the tokens of all of them."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(4, 2, 6, 8), torch.randn(50, 8)
-    labels = torch.randint(0, 50, (4, 2, 6))
-    for i in range(4):
-        labels[i, :, 6 - i :] = -100
-    global_valid_tokens = (labels != -100).sum()
-    ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    for h, y in zip(hidden, labels, strict=True):
-        run_snippet(
-            "global_valid_tokens",
-            dict(
-                chunked_ce=chunked_ce,
-                pred=h @ ours.T,
-                labels=y,
-                global_valid_tokens=global_valid_tokens,
-            ),
-        )
-    F.cross_entropy((hidden @ theirs.T).flatten(0, 2), labels.flatten()).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    names = run_block("docs/training.md", "global_valid_tokens")
+    logits = names["pred"].detach().requires_grad_()
+    F.cross_entropy(logits.flatten(0, 1), names["labels"].flatten()).backward()
+    torch.testing.assert_close(names["pred"].grad, logits.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_the_readmes_line_for_nanogpt() -> None:
+def test_the_line_for_nanogpt() -> None:
     torch.manual_seed(0)
-    head, x = torch.nn.Linear(4, 50304, bias=False), torch.randn(2, 3, 4)
-    targets = torch.tensor([[1, 2, -1], [50256, -1, 0]])
-    names = dict(chunked_ce=chunked_ce, self=SimpleNamespace(lm_head=head), x=x, targets=targets)
-    run_snippet("self.lm_head.weight, targets", names)
+    names = run_block("docs/training.md", "ignore_index=-1")
+    head, x, targets = names["lm_head"], names["x"], names["targets"]
+    assert (targets == -1).any() and head.weight.shape[0] == 50304
     expected = oracle.cross_entropy(
         head(x), targets, ignore_index=-1, softcap=15.0, vocab_size=50257
     )

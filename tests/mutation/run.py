@@ -35,7 +35,7 @@ PASSED, FAILED, NONE_RUN = 0, 1, 5  # of pytest
 def copy_of_the_package(to: Path) -> None:
     """What tests need. The link chunked_ce/kernels stays one, so that both names see the mutant."""
     junk = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("chunked_ce", "kernels", "tests", "bench", "examples"):
+    for folder in ("chunked_ce", "kernels", "tests", "bench", "examples", "docs"):
         shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=junk)
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, to)

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
-
-from .machine import examine
 
 
 def add_command(subparsers: Any) -> None:
+    """Add the command to the parser's."""
     parser = subparsers.add_parser(
         "doctor",
-        help="versions, devices, backends; checks every function against eager torch",
-        description="Says what this machine has and which backend runs on it, and checks every "
+        help="check this installation: versions, devices, backends, every function",
+        description="Shows what this machine has and which backend runs on it, and checks every "
         "function of logits or hidden states against eager torch. Exit code 1 where something is "
-        "wrong. Paste the output into a bug report.",
+        "wrong. Paste the output of --verbose into a bug report.",
     )
+    parser.add_argument("--verbose", "-v", action="store_true", help="show every check")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    section, wrong = "", 0
-    for finding in examine():
-        if finding.section != section:
-            print(("\n" if section else "") + finding.section, flush=True)
-            section = finding.section
-        print(f"  {finding.what}: {finding.result}", flush=True)
-        wrong += not finding.ok
-    print("\n" + _sum(wrong))
-    return 1 if wrong else 0
+    """Examine the machine; print the verdict and then the findings."""
+    if sys.stderr.isatty():
+        print("checking every function, which takes some seconds", file=sys.stderr, flush=True)
+    from .machine import examine
+    from .verdict import summary
 
-
-def _sum(wrong: int) -> str:
-    if wrong == 1:
-        return "1 finding is wrong"
-    return f"{wrong} findings are wrong" if wrong else "nothing is wrong"
+    findings = list(examine())
+    print(summary(findings, verbose=args.verbose))
+    return 0 if all(finding.ok for finding in findings) else 1

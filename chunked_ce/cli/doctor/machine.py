@@ -1,4 +1,4 @@
-"""What this machine has, which backend will run here and why, and whether its functions are right.
+"""What this machine has, which backend runs here and why, and whether its functions are right.
 
 For `chunked-ce doctor`, whose output goes into a bug report.
 """
@@ -16,12 +16,13 @@ import torch
 
 from ... import backends
 from ...backends import choose_backend, clusters, cpu_library, gpu
+from . import load
 from .self_check import checks_of
 
 _PACKAGES = ("chunked-ce", "torch", "triton", "transformers", "numpy")
 _VARIABLES = (
     "CHUNKED_CE_CACHE", "CHUNKED_CE_CHECK_TARGETS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY", "TRITON_INTERPRET",
+    "TRITON_INTERPRET",
 )  # fmt: skip
 
 
@@ -32,10 +33,11 @@ class Finding(NamedTuple):
     what: str
     result: str
     ok: bool = True
+    is_check: bool = False  # of a function, of which there are many
 
 
 def examine() -> Iterator[Finding]:
-    """Everything, as it is found out; seconds on a CPU, and what the kernels' compiling takes."""
+    """Yield everything: it takes seconds on a CPU, and on a GPU the time to compile kernels."""
     yield from _versions()
     for device in _devices():
         yield from _device(device)
@@ -91,9 +93,11 @@ def _device(device: torch.device) -> Iterator[Finding]:
     yield Finding(section, "backend", f"{backend}: {_reason(device, backend)}")
     if device.type == "cpu":
         yield Finding(section, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+        yield _attempt(section, "busy cores", load.busy_cores)
+        yield _attempt(section, "memory", load.free_memory)
         return
     yield _attempt(section, "name", lambda: str(_properties(device).name))
-    yield _attempt(section, "memory", lambda: f"{_properties(device).total_memory / 2**30:.1f} GiB")
+    yield _attempt(section, "memory", lambda: _gpu_memory(device))
     yield _attempt(section, "processors", lambda: str(gpu.processors(device)))
     if backend == "triton":
         yield _attempt(section, "launch table", lambda: _launch_row(device))
@@ -102,6 +106,13 @@ def _device(device: torch.device) -> Iterator[Finding]:
 
 def _properties(device: torch.device) -> Any:
     return torch.get_device_module(device).get_device_properties(device)
+
+
+def _gpu_memory(device: torch.device) -> str:
+    total = _properties(device).total_memory
+    if device.type != "cuda":
+        return f"{total / 2**30:.1f} GiB"
+    return load.free_of(torch.cuda.mem_get_info(device)[0], total)
 
 
 def _reason(device: torch.device, backend: str) -> str:
@@ -121,7 +132,7 @@ def _reason(device: torch.device, backend: str) -> str:
 
 
 def _built() -> str:
-    """Which of the CPU kernels there are, and which is in use."""
+    """Return which of the CPU kernels there are, and which is in use."""
     names = [file.stem.removeprefix("cpu_") for file in cpu_library.built_libraries()]
     if not names:
         return "the kernels in C were not built: no C compiler when chunked-ce was installed"
@@ -146,7 +157,7 @@ def _clusters(device: torch.device) -> str:
 
 
 def _attempt(section: str, what: str, find_out: Callable[[], str]) -> Finding:
-    """Whatever goes wrong is what the report is for."""
+    """Return what was found out, or the failure, which is what the report is for."""
     start = time.perf_counter()
     try:
         result, ok = find_out(), True
@@ -171,4 +182,5 @@ def _operators(device: torch.device, backend: str) -> Iterator[Finding]:
     for name, check in checks_of(device, backend).items():
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{name}, {str(dtype).removeprefix('torch.')}"
-            yield _attempt(section, what, lambda c=check, d=dtype: c(device, backend, d))  # type: ignore[misc]
+            found = _attempt(section, what, lambda c=check, d=dtype: c(device, backend, d))  # type: ignore[misc]
+            yield found._replace(is_check=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -19,6 +21,15 @@ def model(value: Any) -> None:
         raise TypeError(
             f"model must be a module or another callable of ids [B, T], got "
             f"{type(value).__name__}{mend if isinstance(value, str) else ''}"
+        )
+
+
+def no_more_positional(arguments: tuple[Any, ...]) -> None:
+    if arguments:
+        raise TypeError(
+            "evaluate_perplexity takes model and input_ids by position, and got "
+            f"{type(arguments[0]).__name__} as well: text and its tokenizer are passed by name, "
+            "evaluate_perplexity(model, text=..., tokenizer=...)"
         )
 
 
@@ -80,7 +91,10 @@ def token_array(name: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is {brief(value)}, expected a sequence of token ids") from error
+        mend = ': tokenizer(text)["input_ids"]' if isinstance(value, str) else ""
+        raise TypeError(
+            f"{name} is {brief(value)}, expected a sequence of token ids{mend}"
+        ) from error
 
 
 def _integers(name: str, ids: Tensor) -> None:
@@ -123,10 +137,23 @@ def texts(text: Any) -> list[str]:
         raise ValueError("text holds no document: give at least one, of two tokens or more")
     for i, document in enumerate(documents):
         if not isinstance(document, str):
-            raise TypeError(f"document {i} of text must be a str, got {type(document).__name__}")
+            mend = ": pass path.read_text()" if isinstance(document, os.PathLike) else ""
+            raise TypeError(
+                f"document {i} of text must be a str, got {type(document).__name__}{mend}"
+            )
         if not document:
             raise ValueError(f"document {i} of text is empty: leave it out")
+        if _names_a_file(document):
+            warnings.warn(
+                f"document {i} of text is {brief(document)}, which names a file: the name is "
+                "scored, not what the file holds; pass Path(name).read_text()",
+                stacklevel=5,
+            )
     return list(documents)
+
+
+def _names_a_file(document: str) -> bool:
+    return len(document) < 1000 and "\0" not in document and os.path.isfile(document)
 
 
 def check_tokenizer(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""README's tables and code of "Drop-in for torch's losses" do what they say."""
+"""The tables and the explained loss of docs/losses.md do what they say."""
 
 import contextlib
 import io
@@ -13,12 +13,18 @@ from torch import nn
 import chunked_ce
 from chunked_ce.checks import mistakes
 
-README = (ROOT / "README.md").read_text()
-SECTION = README.split("## Drop-in for torch's losses\n")[1].split("\n## ")[0]
-ROWS = [line.strip("|").split("|") for line in SECTION.splitlines() if line.startswith("| `")]
-CELLS = [[cell.strip().strip("`") for cell in row] for row in ROWS]
-CALLS = [(row[0], row[1]) for row in CELLS if row[0].startswith(("F.", "nn."))]
-MISTAKES = [tuple(row) for row in CELLS if not row[0].startswith(("F.", "nn."))]
+PAGE = (ROOT / "docs/losses.md").read_text("utf-8")
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the calls in the table below a heading."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in row] for row in rows]
+
+
+CALLS = [(row[0], row[1]) for row in table("Which call replaces mine?")]
+MISTAKES = [tuple(row) for row in table("Which mistakes are caught?")]
 
 
 def names() -> dict:
@@ -66,8 +72,11 @@ def test_mistakes_are_named(
         eval(call, names())
 
 
+MEANING = PAGE.split("\n## What does a loss mean?\n")[1]
+
+
 def test_explain_loss_prints_what_stands_there() -> None:
-    code, said = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", SECTION, re.DOTALL).groups()
+    code, said = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", MEANING, re.DOTALL).groups()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
     assert printed.getvalue().split() == said.split()

@@ -1,4 +1,4 @@
-"""What `chunked-ce perplexity` shows: a table, and a picture."""
+"""The picture of `chunked-ce perplexity`: loss against position, and the running perplexity."""
 
 from __future__ import annotations
 
@@ -14,70 +14,11 @@ NORMAL_95 = 1.96
 BINS_PER_OCTAVE = 4
 BIN_TOKENS = 30
 DRAWN_POINTS = 1000
-SETTLED = 0.05  # of the tokens; the running perplexity of fewer is let out of the picture
-
-
-def table(report: EvaluationReport, name: str) -> str:
-    """One measure a line, with its unit and what it was counted over."""
-    error = report.mean_nll_stderr
-    rows = [
-        ("perplexity", f"{report.perplexity:.4f}", f"per token, {report.tokens:,} tokens"),
-        ("mean NLL", f"{report.mean_nll:.4f}", "nats per token" + _spread(error)),
-        ("bits per token", f"{report.bits_per_token:.4f}", ""),
-    ]
-    if report.bits_per_byte is not None:
-        rows.append(("bits per byte", f"{report.bits_per_byte:.4f}", f"{report.bytes:,} bytes"))
-    if report.word_perplexity is not None:
-        rows.append(
-            (
-                "word perplexity",
-                f"{report.word_perplexity:.4g}",
-                f"per word, {report.words:,} words",
-            )
-        )
-    if report.accuracy is not None and report.mean_reciprocal_rank is not None:
-        rows.append(("top-1 accuracy", f"{report.accuracy:.4f}", ""))
-        rows.append(("mean reciprocal rank", f"{report.mean_reciprocal_rank:.4f}", ""))
-    mean = report.mean_document_perplexity
-    if mean is not None and report.documents > 1:
-        what = f"mean of {_of(report.documents, report.documents_given, 'document')}' perplexities"
-        what += ", partly scored" if report.partial else ""
-        rows.append(("document perplexity", f"{mean:.4f}", what))
-    wide = max(len(value) for _, value, _ in rows)
-    lines = [f"  {what:22}{value:>{wide}}  {unit}".rstrip() for what, value, unit in rows]
-    return "\n".join([_heading(report, name), *lines])
-
-
-def _heading(report: EvaluationReport, name: str) -> str:
-    documents = _of(report.documents, report.documents_given, "document")
-    windows = _of(report.windows_scored, report.windows, "window")
-    ends = [
-        f"{what} {'not added' if token is None else token}"
-        for what, token in (("BOS", report.bos), ("EOS", report.eos))
-    ]
-    parts = [
-        f"{name}: {documents}, {windows} of up to {report.context_length} tokens",
-        f"stride {report.stride}",
-        *ends,
-    ]
-    if report.logits_stored:
-        parts.append("from the model's own logits")
-    partial = "PARTIAL, interrupted: only some windows are in it\n" if report.partial else ""
-    return partial + ", ".join(parts)
-
-
-def _of(scored: int, given: int, what: str) -> str:
-    """3 windows, or 1 of 3 windows where an interruption left some out."""
-    some = "" if scored == given else f"{scored} of "
-    return f"{some}{given} {what}{'s' if given > 1 else ''}"
-
-
-def _spread(error: float | None) -> str:
-    return "" if error is None or math.isnan(error) else f", standard error {error:.4f}"
+SETTLED = 0.05  # of the tokens; the axis does not follow the running perplexity of fewer
 
 
 def draw(report: EvaluationReport, name: str, path: Path) -> None:
-    """The loss against the tokens of context, and the perplexity as the text goes by."""
+    """Draw the loss against the tokens of context, and the perplexity as the text goes by."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -136,10 +77,10 @@ def _draw_running(axes: Any, report: EvaluationReport) -> None:
 
 
 def binned(positions: Iterable[PerplexityReport]) -> list[tuple[float, PerplexityReport]]:
-    """(geometric middle of the positions, their report): 4 bins for each doubling of position.
+    """Return (geometric middle of the positions, their report), 4 bins for each doubling.
 
-    A bin of fewer than 30 tokens, whose error says little, is joined to the next; so is to the one
-    before what is left at the end, if that is less than half a bin.
+    A bin of fewer than 30 tokens has a large error, so it is joined to the next. Less
+    than half a bin at the end is joined to the bin before.
     """
     bins: list[tuple[int, int, PerplexityReport]] = []
     first, last, open_bin = 1, 0, None
@@ -167,7 +108,7 @@ def _both(a: PerplexityReport, b: PerplexityReport) -> PerplexityReport:
 
 
 def _known(value: float | None) -> float:
-    """0 for what is not known: a band of no width."""
+    """Return 0 for what is not known, which gives a band of no width."""
     return 0.0 if value is None or math.isnan(value) else value
 
 
