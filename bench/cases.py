@@ -18,7 +18,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-ROWS_OF_REFERENCE = 256  # whose float32 logits exist at a time
+ROWS_OF_REFERENCE = 256  # rows per block of the reference
 NORMAL_BLOCK = 1 << 24  # random numbers made at a time
 # Largest error of a gradient's row, in its norm: some roundings of the dtype.
 GRADIENT_LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2.0**-7}
@@ -76,7 +76,7 @@ def normal(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generat
 
 
 def fake_batch(case: Case, device: str) -> Batch:
-    """Return tensors of the batch's shapes whose values nobody reads."""
+    """Return uninitialized tensors with the batch's shapes."""
     sizes = ((case.N, case.D), (case.V, case.D)) if case.form == LINEAR else ((case.N, case.V),)
     leaves = (torch.empty(size, dtype=case.dtype, device=device) for size in sizes)
     return *leaves, torch.empty(case.N, dtype=torch.int64, device=device)

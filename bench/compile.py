@@ -1,4 +1,4 @@
-"""Compiles every specialisation of every kernel with the Triton that is installed. Needs no GPU.
+"""Compiles every specialization of every kernel with the Triton that is installed. Needs no GPU.
 
     python -m bench.compile                         sm_80, sm_90, sm_100, gfx942; all dtypes
     python -m bench.compile --target sm_90 --dtype float16 --json built.json
@@ -39,7 +39,7 @@ HEADER = ("Triton", "target", "kernels", "variants", "registers", "spills", *BOU
 
 
 class Variant(NamedTuple):
-    """A specialisation, as built."""
+    """A specialization, as built."""
 
     target: str
     label: str

@@ -93,7 +93,7 @@ def build(launch: Launch, target: str) -> Built:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
         else:
-            signature[parameter.name] = parameter.annotation_type or _specialised(
+            signature[parameter.name] = parameter.annotation_type or _specialized(
                 (i,), value, not parameter.do_not_specialize, constants, attributes
             )
     source = ASTSource(launch.kernel, signature, constants, attributes)
@@ -106,24 +106,24 @@ def build(launch: Launch, target: str) -> Built:
     )
 
 
-def _specialised(
+def _specialized(
     path: tuple[int, ...],
     value: Any,
-    specialise: bool,
+    specialize: bool,
     constants: dict[tuple[int, ...], Any],
     attributes: dict[tuple[int, ...], Any],
 ) -> Any:
-    """The type of an argument, as Triton's launcher has it: a tuple of types for a tuple.
+    """Return the type of an argument as in Triton's launcher. A tuple has a tuple of types.
 
-    Of a tuple it specialises every field, whatever `do_not_specialize` says.
+    Triton specializes every field of a tuple, even if `do_not_specialize` names it.
     """
     if isinstance(value, tuple):
         types = [
-            _specialised((*path, i), field, True, constants, attributes)
+            _specialized((*path, i), field, True, constants, attributes)
             for i, field in enumerate(value)
         ]
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
-    if value is None or (type(value) is int and value == 1 and specialise):
+    if value is None or (type(value) is int and value == 1 and specialize):
         constants[path] = value
         return "constexpr"
     if isinstance(value, torch.Tensor):
@@ -131,7 +131,7 @@ def _specialised(
             attributes[path] = [["tt.divisibility", 16]]
         return "*" + TYPES[value.dtype]
     if isinstance(value, int):
-        if value % 16 == 0 and specialise:
+        if value % 16 == 0 and specialize:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "fp32"

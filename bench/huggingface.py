@@ -75,7 +75,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
-    """Return token ids with labels, of which some do not count."""
+    """Return token ids with labels. Some labels are ignored."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -100)

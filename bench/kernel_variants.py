@@ -1,4 +1,4 @@
-"""Calls of the Triton backend that between them launch every specialisation of every kernel."""
+"""Calls of the Triton backend that between them launch every specialization of every kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN, CAPPED = Head(None, 1.0), Head(30.0, 0.5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Call = tuple[str, Callable[[], Any]]  # what it is, the call
 NAMES = ("entropy", "mean_logprob", "rank", "argmax")
-# GPT-2's ragged rows; a view whose classes are strided
+# GPT-2's ragged rows; a view with strided classes
 VIEWS = {
     "50257": lambda dtype: torch.empty(8, 50257, dtype=dtype),
     "strided": lambda dtype: torch.empty(8, 3000, dtype=dtype)[:, ::3],

@@ -53,7 +53,7 @@ def positive(text: str) -> int:
 
 def writable(text: str) -> Path:
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():  # said now rather than after four minutes
+    if path.is_dir() or not path.parent.is_dir():  # fail now rather than after four minutes
         raise argparse.ArgumentTypeError(f"no file can be written at {text!r}")
     return path
 

@@ -1,7 +1,7 @@
 """The one runner: check every provider of a case, time them in interleaved rounds, weigh them.
 
-A provider whose result is not eager's is not timed. One that fails gets a row with the reason, and
-the others go on. Only what eager and chunked_ce raise, but for want of memory, is a fault.
+A provider with another result than eager's is not timed. One that fails gets a row with the
+reason, and the others go on. An error of eager or chunked_ce is a fault, unless memory ran out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_ROUNDS = 3
 
 
 class Entry(NamedTuple):
-    """A provider whose result is right, and what it is timed with."""
+    """A provider with a correct result, and what it is timed with."""
 
     provider: Provider
     case: Case
@@ -102,7 +102,7 @@ class Runner:
     def prepare(
         self, case: Case, names: Iterable[str], batch: Batch | None = None, variant: str = ""
     ) -> list[Entry]:
-        """Return the providers whose loss and gradients are eager's."""
+        """Return the providers with the loss and gradients of eager."""
         providers, entries = find(case.form, names), list[Entry]()
         torch.compiler.reset()  # every size and dtype gets code of its own
         try:
@@ -154,7 +154,7 @@ class Runner:
             raise Unavailable(f"some {ratio:.0f} times eager's time")
 
     def failed(self, case: Case, provider: Provider, error: Exception) -> None:
-        """Say why; what eager and ours raise, but for want of memory, is a fault."""
+        """Record the reason. An error of eager or ours is a fault, unless memory ran out."""
         if isinstance(error, Unavailable):
             why = str(error)
         elif measure.is_out_of_memory(error):

@@ -84,7 +84,7 @@ def full(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Return 1 where a result of eager's or ours was wrong."""
+    """Return 1 if a result of eager or ours was wrong."""
     suite = SUITES[name]
     args = _parser(name, suite).parse_args(arguments)
     suite = suite._replace(

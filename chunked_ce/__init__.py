@@ -6,6 +6,7 @@ torch is imported already, everything is loaded at once, the operators `torch.op
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from .evaluation.meter import Perplexity, perplexity
     from .evaluation.report import EvaluationInterrupted, EvaluationReport, PerplexityReport
     from .functional.binary import binary_cross_entropy_with_logits
-    from .functional.linear import linear_cross_entropy, linear_token_stats
-    from .functional.logits import cross_entropy, token_stats
+    from .functional.linear import linear_cross_entropy
+    from .functional.linear_stats import linear_token_stats
+    from .functional.logits import cross_entropy
+    from .functional.logits_stats import token_stats
     from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
@@ -52,7 +55,9 @@ _MODULES = (  # the same as above, which type checkers read
     "evaluation.report",
     "functional.binary",
     "functional.linear",
+    "functional.linear_stats",
     "functional.logits",
+    "functional.logits_stats",
     "modules",
 )
 
@@ -68,8 +73,11 @@ if not TYPE_CHECKING:  # a type checker must not take any name for a public one
 
     def __getattr__(name: str) -> object:
         """Load the library at the first use of a name (PEP 562)."""
-        if not name.startswith("_"):
+        if name in __all__:
             _load()
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            # A folder of the library, which `from .. import checks` asks for while it loads.
+            return import_module(f".{name}", __name__)
         if name in globals():
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

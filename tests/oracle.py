@@ -11,7 +11,7 @@ def logits(x: Tensor, softcap=None, logit_scale=1.0, vocab_size=None) -> Tensor:
 
 
 def token_stats(x: Tensor, target: Tensor, ignore_index=-100, **head) -> dict[str, Tensor]:
-    """Every statistic of DESIGN's table, [...] fp64, ignored rows 0 (-1 for rank and argmax)."""
+    """Return every statistic [...] in fp64. Ignored rows are 0 (-1 for rank and argmax)."""
     z = logits(x, **head)
     ignored = target == ignore_index
     t = target.long().masked_fill(ignored, 0)[..., None]

@@ -85,7 +85,7 @@ def demand(condition: object, message: str) -> None:
 def logits(
     context: Context, rows: int, vocab: int, dtype: torch.dtype, layout: str = "plain"
 ) -> tuple[Tensor, Tensor]:
-    """Return logits [..., vocab] in a layout, and targets of which each fifth is ignored."""
+    """Return logits [..., vocab] in a layout, and targets; every fifth target is ignored."""
     generator = torch.Generator(context.device).manual_seed(rows + vocab)
 
     def normal(*shape: int) -> Tensor:

@@ -24,7 +24,7 @@ from .stage import Context
 HALF = torch.bfloat16
 NORM_LIMIT = 1e-2  # of a bf16 gradient behind a product
 SUMS = dict(label_smoothing=0.1, z_loss_weight=1e-3)
-LOSS_LIMIT = 1e-4  # of a loss behind a bf16 product, whose sums may be in another order
+LOSS_LIMIT = 1e-4  # loss after a bf16 product, which may sum in another order
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -56,7 +56,7 @@ def _vocab(context: Context) -> int:
 
 
 def many_logits(context: Context, schedule: dict[str, bool]) -> float:
-    """Check logits of which every row is the same, so that a few rows tell what all must be."""
+    """Check logits with equal rows. So a few rows tell what all rows must be."""
     rows, vocab = (6, 300) if context.dry else (43_000, 50_000)
     _demand_memory(context, 2 * rows * vocab * 2.1)
     x = torch.randn(vocab, device=context.device).to(HALF).expand(rows, vocab).contiguous()

@@ -78,7 +78,7 @@ def load(file: Path | None) -> ctypes.CDLL | None:
     if file is None:
         return None
     try:
-        if _is_cut_off(file):
+        if _is_truncated(file):
             raise OSError("the file is cut off")
         library = ctypes.CDLL(str(file))
         library.chunked_ce_run.argtypes = [ctypes.c_char_p]
@@ -100,7 +100,7 @@ def load(file: Path | None) -> ctypes.CDLL | None:
     return None
 
 
-def _is_cut_off(file: Path) -> bool:
+def _is_truncated(file: Path) -> bool:
     """Return whether an ELF file ends before its section headers. Loading it would crash."""
     with open(file, "rb") as opened:
         header, length = opened.read(64), opened.seek(0, 2)

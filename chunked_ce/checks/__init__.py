@@ -6,11 +6,15 @@ The only place that words an error; a file for each kind of argument.
 from .backend import *
 from .backward import *
 from .heads import *
+from .keywords import hides_unknown as hides_unknown
+from .keywords import known_options as known_options
+from .keywords import unknown_keywords as unknown_keywords
 from .labels import *
 from .linear import *
 from .loss import *
 from .mistakes import *
 from .planner import *
+from .shift import shift as shift
 from .targets import *
 from .values import target_indices as target_indices
 from .weights import *

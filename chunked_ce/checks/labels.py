@@ -7,17 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import LOGIT_DTYPES, TARGET_DTYPES, dense, floating, names, same_device, shape, with_k
+from .values import (
+    LOGIT_DTYPES,
+    TARGET_DTYPES,
+    dense,
+    floating,
+    in_order,
+    names,
+    same_device,
+    shape,
+    to_tensor,
+    with_k,
+)
 
 
-def label_logits(input: Tensor) -> None:
+def label_logits(input: Tensor, target: object) -> None:
+    in_order(input, target)
     floating("input", input, " of logits")
 
 
 def labels(input: Tensor, target: Any) -> None:
     """`target` is labels [...] as `input`, or class indices [..., K]; their values are not read."""
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor of labels, got {type(target).__name__}")
+        raise TypeError(
+            f"target must be a Tensor of labels, got {type(target).__name__}"
+            f"{to_tensor('target', target)}"
+        )
     dense("target", target)
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -67,7 +82,9 @@ def label_weight(name: str, weight: Any, input: Tensor) -> None:
     if weight is None:
         return
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a Tensor or None, got {type(weight).__name__}")
+        raise TypeError(
+            f"{name} must be a Tensor or None, got {type(weight).__name__}{to_tensor(name, weight)}"
+        )
     dense(name, weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .loss import check_target as any_target
 from .values import (
+    TARGET_DTYPES,
     are_probabilities,
     brief,
     dense,
@@ -16,9 +17,11 @@ from .values import (
     floating,
     integer,
     is_dtensor,
+    reshaped,
     same_device,
     shape,
     target_indices,
+    to_tensor,
 )
 
 
@@ -26,10 +29,30 @@ def linear_input(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Any, *, dims: bool
 ) -> None:
     """Hidden states, head and target that fit one another."""
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()):
+        head_weight(weight, target, dims=dims)
     hidden_states(input)
     linear_weight(weight, input, dims=dims)
     linear_bias(bias, weight)
     linear_target(input, weight, target)
+
+
+def head_weight(weight: Any, target: object, *, dims: bool) -> None:
+    """Refuse modules, and what was meant for another place."""
+    if isinstance(weight, torch.nn.Module):
+        raise TypeError(
+            f"linear_weight is a module, {type(weight).__name__}, expected its weight [V, D]: "
+            "pass lm_head.weight (and linear_bias=lm_head.bias, if it has one)"
+        )
+    holds_indices = isinstance(weight, Tensor) and weight.dtype in TARGET_DTYPES
+    if holds_indices and are_probabilities(target):
+        raise TypeError(f"linear_weight has dtype {weight.dtype}, like class indices: {_ORDER}")
+    if not dims and isinstance(weight, Tensor) and isinstance(target, Tensor):
+        if weight.dim() > 2 and target.shape == weight.shape[:-1]:
+            raise ValueError(f"linear_weight has shape {shape(weight)}, expected [V, D]: {_ORDER}")
+
+
+_ORDER = "the arguments are (input, linear_weight, target): hidden states, lm_head.weight, labels"
 
 
 def hidden_states(input: Tensor) -> None:
@@ -76,7 +99,10 @@ def linear_bias(bias: object, weight: Tensor) -> None:
     if bias is None:
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"linear_bias must be a Tensor or None, got {type(bias).__name__}")
+        raise TypeError(
+            f"linear_bias must be a Tensor or None, got {type(bias).__name__}"
+            f"{to_tensor('linear_bias', bias)}"
+        )
     dense("linear_bias", bias)
     if bias.shape != weight.shape[:-1]:
         raise ValueError(
@@ -104,10 +130,13 @@ def linear_target(input: Tensor, weight: Tensor, target: Any) -> None:
     target_indices(target)
     expected = input.shape[:-1] + weight.shape[1:-1]
     if target.shape != expected:
+        mend = reshaped("target", target, expected)
+        if target.shape == weight.shape[:-1]:  # as Liger's fused loss has them
+            mend = f": {_ORDER}"
         raise ValueError(
             f"target has shape {shape(target)}, but input of shape {shape(input)} and "
             f"linear_weight of shape {shape(weight)} have one class index for each of "
-            f"[{', '.join(map(str, expected))}]"
+            f"[{', '.join(map(str, expected))}]{mend}"
         )
     same_device("target", target, input)
 

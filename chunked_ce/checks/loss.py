@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .mistakes import no_probabilities
+from .mistakes import no_probabilities, no_sigmoid
 from .targets import class_probabilities, classes_last, nothing_to_ignore, top_k
 from .values import (
     LARGEST,
@@ -15,11 +15,13 @@ from .values import (
     brief,
     flag,
     floating,
+    in_order,
     integer,
     is_int,
     may_be_read,
     names,
     number,
+    reshaped,
     same_device,
     shape,
     target_indices,
@@ -30,7 +32,8 @@ from .weights import num_items, token_weight
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def logits(input: Tensor) -> None:
+def logits(input: Tensor, target: object = None) -> None:
+    in_order(input, target)
     floating("input", input, " of logits")
     if input.dim() == 0:
         raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., V]")
@@ -93,12 +96,6 @@ def flags(**values: object) -> None:
         flag(name, value)
 
 
-def known_options(given: dict[str, Any], known: tuple[str, ...]) -> None:
-    for name in given:
-        if name not in known:
-            raise TypeError(f"{name} is no option of this loss, expected of {names(known)}")
-
-
 def class_dimension(input: Tensor, dim: object) -> int:
     """Where the classes of `input` are, from 0 on; a single row [V] has them in dimension 0."""
     if not is_int(dim):
@@ -148,6 +145,7 @@ def _indices(input: Tensor, target: Tensor, dim: int) -> None:
     raise ValueError(
         f"target has shape {shape(target)}, but input of shape {shape(input)} with its classes in "
         f"dimension {dim} has one class index for each of {list(expected)}"
+        f"{reshaped('target', target, expected)}"
     )
 
 
@@ -156,7 +154,8 @@ def one_target_per_row(input: Tensor, target: Tensor) -> None:
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target has shape {shape(target)}, but input of shape {shape(input)} has one row "
-            f"per target of shape {shape(input[..., 0])}: give one class index per row of logits"
+            f"per target of shape {shape(input[..., 0])}"
+            f"{reshaped('target', target, input.shape[:-1]) or ': give one class index per row'}"
         )
     same_device("target", target, input)
 
@@ -177,11 +176,11 @@ def spread_rest(value: object, target: object) -> None:
         )
 
 
-def linear_ignore_index(ignore_index: Any, target: object) -> Any:
+def linear_ignore_index(ignored: Any, target: object) -> int:
     """-100 for None; beside probabilities only None, as `F.linear_cross_entropy` has it."""
-    if are_probabilities(target) and ignore_index is not None:
-        nothing_to_ignore(ignore_index, "leave it None")
-    return -100 if ignore_index is None else ignore_index
+    if are_probabilities(target) and ignored is not None:
+        nothing_to_ignore(ignored, "leave it None")
+    return -100 if ignored is None else ignore_index(ignored)
 
 
 def deprecated(**values: object) -> None:
@@ -237,30 +236,33 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def input_and_target(input: Tensor, target: Any, dim: object, ignore_index: Any) -> int:
-    """Return where the classes are, of logits and a target that fit one another."""
-    logits(input)
+def input_and_target(input: Tensor, target: Any, dim: object, ignored: Any) -> tuple[int, int]:
+    """Return where the classes are, of logits and a target that fit one another; ignore_index."""
+    logits(input, target)
     where = class_dimension(input, dim)
     check_target(input, target, where)
-    no_class_ignored(ignore_index, target)
-    return where
+    no_class_ignored(ignored, target)
+    return where, ignore_index(ignored)
 
 
 class LossOptions(NamedTuple):
     label_smoothing: float
     z_loss_weight: float
     num_items: int | Tensor | None
+    reduction: str
+    spread_rest: bool
+    token_weight: Tensor | None
 
 
 def loss_options(
     input: Tensor,
     target: Any,
     rows: torch.Size,
-    reduction_name: object,
+    reduction_name: str,
     label_smoothing_amount: Any,
     z_loss: Any,
-    spread: object,
-    weights: Any,
+    spread: bool,
+    weights: Tensor | None,
     items: Any,
 ) -> LossOptions:
     """Check what the losses from logits and from hidden states share; `rows`: of the targets."""
@@ -269,13 +271,18 @@ def loss_options(
     if weights is not None:
         token_weight(weights, rows, input)
     if items is not None:
-        items = num_items(items, str(reduction_name), input)
-    return LossOptions(label_smoothing(label_smoothing_amount), z_loss_weight(z_loss), items)
+        items = num_items(items, reduction_name, input)
+    smoothing, z_weight = label_smoothing(label_smoothing_amount), z_loss_weight(z_loss)
+    return LossOptions(smoothing, z_weight, items, reduction_name, spread, weights)
 
 
-def looks_like_logits(input: Tensor) -> None:
+def looks_like_logits(input: Tensor, *, binary: bool = False) -> None:
     """Look at one row of `input` [..., V], where that makes nothing wait, and then at some more."""
-    if torch.compiler.is_compiling() or input.shape[-1] < 2 or not input.numel():
+    if binary and input.dim() > 1 and input.shape[-1] == 1:
+        input = input[..., 0]
+    if torch.compiler.is_compiling() or input.dim() == 0 or input.shape[-1] < 2:
+        return
+    if not input.numel():
         return
     # A tensor of another type may have no values to look at.
     if type(input) not in (Tensor, torch.nn.Parameter) or input.is_meta or not may_be_read(input):
@@ -284,4 +291,4 @@ def looks_like_logits(input: Tensor) -> None:
     while row.dim() > 1:
         row = row[0]
     if min(row[:: max(1, len(row) // 32)].tolist()) >= 0:  # of logits some are negative
-        no_probabilities(input)
+        no_sigmoid(input) if binary else no_probabilities(input)

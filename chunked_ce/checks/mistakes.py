@@ -15,6 +15,8 @@ from .values import integer, may_be_read, shape, target_indices
 
 _said: set[str] = set()
 _ROWS = 8  # to look at
+_MOST = 4096
+_VALUES = 16  # so many logits of a random model are all from 0 to 1 once in 3e7 times
 
 
 def _say_once(which: str, message: str) -> None:
@@ -61,6 +63,22 @@ def no_probabilities(input: Tensor) -> None:
         )
 
 
+def no_sigmoid(input: Tensor) -> None:
+    """Warn where binary logits are probabilities: all from 0 to 1, and most of them between."""
+    if not _may_look("sigmoid", input):
+        return
+    values = _some_rows(input)[:, :_MOST].float().flatten()
+    inside = (values > 0) & (values < 1)
+    if len(values) < _VALUES or not bool(((values >= 0) & (values <= 1)).all()):
+        return
+    if 2 * int(inside.sum()) > len(values) and bool((values != values[0]).any()):
+        _say_once(
+            "sigmoid",
+            f"input of shape {shape(input)} looks like probabilities (all its numbers are from 0 "
+            "to 1), but logits are expected: pass what the last layer gives, without sigmoid",
+        )
+
+
 def sums_to_one(prob: Tensor) -> None:
     """Warns where rows of class probabilities [..., V] have sums far from 1."""
     if not _may_look("sums", prob):
@@ -84,18 +102,26 @@ def explain_loss(
     *,
     ignore_index: int = -100,
 ) -> str:
-    """What a mean cross-entropy says, in a sentence or two; for a first look at a training run.
+    """Return what a mean cross-entropy says, in a sentence or two, at the start of a training run.
 
     Args:
-        loss: mean cross-entropy in nats per token.
-        vocab_size: V; a model that knows nothing has a loss of ln V.
-        target: class indices of the batch; a label that most of them share is named, since padding
-            that is not `ignore_index` makes a loss look small.
+        loss: mean cross-entropy in nats per token; a number or a tensor of one element.
+        vocab_size: V, at least 2; a model that knows nothing has a loss of ln V.
+        target: class indices of the batch, any integer dtype and shape, or None. A label that most
+            of them share is named, because padding that is counted makes a loss look small.
         ignore_index: target value of tokens that are not scored.
 
+    Returns:
+        The sentences, without a line break.
+
     Raises:
-        TypeError, ValueError: a loss that is no number, a `vocab_size` that is no int or below 2,
-            a target that is no Tensor of class indices.
+        TypeError, ValueError: a loss that is no number, a `vocab_size` that is no int or below 2, a
+            target that is no Tensor of class indices.
+
+    Example:
+        >>> import chunked_ce
+        >>> chunked_ce.explain_loss(10.9, 50257)
+        'A loss of 10.9 is near ln 50257 = 10.82: the model knows nothing yet.'
     """
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(f"loss has shape {shape(loss)}, expected one number: take its mean first")
@@ -134,7 +160,7 @@ def _explanation(loss: float, start: float, classes: int) -> str:
             f"A loss of {loss:.3g} is far below {expected}, {as_many}: early in training that "
             "means labels the model can see (not shifted), or padding counted as labels."
         )
-    return f"A loss of {loss:.3g}, where {expected} is no knowledge: {as_many}."
+    return f"A loss of {loss:.3g} is below {expected}, a guess among all classes: {as_many}."
 
 
 def _common_label(target: Tensor, ignore_index: int) -> list[str]:

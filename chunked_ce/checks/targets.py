@@ -53,6 +53,8 @@ def class_probabilities(input: Tensor, target: Tensor, dim: int) -> None:
 
 
 def top_k(input: Tensor, target: Any, dim: int) -> None:
+    if target and not any(isinstance(t, Tensor) for t in target):
+        target_indices(target)
     if len(target) != 2 or not all(isinstance(t, Tensor) for t in target):
         raise TypeError(
             f"target is a {type(target).__name__} of {len(target)}, expected a pair of Tensors: "
@@ -102,8 +104,10 @@ def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int, per_row
     if not bad.any():
         return
     first = int(bad.long().argmax())
+    value = int(rows[first])
+    padding = f"ignore_index={value}" if value < 0 else "its class as ignore_index"
     raise IndexError(
-        f"target {int(rows[first])} in row {first // per_row} is out of range: "
+        f"target {value} in row {first // per_row} is out of range: "
         f"expected a class from 0 to {vocab_size - 1} or ignore_index={ignore_index} "
-        "(use ignore_index for padding)"
+        f"(if it is padding, pass {padding})"
     )

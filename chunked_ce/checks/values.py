@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeGuard
 
@@ -71,16 +73,42 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def to_tensor(name: str, value: object) -> str:
+    """Return how a message says to make a Tensor of `value`; "" where it does not know."""
+    if type(value).__name__ == "ndarray":
+        return f": pass torch.from_numpy({name})"
+    if isinstance(value, (list, tuple, int, float)):
+        return f": pass torch.tensor({name})"
+    if isinstance(value, torch.nn.Module):
+        return ": pass the tensor that it computes or holds"
+    return f": pass {name}.tensor()" if hasattr(type(value), "tensor") else ""  # deferred logits
+
+
+def reshaped(name: str, tensor: Tensor, expected: Sequence[int]) -> str:
+    """Return how a message says to give `tensor` a shape that it nearly has; "" where not."""
+    if list(tensor.shape) == [*expected, 1]:
+        return f": pass {name}.squeeze(-1)"
+    if tensor.numel() != math.prod(expected) or tensor.dim() == len(expected):
+        return ""
+    if len(expected) == 1:
+        return f": pass {name}.flatten()"
+    return f": pass {name}.view({', '.join(map(str, expected))})"
+
+
 def dense(name: str, tensor: Tensor) -> None:
+    """Refuse sparse and nested tensors, and forward-mode tangents, which would be lost."""
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{name} is a {kind} tensor, expected a dense one: convert it to dense")
+    if tensor.is_floating_point() and not torch.compiler.is_compiling():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            forward_mode(name)
 
 
 def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .float()") -> None:
     """A dense Tensor of a dtype we compute with, and no forward-mode tangent."""
     if not isinstance(tensor, Tensor):
-        mend = ": pass its .tensor()" if hasattr(type(tensor), "tensor") else ""  # deferred logits
+        mend = to_tensor(name, tensor)
         raise TypeError(f"{name} must be a Tensor{what}, got {type(tensor).__name__}{mend}")
     if is_dtensor(tensor):
         raise TypeError(
@@ -94,8 +122,6 @@ def floating(name: str, tensor: Any, what: str, mend: str = "convert it with .fl
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected one of {names(LOGIT_DTYPES)}: {mend}"
         )
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-        forward_mode(name)
 
 
 def forward_mode(name: str) -> NoReturn:
@@ -122,9 +148,22 @@ def are_probabilities(target: object) -> bool:
     return isinstance(target, Tensor) and (target.is_floating_point() or target.is_complex())
 
 
+def in_order(input: object, target: object) -> None:
+    """Refuse logits and targets that came in each other's place."""
+    if are_probabilities(target) and isinstance(input, Tensor) and not input.is_floating_point():
+        assert isinstance(target, Tensor)
+        raise TypeError(
+            f"input has dtype {input.dtype} and target has dtype {target.dtype}, as if they were "
+            "swapped: the arguments are (input, target), logits first"
+        )
+
+
 def target_indices(target: object) -> None:
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor of class indices, got {type(target).__name__}")
+        raise TypeError(
+            f"target must be a Tensor of class indices, got {type(target).__name__}"
+            f"{to_tensor('target', target)}"
+        )
     dense("target", target)
     if target.is_floating_point() or target.is_complex():
         raise TypeError(

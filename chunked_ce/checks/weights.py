@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import LOGIT_DTYPES, dense, integer, names, same_device, shape
+from .values import LOGIT_DTYPES, dense, integer, names, same_device, shape, to_tensor
 
 
 def weight_of_classes(weight: object) -> None:
@@ -15,7 +15,10 @@ def weight_of_classes(weight: object) -> None:
     if weight is None:
         return
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor of class weights, got {type(weight).__name__}")
+        raise TypeError(
+            f"weight must be a Tensor of class weights, got {type(weight).__name__}"
+            f"{to_tensor('weight', weight)}"
+        )
     dense("weight", weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(
@@ -64,7 +67,10 @@ def token_weight(weight: Any, rows: torch.Size, input: Tensor) -> None:
     if weight is None:
         return
     if not isinstance(weight, Tensor):
-        raise TypeError(f"token_weight must be a Tensor, got {type(weight).__name__}")
+        raise TypeError(
+            f"token_weight must be a Tensor, got {type(weight).__name__}"
+            f"{to_tensor('token_weight', weight)}"
+        )
     dense("token_weight", weight)
     if not weight.is_floating_point():
         raise TypeError(
@@ -95,6 +101,7 @@ def num_items(value: Any, reduction: str, input: Tensor) -> int | Tensor | None:
             )
         if value.is_meta and not input.is_meta:
             raise ValueError("num_items is on meta, where it has no value: pass an int")
+        dense("num_items", value)
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"num_items has dtype {value.dtype}, expected a number of tokens")
         tensor: Tensor = value

@@ -13,7 +13,7 @@ from .head import Head, compute_dtype
 
 
 def gather_logits(input: Tensor, classes: Tensor, head: Head) -> Tensor:
-    """Return the logits z [..., K] of `classes` [..., K], all of which exist."""
+    """Return the logits z [..., K] of `classes` [..., K], which must be in range."""
     return head.apply_(input.gather(-1, classes).to(compute_dtype(input.dtype)))
 
 

@@ -40,7 +40,7 @@ def coefficients(
         b = -entropy_grad
         a = _add(a, -entropy_grad * entropy)
     if mean_logprob_grad is not None:
-        # The target's share goes into c, whose form does not cancel where p is near 1.
+        # The target's share goes into c, because c (1 - p) does not cancel near p = 1.
         u = mean_logprob_grad / vocab_size
         a = _add(a, -u * (vocab_size - 1 if weight_sum is None else weight_sum))
         c = _add(c, u if target_weight is None else u * target_weight)

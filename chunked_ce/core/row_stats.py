@@ -23,11 +23,27 @@ from torch import Tensor
 
 
 class TokenStats(NamedTuple):
-    """Statistics of rows of logits, each of shape [...].
+    """Hold the statistics of rows of logits, each of shape [...].
 
     The dtype is float32 (float64 for float64 logits), or int64 for `rank` and `argmax`. Rows with
     the target `ignore_index` have 0, or -1 in `rank` and `argmax`. Statistics not requested are
     None.
+
+    Attributes:
+        lse: log Σ exp z_j.
+        logprob: z_target - lse, the log-probability of the target.
+        entropy: -Σ p_j log p_j, in nats.
+        mean_logprob: mean over the vocabulary of z_j - lse.
+        rank: number of classes that beat the target; the lower index wins a tie.
+        argmax: the winning class.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> stats = chunked_ce.token_stats(torch.zeros(2, 8), torch.tensor([3, -100]))
+        >>> [round(x, 4) for x in stats.lse.tolist()]  # ln 8; the second row is ignored
+        [2.0794, 0.0]
+        >>> stats.entropy is None
+        True
     """
 
     lse: Tensor  # log sum exp z

@@ -203,7 +203,7 @@ def vocab_parallel_linear_cross_entropy(
     input, target = plain("input", input, None), plain("target", target, None)
     checks.hidden_states(input)
     shard_checks.shard_of_weight(weight, bias, input, target)
-    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+    label_smoothing, z_loss_weight, num_items, *_ = checks.loss_options(
         input, target, target.shape, reduction, label_smoothing, z_loss_weight, False,
         token_weight, num_items,
     )  # fmt: skip

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.row_stats import TokenStats
-from ..functional.linear import linear_token_stats
-from ..functional.logits import token_stats
+from ..functional.linear_stats import linear_token_stats
+from ..functional.logits_stats import token_stats
 from ..huggingface.deferred import DeferredLogits
 from ..huggingface.head_product import HeadProduct
 from . import checks

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.reduction import is_scored
-from ..functional.logits import token_stats
+from ..functional.logits_stats import token_stats
 
 State = dict[str, Any]  # sums and counts by name; None, or absent: not known
 

@@ -14,7 +14,8 @@ from ..ops import transforms
 from ..ops.callable_head import head_loss, head_stats
 from ..ops.head_calls import HeadCalls
 from ..ops.library import Classes, Outputs
-from .linear import in_target_shape, rows_of, shared_arguments
+from .linear import flat_classes, in_target_shape, shared_arguments
+from .shift import next_tokens
 from .targets import describe_target, wanted_of
 
 
@@ -68,6 +69,9 @@ def head_cross_entropy(
     *,
     weight: Tensor | None,
     ignore_index: int | None,
+    shift: bool,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
     reduction: str,
     label_smoothing: float,
     z_loss_weight: float,
@@ -83,27 +87,30 @@ def head_cross_entropy(
     """:func:`chunked_ce.linear_cross_entropy` of a head that is called."""
     checks.linear_input(input, like, None, target, dims=False)
     ignore_index = checks.linear_ignore_index(ignore_index, target)
-    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+    if shift is not False or position_ids is not None or cu_seqlens is not None:
+        target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
+    options = checks.loss_options(
         input, target, input.shape[:-1], reduction, label_smoothing, z_loss_weight, spread_rest,
         token_weight, num_items,
     )  # fmt: skip
     shared = shared_arguments(
         input, like, ignore_index, vocab_size, softcap, logit_scale, backend, **chunking
     )
-    ignore_index, classes, *_ = shared
-    weight = weight if weight is None else checks.head_class_weight(weight, like, classes)
-    spec, how = describe_target(
-        input, target, -1, weight, label_smoothing, z_loss_weight, ignore_index, classes,
-        spread_rest, reduction, token_weight, num_items,
-    )  # fmt: skip
-    shared = (spec.ignore_index, *shared[1:])
-    calls = HeadCalls(head, _flat(input), spec.index.reshape(-1), like.shape[0], shared)
-    known = how.allows_grad_in_forward(input.dtype) and how.allows_grad_in_forward(calls.dtype)
-    if reduction != "none" and spec.is_plain and known:
-        of_tokens = None if how.weight is None else how.weight.reshape(-1)
-        return head_loss(calls, of_tokens, how.divisor, label_smoothing, z_loss_weight)
-    outputs = _outputs(calls, spec.index, spec.classes, wanted_of(spec))
-    return how.reduce_with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    if weight is not None:
+        weight = checks.head_class_weight(weight, like, shared[1])
+    labels, reducer = describe_target(input, target, -1, weight, ignore_index, shared[1], options)
+    of_tokens = None if reducer.weight is None else reducer.weight.reshape(-1)
+    shared = (labels.ignore_index, *shared[1:])
+    calls = HeadCalls(head, _flat(input), labels.index.reshape(-1), like.shape[0], shared)
+    known = all(map(reducer.allows_grad_in_forward, (input.dtype, calls.dtype)))
+    if reduction != "none" and labels.is_plain and known:
+        return head_loss(
+            calls, of_tokens, reducer.divisor, options.label_smoothing, options.z_loss_weight
+        )
+    outputs = _outputs(calls, labels.index, labels.classes, wanted_of(labels))
+    return reducer.reduce_with_z_loss(
+        labels.cross_entropy(outputs), outputs.lse, options.z_loss_weight
+    )
 
 
 def head_token_stats(
@@ -114,6 +121,9 @@ def head_token_stats(
     *,
     weight: Tensor | None,
     ignore_index: int,
+    shift: bool,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
     vocab_size: int | None,
     softcap: float | None,
     logit_scale: float,
@@ -128,6 +138,9 @@ def head_token_stats(
     checks.target_indices(target)
     checks.linear_input(input, like, None, target, dims=False)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
+    ignore_index = checks.ignore_index(ignore_index)
+    if shift is not False or position_ids is not None or cu_seqlens is not None:
+        target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
     shared = shared_arguments(
         input, like, ignore_index, vocab_size, softcap, logit_scale, backend, **chunking
     )
@@ -145,4 +158,4 @@ def _flat(input: Tensor) -> Tensor:
 def _outputs(
     calls: HeadCalls, target: Tensor, classes: Classes, wanted: tuple[bool, bool, bool, bool]
 ) -> Outputs:
-    return in_target_shape(head_stats(calls, rows_of(classes), wanted), target)
+    return in_target_shape(head_stats(calls, flat_classes(classes), wanted), target)

@@ -1,105 +1,41 @@
-"""The lm_head and the loss in one: the logits never exist but for a chunk of tokens."""
+"""The lm_head and its loss in one: only the logits of one chunk of tokens exist at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import choose_backend
+from ..checks.loss import LossOptions
 from ..core.reduction import Reduction
-from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.chunks import default_rows, padded_row_bytes
 from ..ops.library import Classes, Outputs
-from .several_heads import loss_of_heads
+from . import several_heads
+from .shift import next_tokens
 from .targets import AnyTarget, Target, describe_target, wanted_of
 
 Result = TypeVar("Result")
-Head = Tensor | Callable[[Tensor], Tensor]
+LinearHead = Tensor | Callable[[Tensor], Tensor]
 
 
-def linear_token_stats(
-    input: Tensor,
-    linear_weight: Head,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    entropy: bool = False,
-    mean_logprob: bool = False,
-    rank: bool = False,
-    argmax: bool = False,
-    weight: Tensor | None = None,
-    acc_dtype: torch.dtype = torch.float32,
-    logits_dtype: torch.dtype | None = None,
-    chunk_bytes: int | None = None,
-    token_chunk_size: int | None = None,
-    drop_ignored: bool | None = None,
-    backend: str = "auto",
-) -> TokenStats:
-    """:func:`chunked_ce.token_stats` of `input @ linear_weight.T + linear_bias`, less the logits.
-
-    Differentiable in `input`, `linear_weight` and `linear_bias` with any upstream gradient:
-    backward computes each chunk's logits again (8 N D V FLOPs in all). For log-probabilities of
-    long sequences and for policy-gradient losses.
-
-    Args:
-        input: hidden states [..., D]; float16, bfloat16, float32 or float64.
-        linear_weight: [V, D], as `torch.nn.Linear` keeps it; of `input`'s dtype but under autocast.
-        target: class indices [...], any integer dtype.
-        linear_bias: [V] or None.
-        acc_dtype: in which the chunks' gradients of `linear_weight` are added, to be rounded once.
-        logits_dtype: torch.float32 keeps the logits of half-precision operands in float32, and on a
-            CPU their gradient too; None: as the operands.
-        chunk_bytes: of logits held at a time; or
-        token_chunk_size: as a number of tokens. By default 4096 tokens, or all of them where their
-            logits take 1 GiB at most; on a CPU 128 MiB, or all where they take 256 MiB at most.
-        drop_ignored: whether ignored tokens are left out of the products. Finding them makes a GPU
-            wait, so by default that is done on the CPU alone.
-        others: see :func:`chunked_ce.token_stats`.
-
-    Returns:
-        TokenStats of shape [...].
-
-    Raises:
-        TypeError, ValueError, IndexError: as :func:`chunked_ce.token_stats`, before anything is
-            computed.
-    """
-    if callable(linear_weight):
-        return _with_head(linear_token_stats, locals())
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return transforms.call(linear_token_stats, locals(), rows=("input", "target"))
-    checks.target_indices(target)
-    checks.linear_input(input, linear_weight, linear_bias, target, dims=False)
-    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
-    shared = shared_arguments(
-        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
-    )  # fmt: skip
-    weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
-    wanted = (entropy, mean_logprob, rank, argmax)
-    classes = Classes(weight if mean_logprob else None)
-    outputs = _outputs(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return outputs.to_token_stats(wanted)
-
-
+@checks.hides_unknown
 def linear_cross_entropy(
     input: Tensor,
-    linear_weight: Head,
+    linear_weight: LinearHead,
     target: AnyTarget,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = None,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss_weight: float = 0.0,
@@ -115,45 +51,103 @@ def linear_cross_entropy(
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
-    """Cross-entropy of `input @ linear_weight.T + linear_bias`, without the logits.
+    """Return the cross-entropy of `input @ linear_weight.T + linear_bias`, without logits.
 
-    As `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk over chunks
-    of tokens, 6 N D V FLOPs as without chunks; without gradients 2 N D V. With `reduction="none"`,
-    a `token_weight` or `num_items` that wants a gradient, or float16, whose small gradients only a
-    loss scale saves that backward knows, through :func:`linear_token_stats`: 8 N D V. Else an
-    upstream gradient other than 1 multiplies the rounded gradients.
+    Drop-in for `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk
+    over chunks of tokens: 6 N D V FLOPs, as many as without chunks; 2 N D V without gradients. Some
+    calls compute the logits a second time in backward, 8 N D V: `reduction="none"`, a
+    `token_weight` or `num_items` that requires a gradient, and float16, whose small gradients need
+    the loss scale. In the other calls an upstream gradient other than 1 multiplies gradients that
+    are rounded already.
 
-    Safe in a CUDA graph: unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for it, no
-    value on the device is read by the host and no size depends on one. The number of chunks follows
-    from shapes, divisor and upstream gradient stay on the device, and a target out of range makes
-    NaN, not an exception.
+    Safe in a CUDA graph, unless `drop_ignored=True` or `CHUNKED_CE_CHECK_TARGETS=1` ask for values:
+    the host reads no value on the device, and no size depends on one. A target out of range makes
+    NaN.
 
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
-        linear_weight: [V, D]; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...]; or
-            a head: a module or function of hidden states [N, D] that returns logits [N, V].
-        target: class indices [...], class probabilities [..., V], or the pair (indices [..., K],
-            probabilities [..., K]) of a teacher's K likeliest classes, which is never made dense.
-        linear_bias: [V] (or [V, d1, ...]) or None.
-        ignore_index: None is -100, as in torch; with class probabilities only None.
-        others: see :func:`linear_token_stats` and :func:`chunked_ce.cross_entropy`.
+        linear_weight: weight of the head [V, D], as `torch.nn.Linear` keeps it, of `input`'s dtype
+            unless autocast is on; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
+            Or a head: a module or function of hidden states [N, D] that returns logits [N, V].
+        target: class indices [...], any integer dtype; class probabilities [..., V]; or a teacher's
+            K likeliest classes as a pair (indices [..., K], probabilities [..., K]).
+        linear_bias: bias of the head, [V] (or [V, d1, ...]), or None.
+        weight: weight of each class [V], any floating dtype. With class indices the mean is then
+            the weighted mean.
+        ignore_index: class index of rows to leave out. None: -100; only None with class
+            probabilities.
+        shift: True where `target` [..., T] holds the tokens themselves: position i predicts the
+            token at i + 1, and the last position is ignored. Only the target moves; nothing is
+            copied. The classes of `input` must come last, and `target` must hold class indices.
+        position_ids: position of each token in its document, of `target`'s shape, any integer
+            dtype. A 0 begins a document, whose first token no position predicts. Only with
+            `shift=True`.
+        cu_seqlens: the same as offsets [num_docs + 1] into the flattened tokens, int32 or int64,
+            from 0 to their number. Only with `shift=True`, and not beside `position_ids`.
+        reduction: "mean" over the tokens that are not ignored, "sum", or "none" for each token's
+            loss.
+        label_smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
+        z_loss_weight: factor of the z-loss lse²; 1e-4 is usual. Class weights do not change it:
+            "mean" averages it over the tokens that count.
+        vocab_size: number of classes that exist; rows of the head at or past it are not read. None:
+            all exist.
+        softcap: logits are capped to ±softcap as `softcap * tanh(z / softcap)` (Gemma 2); None: no
+            cap.
+        logit_scale: factor of the logits before the cap, 1 / temperature.
+        token_weight: weight of the loss at each position, of the shape of class indices, any
+            floating dtype. It is not shifted. "mean" is then the weighted mean.
+        num_items: divisor of the mean, an int or a 0-d tensor on any device. Pass the number of
+            target tokens in the whole batch when accumulating gradients. None: the tokens that
+            count here.
+        spread_rest: True spreads what a teacher's top-k probabilities lack of 1 evenly over the
+            other classes; False drops it. With True a logit of -inf makes the loss +inf, unless the
+            probabilities lack no more than their rounding.
+        acc_dtype: dtype in which the chunks' gradients of `linear_weight` are added; they are
+            rounded once, at the end.
+        logits_dtype: torch.float32 keeps the logits of half-precision operands in float32, and on a
+            CPU their gradient too. None: the operands' dtype.
+        chunk_bytes: bytes of logits held at a time.
+        token_chunk_size: the same as a number of tokens; give one of the two. By default 4096
+            tokens, or all if their logits take at most 1 GiB; on a CPU 128 MiB of logits, or all if
+            they take at most 256 MiB.
+        drop_ignored: True leaves ignored tokens out of the matrix products. Finding them makes a
+            GPU wait. None: True on a CPU, False elsewhere.
+        backend: "auto" chooses; "cpu" (kernels in C), "torch" (any device) or "triton" (GPU) are
+            used or raise.
 
     Returns:
         The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64
         input).
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`chunked_ce.cross_entropy`, before anything is
-            computed.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+            Arguments are checked before anything is computed.
+        IndexError: a target out of range, on the CPU. Elsewhere that row's result and gradient are
+            NaN; `CHUNKED_CE_CHECK_TARGETS=1` in the environment raises there too, and makes the GPU
+            wait.
+
+    Example:
+        >>> import torch, chunked_ce
+        >>> hidden = torch.randn(2, 3, 8, requires_grad=True)  # [B, T, D]
+        >>> lm_head = torch.nn.Linear(8, 10, bias=False)
+        >>> _ = torch.nn.init.zeros_(lm_head.weight)
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> loss = chunked_ce.linear_cross_entropy(hidden, lm_head.weight, tokens, shift=True)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}")  # ln 10
+        2.3026
     """
-    if callable(linear_weight):
-        return _with_head(linear_cross_entropy, locals())
+    if unknown or callable(linear_weight):
+        return with_head(linear_cross_entropy, locals())
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
     ignore_index = checks.linear_ignore_index(ignore_index, target)
-    label_smoothing, z_loss_weight, num_items = checks.loss_options(
+    if shift is not False or position_ids is not None or cu_seqlens is not None:
+        target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
+    options = checks.loss_options(
         input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
         z_loss_weight, spread_rest, token_weight, num_items,
     )  # fmt: skip
@@ -162,20 +156,29 @@ def linear_cross_entropy(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
-    ignore_index, classes, *_ = shared
-    weight = weight if weight is None else checks.head_class_weight(weight, linear_weight, classes)
-    spec, how = describe_target(
-        input, target, -1, weight, label_smoothing, z_loss_weight, ignore_index, classes,
-        spread_rest, reduction, token_weight, num_items,
-    )  # fmt: skip
-    fused = reduction != "none" and spec.is_plain and how.allows_grad_in_forward(input.dtype)
-    loss_of = partial(_loss_of_head, input, shared, label_smoothing, z_loss_weight, fused=fused)
-    if linear_weight.dim() == 2:
-        return loss_of(linear_weight, linear_bias, how, spec)
-    return loss_of_heads(loss_of, linear_weight, linear_bias, how, spec)
+    if weight is not None:
+        weight = checks.head_class_weight(weight, linear_weight, shared[1])
+    labels, reducer = describe_target(input, target, -1, weight, ignore_index, shared[1], options)
+    loss_of = partial(_loss_of_head, input, shared, options)
+    return _loss_of_heads(loss_of, linear_weight, linear_bias, reducer, labels)
 
 
-def _with_head(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
+def _loss_of_heads(
+    loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], Tensor],
+    weight: Tensor,
+    *arguments: Any,
+) -> Tensor:
+    """Return the loss of a head [V, D], or of all heads in a weight [V, d1, ..., D]."""
+    if weight.dim() == 2:
+        return loss_of(weight, *arguments)
+    return several_heads.loss_of_heads(loss_of, weight, *arguments)
+
+
+def with_head(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
+    """Return `function(**arguments)`, where `linear_weight` is a head."""
+    unknown = arguments.pop("unknown")
+    if unknown:
+        checks.unknown_keywords(function, unknown)
     from .heads import call_with_head
 
     result: Result = call_with_head(function, arguments)
@@ -188,26 +191,27 @@ Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype, torch
 def _loss_of_head(
     input: Tensor,
     shared: Shared,
-    label_smoothing: float,
-    z_loss_weight: float,
+    options: LossOptions,
     weight: Tensor,
     bias: Tensor | None,
-    how: Reduction,
-    spec: Target,
-    *,
-    fused: bool,
+    reducer: Reduction,
+    labels: Target,
 ) -> Tensor:
-    """The loss of one [V, D] head: a sum, or that of each token."""
-    shared = (spec.ignore_index, *shared[1:])
-    if not fused:
-        outputs = _outputs(input, weight, bias, spec.index, spec.classes, shared, wanted_of(spec))
-        return how.reduce_with_z_loss(spec.cross_entropy(outputs), outputs.lse, z_loss_weight)
-    of_tokens = None if how.weight is None else how.weight.reshape(-1)
+    """Return the loss of one [V, D] head: a sum, or that of each token."""
+    smoothing, z_loss_weight = options.label_smoothing, options.z_loss_weight
+    shared = (labels.ignore_index, *shared[1:])
+    fused = labels.is_plain and reducer.allows_grad_in_forward(input.dtype)
+    if reducer.name == "none" or not fused:
+        outputs = outputs_of_head(
+            input, weight, bias, labels.index, labels.classes, shared, wanted_of(labels)
+        )
+        return reducer.reduce_with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
+    token_weight = None if reducer.weight is None else reducer.weight.reshape(-1)
     reuse = not torch.compiler.is_compiling()
     loss: Tensor  # autograd fills in which gradients are wanted
     loss, *_ = torch.ops.chunked_ce.linear_loss(
-        input.reshape(-1, input.shape[-1]), weight, bias, spec.index.reshape(-1), of_tokens,
-        how.divisor, label_smoothing, z_loss_weight, *shared, [False, False, False], reuse,
+        input.reshape(-1, input.shape[-1]), weight, bias, labels.index.reshape(-1), token_weight,
+        reducer.divisor, smoothing, z_loss_weight, *shared, [False, False, False], reuse,
     )  # fmt: skip
     return loss
 
@@ -226,14 +230,14 @@ def shared_arguments(
     acc_dtype: torch.dtype,
     logits_dtype: torch.dtype | None,
 ) -> Shared:
-    """The arguments that both operators share, checked."""
+    """Check the arguments that both operators share."""
     logits_dtype = checks.logits_dtype(logits_dtype, weight)
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
     tokens = input.numel() // input.shape[-1]
     default = default_rows(tokens, row_bytes, input.device.type)
     return (
-        checks.ignore_index(ignore_index),
+        ignore_index,
         classes,
         checks.softcap(softcap),
         checks.logit_scale(logit_scale),
@@ -245,7 +249,7 @@ def shared_arguments(
     )
 
 
-def _outputs(
+def outputs_of_head(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -254,15 +258,16 @@ def _outputs(
     shared: Shared,
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> Outputs:
+    """Return the statistics' operator's outputs in the shape of `target`."""
     outputs = torch.ops.chunked_ce.linear_stats(
-        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows_of(classes),
-        *shared, *wanted,
+        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1),
+        *flat_classes(classes), *shared, *wanted,
     )  # fmt: skip
     return in_target_shape(outputs, target)
 
 
-def rows_of(classes: Classes) -> Classes:
-    """Those of [...] tokens for tokens [N]."""
+def flat_classes(classes: Classes) -> Classes:
+    """Return the Classes of [...] tokens for tokens [N]."""
     of_class, prob, scale, shift, at = classes
     return Classes(  # torch.compile of torch 2.6 cannot trace _replace
         of_class,
@@ -274,7 +279,7 @@ def rows_of(classes: Classes) -> Classes:
 
 
 def in_target_shape(outputs: tuple[Tensor, ...], target: Tensor) -> Outputs:
-    """An operator's outputs [N] in target's shape."""
+    """Return an operator's outputs [N] in the shape of `target`."""
     n = target.numel()
     return Outputs(*(o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs))
 
@@ -282,9 +287,9 @@ def in_target_shape(outputs: tuple[Tensor, ...], target: Tensor) -> Outputs:
 def autocast(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `F.linear` has them under autocast."""
+    """Return the operands in the dtype that `F.linear` computes in under autocast."""
     device = input.device.type
-    # Which devices have it is no question for torch.compile: that of torch 2.6 cannot trace it.
+    # torch.compile of torch 2.6 cannot trace is_autocast_available.
     available = device in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device)
     enabled = available and torch.is_autocast_enabled(device)
     if enabled and input.dtype != torch.float64:

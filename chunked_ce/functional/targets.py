@@ -1,7 +1,7 @@
-"""What a loss may be given as target: a class, class probabilities, or a teacher's top k classes.
+"""The targets of a loss: a class, class probabilities, or a teacher's K likeliest classes.
 
-Each says what to ask an operator for, and makes of the answer the cross-entropy of each token:
--sum_j w_j q_j (z_j - lse), with q the smoothed target, w the class weights.
+Each tells the operator which statistics it needs. From these it computes each token's cross-entropy
+-sum_j w_j q_j (z_j - lse), with q the smoothed target and w the class weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..checks.loss import LossOptions
 from ..core.class_logits import is_first_occurrence
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, apply_weight, is_scored, make_reduction, smooth_labels
@@ -27,11 +28,11 @@ NEVER = NO_CLASS
 class Target(Protocol):
     @property
     def index(self) -> Tensor:
-        """[...] the class, or the likeliest: the one whose probability may be near 1."""
+        """Return the class, or the most likely one, [...]: its probability may be near 1."""
 
     @property
     def ignore_index(self) -> int:
-        """Value of `index` in rows that do not count."""
+        """Return the value of `index` in rows that do not count."""
 
     @property
     def classes(self) -> Classes: ...
@@ -41,14 +42,14 @@ class Target(Protocol):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the one-pass operators can take it."""
+        """Return whether the one-pass operators can take it."""
 
     @property
     def counts(self) -> Tensor | None:
-        """[...] what each token counts for in a mean; None: 1."""
+        """Return how much each token counts in a mean, [...], or None if all count 1."""
 
     def cross_entropy(self, outputs: Outputs) -> Tensor:
-        """[...] of each token, 0 where ignored."""
+        """Return the loss of each token, [...], 0 where ignored."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ClassIndices:
 
 
 class _Distribution:
-    """Of targets that are more than one class: none is ignored by its index, all count alike."""
+    """Share what holds for all targets of more than one class: no row is ignored by its index."""
 
     ignore_index = NEVER
     is_plain = False
@@ -120,7 +121,7 @@ class ClassProbabilities(_Distribution):
 
 @dataclass(frozen=True)
 class TopK(_Distribution):
-    """Probabilities of K classes a row; 0, or an equal share of the rest, for all others."""
+    """Hold probabilities of K classes a row. The others have 0, or an equal share of the rest."""
 
     indices: Tensor  # [..., K]; NEVER where there are fewer
     prob: Tensor  # [..., K]
@@ -130,17 +131,18 @@ class TopK(_Distribution):
     spread_rest: bool
 
     @property
-    def given(self) -> Tensor:
+    def exists(self) -> Tensor:
+        """Return which entries are classes and not padding, [..., K]."""
         return self.indices != NEVER
 
     @property
-    def likeliest(self) -> Tensor:
-        """[..., 1] which of the K."""
-        return self.prob.detach().masked_fill(~self.given, -torch.inf).argmax(-1, keepdim=True)
+    def most_likely(self) -> Tensor:
+        """Return which of the K classes has the largest probability, [..., 1]."""
+        return self.prob.detach().masked_fill(~self.exists, -torch.inf).argmax(-1, keepdim=True)
 
     @property
     def index(self) -> Tensor:
-        return self.indices.gather(-1, self.likeliest)[..., 0]
+        return self.indices.gather(-1, self.most_likely)[..., 0]
 
     @property
     def classes(self) -> Classes:
@@ -154,45 +156,55 @@ class TopK(_Distribution):
     def cross_entropy(self, outputs: Outputs) -> Tensor:
         z, mean_logprob = outputs.class_logits, outputs.mean_logprob
         assert z is not None
-        dtype, s = z.dtype, self.label_smoothing
-        prob = self.prob.masked_fill(~self.given, 0.0)
+        dtype, smoothing = z.dtype, self.label_smoothing
+        prob = self.prob.masked_fill(~self.exists, 0.0)
         q = prob.to(dtype)
-        floor = torch.full_like(outputs.lse, s / self.vocab_size)  # of every class
+        every_class = torch.full_like(
+            outputs.lse, smoothing / self.vocab_size
+        )  # its share of label smoothing
         if self.spread_rest:
             assert mean_logprob is not None
-            first = self.given & is_first_occurrence(self.indices)
-            others = self.vocab_size - first.sum(-1)
-            # In the teacher's digits, of which 1 - 0.999 needs more than float32 has.
-            exact = prob.to(torch.promote_types(prob.dtype, dtype))
-            share = self._rest(exact, mean_logprob).masked_fill(others == 0, 0.0)
+            is_first = self.exists & is_first_occurrence(self.indices)
+            others = self.vocab_size - is_first.sum(-1)
+            # In the teacher's dtype: float32 keeps too few digits of 1 - 0.999.
+            prob_in_full = prob.to(torch.promote_types(prob.dtype, dtype))
+            share = self._missing(prob_in_full, mean_logprob).masked_fill(others == 0, 0.0)
             share = (share / others.clamp(min=1)).to(dtype)
-            q = q - share[..., None] * first
-            floor = (1.0 - s) * share + floor
+            q = q - share[..., None] * is_first
+            every_class = (1.0 - smoothing) * share + every_class
         if self.weight is not None:
             q = q * self.weight.to(dtype)[self.indices.clamp(0, self.vocab_size - 1)]
-        # From the likeliest class, for that has all digits; unless its logit is -inf.
-        at_index = z.gather(-1, self.likeliest)
-        near = (z - at_index) + outputs.logprob[..., None]
-        logprob = torch.where(at_index.isfinite(), near, z - outputs.lse[..., None])
-        q = (1.0 - s) * q
-        # At a logit of -inf the mean below is infinite: less than the even share of that is none.
-        # A row that is broken is NaN, whatever weighs 0 in it.
-        nothing = ((q == 0) & ~(self.given & logprob.isnan())) | ((q < 0) & (logprob == -torch.inf))
-        loss = -(q * logprob).masked_fill(nothing, 0.0).sum(-1)
+        # Relative to the most likely class, which has all digits, unless its logit is -inf.
+        most_likely_logit = z.gather(-1, self.most_likely)
+        from_most_likely = (z - most_likely_logit) + outputs.logprob[..., None]
+        logprob = torch.where(
+            most_likely_logit.isfinite(), from_most_likely, z - outputs.lse[..., None]
+        )
+        q = (1.0 - smoothing) * q
+        # q < 0 at a logit of -inf: the mean below is infinite there, and counts this class too.
+        # A row with NaN stays NaN, even in a class of weight 0.
+        adds_nothing = ((q == 0) & ~(self.exists & logprob.isnan())) | (
+            (q < 0) & (logprob == -torch.inf)
+        )
+        loss = -(q * logprob).masked_fill(adds_nothing, 0.0).sum(-1)
         if self.wants_mean_logprob:
             assert mean_logprob is not None
-            even = floor * self.vocab_size * mean_logprob
-            loss = loss - (even if s > 0 else even.masked_fill(floor == 0, 0.0))
+            smoothing_loss = every_class * self.vocab_size * mean_logprob
+            loss = loss - (
+                smoothing_loss
+                if smoothing > 0
+                else smoothing_loss.masked_fill(every_class == 0, 0.0)
+            )
         return loss
 
-    def _rest(self, q: Tensor, mean_logprob: Tensor) -> Tensor:
-        """[...] what `q` [..., K] lacks of 1: from 1 - the largest, exact where that is near 1."""
-        largest = q.gather(-1, self.likeliest)
-        others = q.scatter(-1, self.likeliest, 0.0).sum(-1)
+    def _missing(self, q: Tensor, mean_logprob: Tensor) -> Tensor:
+        """Return 1 - the sum of `q` [..., K] as [...], exact where the largest is near 1."""
+        largest = q.gather(-1, self.most_likely)
+        others = q.scatter(-1, self.most_likely, 0.0).sum(-1)
         rest = (1.0 - largest)[..., 0] - others
-        # What may be the probabilities' own rounding makes no loss infinite.
-        rounding = (rest <= torch.finfo(self.prob.dtype).eps) & (mean_logprob == -torch.inf)
-        return rest.masked_fill((rest <= 0) | rounding, 0.0)
+        # A difference that may be the rounding of the probabilities makes no loss infinite.
+        is_rounding = (rest <= torch.finfo(self.prob.dtype).eps) & (mean_logprob == -torch.inf)
+        return rest.masked_fill((rest <= 0) | is_rounding, 0.0)
 
 
 def wanted_of(spec: Target) -> tuple[bool, bool, bool, bool]:
@@ -205,22 +217,22 @@ def describe_target(
     target: AnyTarget,
     dim: int,
     weight: Tensor | None,
-    label_smoothing: float,
-    z_loss_weight: float,
     ignore_index: int,
     vocab_size: int,
-    spread_rest: bool,
-    reduction: str,
-    token_weight: Tensor | None,
-    num_items: int | Tensor | None,
+    options: LossOptions,
 ) -> tuple[Target, Reduction]:
     """Return what the operators are asked for, and how the tokens' losses become one."""
-    spec = target_of(target, dim, weight, label_smoothing, ignore_index, vocab_size, spread_rest)
-    dtype = compute_dtype(input.dtype)
-    spec, token_weight = with_token_weight(spec, token_weight, z_loss_weight, dtype)
-    return spec, make_reduction(
-        reduction, spec.index, spec.ignore_index, token_weight, num_items, dtype, spec.counts
+    labels = target_of(
+        target, dim, weight, options.label_smoothing, ignore_index, vocab_size, options.spread_rest
     )
+    dtype = compute_dtype(input.dtype)
+    labels, token_weight = with_token_weight(
+        labels, options.token_weight, options.z_loss_weight, dtype
+    )
+    return labels, make_reduction(
+        options.reduction, labels.index, labels.ignore_index, token_weight, options.num_items,
+        dtype, labels.counts,
+    )  # fmt: skip
 
 
 def target_of(
@@ -232,6 +244,7 @@ def target_of(
     vocab_size: int,
     spread_rest: bool,
 ) -> Target:
+    """Return the kind of target that `target` is."""
     if not isinstance(target, Tensor):
         indices, prob = target
         indices = indices.long()
@@ -249,12 +262,12 @@ def target_of(
 def with_token_weight(
     target: Target, token_weight: Tensor | None, z_loss_weight: float, dtype: torch.dtype
 ) -> tuple[Target, Tensor | None]:
-    """Class weights as token weights in `dtype`, where they scale a token's whole loss."""
+    """Return the target without class weights that scale a whole loss: token weights hold them."""
     if not isinstance(target, ClassIndices) or target.label_smoothing or z_loss_weight:
         return target, token_weight
     counts = target.counts
     if counts is None:
         return target, token_weight
     counts = counts.to(dtype)
-    both = counts if token_weight is None else counts * token_weight.to(dtype)
-    return replace(target, weight=None), both
+    combined = counts if token_weight is None else counts * token_weight.to(dtype)
+    return replace(target, weight=None), combined

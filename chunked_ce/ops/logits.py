@@ -2,7 +2,7 @@
 
 chunked_ce::token_stats  statistics of rows of logits, differentiable in the logits
 chunked_ce::token_grad   their gradient, in a new tensor
-chunked_ce::token_grad_  the same over the logits, whose version counter says so
+chunked_ce::token_grad_  the same, written over the logits
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def call(
         have these dimensions too. A batch of such arguments is one call. A batch of other arguments
         is one call per sample.
     """
+    arguments.pop("unknown", None)  # empty: unknown keywords are refused before
     invocation = _Call(function, arguments, rows)
     outputs = _Forward.apply(invocation, *invocation.tensors)  # type: ignore[no-untyped-call]
     result: Result = invocation.result(outputs)

@@ -1,4 +1,4 @@
-"""What only the kernels in C can get wrong: threads, segments, their conversions, the library."""
+"""Tests of the C kernels alone: threads, segments, conversions, and loading the library."""
 
 import re
 import shutil
@@ -82,7 +82,7 @@ def test_half_precision_widening_exact(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_rounding_nearest_even(dtype):
-    """u over all classes but the target is any number one likes: p is 0 there."""
+    """Choose the gradient freely as u: at classes with p = 0 it is u itself."""
     every = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()].float()
     between = (every[1:].double() + every[:-1].double()) / 2
@@ -183,7 +183,7 @@ def test_library_choice(capability, files, expected, tmp_path, monkeypatch):
 
 
 def test_instruction_sets_agree():
-    """Those that this machine can run, on one batch."""
+    """Compare the libraries that this machine can run on one batch."""
     x, target = torch.randn(4, 5000), torch.tensor([0, 17, 4999, -100])
     usable = {"AVX512": ["base", "avx2", "avx512"], "AVX2": ["base", "avx2"]}
     names = usable.get(torch.backends.cpu.get_cpu_capability(), ["base"])
@@ -201,7 +201,7 @@ def test_instruction_sets_agree():
 
 
 class Wrapped(torch.Tensor):
-    """A tensor without memory of its own, as asynchronous collectives return."""
+    """A wrapper subclass without storage of its own, like the results of asynchronous collectives."""
 
     @staticmethod
     def __new__(cls, inner):

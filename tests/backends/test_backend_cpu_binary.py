@@ -1,4 +1,4 @@
-"""Binary cross-entropy and the scaling of gradients in C: threads, the edges of blocks, dtypes."""
+"""Tests of binary cross-entropy and gradient scaling in C: threads, block edges, dtypes."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
-"""The C kernels' threads: forks, signals, several callers, threads that do not start; and libraries
-that cannot be loaded. Each case in a process of its own, which a deadlock ends after a minute."""
+"""Tests of the C kernels' threads: forks, signals, concurrent callers, failing starts, bad libraries.
+
+Each case runs in its own process. A deadlock ends after a minute.
+"""
 
 import os
 import shutil
@@ -139,7 +141,7 @@ print(right)
 
 
 def test_ctrl_c_during_call(tmp_path):
-    """It comes when the first row is written and the last is not; then all of them are."""
+    """Send SIGINT after the first row is written and before the last; then all rows are written."""
     program = """
 from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
@@ -186,7 +188,7 @@ def test_number_of_threads(tmp_path, threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_number_of_threads_from_the_environment(tmp_path, threads):
-    """torch itself takes no more of it than there are cores."""
+    """Compare with torch, which uses at most as many threads as there are cores."""
     program = (
         "wanted = torch.get_num_threads() - 1; print(wanted, most_threads(large_call, wanted))"
     )
@@ -204,7 +206,7 @@ print(most_threads(lambda: [token_stats(x, target, backend="cpu") for _ in range
 
 
 def test_thread_start_failure(tmp_path):
-    """No address space for their stacks: the caller's own thread does everything."""
+    """Leave no address space for stacks: then the caller's own thread does all the work."""
     program = """
 torch.set_num_threads(1)
 expected = results(1)
@@ -242,7 +244,7 @@ def damage(file: Path, damage_kind: str) -> None:
 
 @pytest.mark.parametrize("damage_kind", ["of another architecture", "cut off", "no library"])
 def test_library_load_failure(tmp_path, damage_kind):
-    """One warning that names it; "auto" runs in plain PyTorch; "cpu" says what to do."""
+    """Expect one warning with the file name; "auto" uses plain PyTorch, and "cpu" raises."""
     shutil.copytree(ROOT / "chunked_ce", tmp_path / "chunked_ce", dirs_exist_ok=True)
     for file in (tmp_path / "chunked_ce" / "backends").glob("cpu_*.bin"):
         damage(file, damage_kind)

@@ -1,6 +1,7 @@
-"""Sizes: offsets beyond 2^31 (PITFALLS, loss 4), many tokens, large vocabularies, many calls.
+"""Tests of large sizes: offsets beyond 2^31, many tokens, large vocabularies, many calls.
 
-Rows that lie 2^31 logits apart need no memory between them, because it is never touched."""
+Rows that lie 2^31 logits apart need no memory between them, because it is never touched.
+"""
 
 import gc
 import re
@@ -66,7 +67,7 @@ def test_large_row_stride(backend, inplace, device):
 
 
 def memory_mib() -> float:
-    """Resident memory of this process."""
+    """Return the resident memory of this process."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
@@ -74,7 +75,7 @@ def memory_mib() -> float:
 @pytest.mark.long
 @pytest.mark.real_sizes
 def test_large_logits():
-    """43 000 x 50 000 in bfloat16, 4 GiB, the gradient written over them."""
+    """Use 43 000 x 50 000 logits in bfloat16 (4 GiB), with the gradient written over them."""
     rows, vocab = 43_000, 50_000
     assert rows * vocab > 2**31
     needed = 4.5 * 2**30
@@ -103,7 +104,7 @@ def test_large_logits():
 
 
 class WithoutCopy(torch.autograd.Function):
-    """Gives logits a history."""
+    """Gives logits a history without a copy."""
 
     @staticmethod
     def forward(ctx, logits, like, grads):
@@ -119,7 +120,7 @@ class WithoutCopy(torch.autograd.Function):
 @pytest.mark.long
 @pytest.mark.real_sizes
 def test_large_token_count():
-    """N = 1 M, of logits and of a head whose logits, 2^31 and more, never exist."""
+    """Use a million tokens: logits, and a linear head with more than 2^31 logits in all."""
     n, d, v, times = 1_000_000, 4, 2200, 50  # 50 times the same 20 000
     few = torch.arange(n // times) % v
     few[::5] = -100
@@ -179,7 +180,7 @@ def relative_error(ours, truth):
 
 
 def every_function(x, hidden, weight, target, meter):
-    """Eight calls."""
+    """Call eight functions."""
     leaf = x.clone().requires_grad_()
     cross_entropy(leaf, target, label_smoothing=0.1).backward()
     cross_entropy(leaf * 1, target, grad_in_forward=True, inplace_backward=True).backward()
@@ -197,7 +198,7 @@ def every_function(x, hidden, weight, target, meter):
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("calls", [800, pytest.param(10_000, marks=pytest.mark.long)])
 def test_memory_after_many_calls(calls):
-    """Not even to the collector of cycles, which is off."""
+    """Check that no memory is left, even with the cycle collector off."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads /proc")
     arguments = torch.randn(10, 500), torch.randn(10, 8), torch.randn(500, 8), torch.arange(10)

@@ -1,7 +1,8 @@
-"""Elements 2^28 apart, so that a column times its stride passes 2^31: read where they lie.
+"""Tests of strides of 2^28 elements, where a column times its stride exceeds 2^31.
 
-The tensors are 5 GB of address space, of which a page an element is touched. In a process of its own, for what an
-offset of 32 bits reads is not mapped."""
+The tensors take 5 GB of address space, and one page per element is touched. They run in their own process,
+because a 32-bit offset would read memory that is not mapped.
+"""
 
 import os
 import subprocess

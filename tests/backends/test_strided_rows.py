@@ -1,4 +1,4 @@
-"""Rows of logits as the kernels take them: where they start, and how."""
+"""Tests of the addresses of strided rows."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def rows_of(x):
 
 
 def test_row_alignment():
-    """Else a kernel would write 16 bytes where they do not belong together."""
+    """Check that only rows with equal alignment share 16-byte accesses."""
     memory = torch.empty(8, 64, dtype=torch.bfloat16)
     x = memory[:, :37]
     assert rows_of(x).alignment() == rows_of(torch.empty_like(memory)[:, :37]).alignment()
@@ -27,7 +27,7 @@ def test_row_alignment():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_rows_unaligned_memory(dtype, device):
-    """As numpy's and a file's may: there is nothing to read before it."""
+    """Use memory that starts between 16-byte boundaries, as numpy's may. Nothing precedes it."""
     x, target = batch(3, 37, dtype)
     if device != "cpu":
         pytest.skip("a GPU's memory starts at 256 bytes")

@@ -57,7 +57,7 @@ BOTH = [
 ]  # fmt: skip
 CROSS_ENTROPY = [
     ("classes last", (HALF, T[:6].repeat(2)[:6].view(2, 3)), {}, ValueError, r"dim=1 \(torch's default is 1\): pass dim=-1"),
-    ("target is a list", (X, [0, 1, 2, 3]), {}, TypeError, "target is a list of 4, expected a pair of Tensors"),
+    ("target is a list", (X, [0, 1, 2, 3]), {}, TypeError, r"target must be a Tensor of class indices, got list: pass torch.tensor\(target\)"),
     ("dim too large", (X, T), dict(dim=2), ValueError, "dim is 2, but input of shape .4, 10. has dimensions -2 to 1"),
     ("dim of str", (X, T), dict(dim="V"), TypeError, "dim must be an int, got str"),
     ("dim of one row", (X[0], T[0]), dict(dim=2), ValueError, "dim is 2, but an input of shape .10."),

@@ -165,7 +165,7 @@ def test_several_labels_a_row_warn_once():
         (float("nan"), 10, "no target is scored.*or a logit is inf or NaN"),
         (float("inf"), 10, "the logit of a target is -inf"),
         (-0.5, 10, "below 0"),
-        (torch.tensor(3.0), 1000, r"A loss of 3, where ln 1000 = 6.91 is no knowledge"),
+        (torch.tensor(3.0), 1000, r"A loss of 3 is below ln 1000 = 6.91, a guess among all classes: as if"),
     ],
 )  # fmt: skip
 def test_explain_loss(loss, vocab, message):

@@ -1,4 +1,4 @@
-"""The statistics' algebra by itself: parts of rows, merged and finished, against whole rows in fp64."""
+"""Tests of the algebra of row statistics: parts are merged and finished, against whole rows in fp64."""
 
 import math
 
@@ -16,7 +16,7 @@ NEVER = -100
 
 
 def part_of(z: torch.Tensor, start: int) -> Part:
-    """The definition, of columns that hold no target."""
+    """Return the Part of columns without the target, from its definition."""
     m = z.amax(1)
     shifted = z - torch.where(m == -math.inf, 0.0, m)[:, None]
     e = shifted.exp()
@@ -32,7 +32,7 @@ def assert_parts_equal(ours: Part, truth: Part) -> None:
 
 
 def test_merge_parts():
-    """Whichever side has the larger maximum; on a tie of maxima the lower class wins."""
+    """Merge with the larger maximum on either side; the lower class wins a tie."""
     z = torch.randn(60, 20, dtype=torch.float64) * 5
     z[:20, 12:] += 30
     z[20:40, :12] += 30
@@ -70,7 +70,7 @@ def test_concatenate_parts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("vocab", [301, 905])
 def test_token_stats_several_blocks(dtype, vocab):
-    """So many rows that each block holds the maximum, and the target, of some; ties across blocks."""
+    """Use enough rows that each block has the maximum of some and the target of others, with ties."""
     x, target = batch(40, vocab, dtype)
     x[5:15] = x[5:15].round()
     x[15:20] = x[15:20].clamp(-1, 1)
@@ -84,7 +84,7 @@ def test_token_stats_several_blocks(dtype, vocab):
 @pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
 @pytest.mark.parametrize("head", [Head(None, 1.0), Head(5.0, 0.5)], ids=str)
 def test_shard_parts_merge(backend, leading, head, device):
-    """The sums that ranks send; leading dimensions that do not merge, a target of +inf and of -inf."""
+    """Merge the parts of shards, with unmergeable leading dimensions and infinite targets."""
     vocab, cuts = 70, (0, 11, 12, 70)
     wide = torch.randn(2, *leading, vocab, dtype=torch.float64, device=device) * 3
     x = wide.transpose(0, -2)[..., :-1, :] if len(leading) > 1 else wide[0]
@@ -110,7 +110,7 @@ def test_shard_parts_merge(backend, leading, head, device):
 
 
 def test_shard_infinite_target():
-    """As `cross_entropy` has it; a row whose target lies elsewhere keeps its sums."""
+    """Check that a target of +inf is NaN, and rows with the target elsewhere keep their sums."""
     x = torch.randn(3, 9)
     x[0, 4] = math.inf
     part, logit = backends.row_part(
@@ -122,7 +122,7 @@ def test_shard_infinite_target():
 
 
 def test_shard_first_class_masked(backend, device):
-    """Sums are taken from it where the target lies elsewhere; the mean of log p is -inf, not NaN."""
+    """Check the origin of sums when the shard's first class is -inf: mean_logprob is -inf, not NaN."""
     x = torch.randn(3, 9, device=device)
     x[0, 0] = -math.inf
     part, _ = backends.row_part(
@@ -140,7 +140,7 @@ def test_shard_first_class_masked(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_entropy_masked_target(backend, device, dtype):
-    """0 * inf is 0: the target has probability 0, and adds nothing."""
+    """Check that 0 * inf counts as 0 for a target of probability 0."""
     x, target = batch(4, 40, dtype, device, ignored=0)
     x[torch.arange(3), target[:3]] = -math.inf
     ours, truth = token_stats(x, target, backend=backend, **ALL), oracle.token_stats(x, target)
@@ -164,7 +164,7 @@ def test_gradient_blocks_and_row_pieces(vocab):
 @pytest.mark.parametrize("rank", [False, True])
 @pytest.mark.parametrize("vocab", [60, 301])
 def test_rows_outside_exp_range(rank, vocab):
-    """Sums of exp z itself serve some rows; those beside them whose sums leave the range are redone."""
+    """Use rows with sums of exp(z) inside and outside the range of the dtype."""
     wide, target = batch((2, 6, 2), vocab, torch.float64)
     wide[0, 1] += 60
     wide[:, 2] -= 60

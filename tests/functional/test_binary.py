@@ -1,4 +1,4 @@
-"""binary_cross_entropy_with_logits: labels dense and by index, values and gradients, memory."""
+"""Tests of binary_cross_entropy_with_logits: dense and index labels, values, gradients, memory."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def truth(x, y, weight=None, pos_weight=None, reduction="mean"):
 
 
 def by_index(y, extra=2):
-    """Labels 0 and 1 as class indices, padded, with one repeated."""
+    """Return 0/1 labels as class indices, with padding and one repetition."""
     k = max(1, int(y.sum(-1).max())) + extra
     order = y.argsort(dim=-1, descending=True, stable=True)[..., :k]
     index = torch.where(y.gather(-1, order) > 0, order, -100)
@@ -28,7 +28,7 @@ def by_index(y, extra=2):
 
 
 def compare(loss, exact, x):
-    """Values and gradients, with an upstream gradient other than 1."""
+    """Compare values and gradients, with an upstream gradient other than 1."""
     dtype = x.dtype
     value = loss(x)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -93,7 +93,7 @@ def test_views(backend, device, view):
 
 
 def test_confident_answers_digits(backend, device):
-    """softplus(-20) = 2e-9 is not 0, nor is its gradient; torch's are, for z = -20 and label 0."""
+    """Check that softplus(-20) = 2e-9 and its gradient are not 0, as they are in torch."""
     z = torch.tensor([[-20.0, 20.0, -20.0, 20.0]], device=device)
     y = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=device)
     for target in (y, torch.tensor([[1, 2]], device=device)):
@@ -109,7 +109,7 @@ def test_confident_answers_digits(backend, device):
 
 
 def test_infinite_logits(backend, device):
-    """A class that is masked out and no label costs nothing; a label that is impossible, inf."""
+    """Check that a masked class without a label has loss 0, and an impossible label has loss inf."""
     inf = float("inf")
     z = torch.tensor([-inf, inf, -inf, inf, float("nan")], device=device)
     for y in (
@@ -198,7 +198,7 @@ def test_compile_fullgraph():
 
 
 def memory_of_a_step(n, v, k, labels):
-    """Of forward and backward, in units of the logits."""
+    """Return the memory of forward and backward, in units of the logits."""
     target = torch.randint(0, v, (n, k)) if labels == "indices" else torch.zeros(n, v)
     binary_cross_entropy_with_logits(torch.zeros(1, v, requires_grad=True), target[:1]).backward()
     x = torch.ones(n, v).requires_grad_()
@@ -237,7 +237,7 @@ def test_extra_memory_many_labels(labels):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_labels_fp64_digits(weighted, backend, device):
-    """1 - y of a label near 1 is not that of the label in fp32."""
+    """Check that 1 - y is computed before an fp64 label near 1 is rounded."""
     y = torch.tensor([[1 - 1e-5 / 3, 1 - 1e-6 / 7, 0.9]], dtype=torch.float64, device=device)
     x = torch.tensor([[15.0, 17.0, 1.0]], device=device)
     arguments = dict(pos_weight=torch.full((3,), 0.6, device=device)) if weighted else {}

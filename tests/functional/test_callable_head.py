@@ -224,6 +224,16 @@ def test_probabilities_and_class_weights():
         torch.testing.assert_close(loss, F.cross_entropy(head(x), labels, **options))
 
 
+def test_shifted_tokens():
+    head, x, tokens = Adapted(), torch.randn(2, 9, D), torch.randint(0, V, (2, 9))
+    shifted = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    expected = F.cross_entropy(head(x).flatten(0, 1), shifted.flatten())
+    loss = linear_cross_entropy(x, head, tokens, shift=True, token_chunk_size=5)
+    torch.testing.assert_close(loss, expected)
+    stats = linear_token_stats(x, head, tokens, shift=True)
+    torch.testing.assert_close(-stats.logprob.sum() / 16, expected)
+
+
 @pytest.mark.parametrize("n", [0, 5])
 def test_no_token_counts(n):
     head, x = Adapted(), torch.randn(n, D, requires_grad=True)

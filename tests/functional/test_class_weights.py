@@ -1,4 +1,4 @@
-"""Class weights: the z-loss of a mean, any number of classes when compiled, their length."""
+"""Tests of class weights: the z-loss of a mean, compiled calls with any number of classes, their length."""
 
 import pytest
 import torch

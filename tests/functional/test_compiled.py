@@ -1,6 +1,7 @@
-"""Every kernel built for the GPUs it is meant for, on this machine, which needs none: it compiles and spills nothing.
+"""Compile every kernel for its GPUs on this machine. No kernel spills.
 
-Here float16 with the Triton that is installed; `make compile` builds all dtypes with every version."""
+This file builds float16 with the installed Triton. `make compile` builds all dtypes with every version.
+"""
 
 import json
 import os
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 
 
 def compile_kernels(*arguments, **variables):
-    """In a process of its own, for an interpreted Triton cannot compile."""
+    """Run in its own process, because an interpreted Triton cannot compile."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     program = [sys.executable, "-m", "bench", "compile", *arguments]
     return subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -39,7 +40,7 @@ def test_interpreted_triton_error():
 
 
 def test_fault_names(monkeypatch):
-    """What does not compile, what spills, what takes too many instructions."""
+    """Check the lines about compile errors, spills and too many instructions."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from bench import compile as program
 

@@ -1,4 +1,4 @@
-"""cross_entropy: every option against the fp64 oracle, with upstream gradients other than 1."""
+"""Tests of cross_entropy: every option against the fp64 oracle, with upstream gradients other than 1."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def test_options(backend, device, options, reduction):
 @pytest.mark.parametrize("upstream", UPSTREAM)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_upstream_gradients(backend, device, upstream, reduction):
-    """PITFALLS, loss 1 and 2: row 0 ignored; tests that only see upstream 1 hid bugs for years."""
+    """Use upstream gradients other than 1, and ignore row 0."""
     x, target = batch(7, 100, device=device)
     assert target[0] == -100
     check(x, target, backend, upstream, reduction=reduction)
@@ -92,7 +92,7 @@ def test_token_weight(backend, device, reduction):
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_gradient_accumulation(backend, device, as_tensor):
-    """PITFALLS, loss 8: unequal micro-batches that share the token count give one batch's gradients."""
+    """Check that unequal micro-batches with a shared num_items give the gradients of one batch."""
     x, target = batch(12, 60, device=device)
     total = int((target != -100).sum())
     num_items = torch.tensor(total, device=device) if as_tensor else total
@@ -104,7 +104,7 @@ def test_gradient_accumulation(backend, device, as_tensor):
 
 
 def test_masked_classes_match_deleted(backend, device):
-    """PITFALLS, loss 17, over every option."""
+    """Check for every option that masked classes act like deleted ones."""
     x, target = batch(9, 60, device=device, ignored=0.4)
     keep = target != -100
     weight = torch.rand(9, device=device)
@@ -126,7 +126,7 @@ def test_masked_classes_match_deleted(backend, device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 4])
 def test_nothing_to_score(backend, device, reduction, rows):
-    """DESIGN, numerics: mean NaN as torch, gradients 0, graph connected (PITFALLS, loss 10)."""
+    """Check that without scored rows the mean is NaN as in torch, and the gradients are 0."""
     x = torch.randn(rows, 30, device=device, requires_grad=True)
     target = torch.full((rows,), -100, device=device)
     loss = cross_entropy(x, target, reduction=reduction, label_smoothing=0.1, backend=backend)
@@ -143,7 +143,7 @@ def test_ignored_loss_plus_zero(backend, device):
 
 
 def test_agreement_with_torch(backend, device):
-    """PITFALLS, loss 19: label smoothing with -inf logits, as torch."""
+    """Compare label smoothing with -inf logits to torch."""
     x, target = batch(5, 40, device=device)
     x[1, 3] = float("-inf")
     for smoothing in (0.0, 0.2):
@@ -168,7 +168,7 @@ def test_shapes(backend, device, shape):
 
 
 def test_logits_unchanged_by_default(backend, device):
-    """PITFALLS, loss 7: softmax and two losses on the same logits; bit-equal afterwards."""
+    """Apply softmax and two losses to the same logits, which must keep their bits."""
     x, target = batch(5, 60, device=device)
     leaf = x.clone().requires_grad_()
     logits = leaf * 1.0
@@ -248,7 +248,7 @@ def test_inplace_backward_aliasing(backend, device):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator made."""
+    """Records the most elements of any tensor that an operator made."""
 
     def __init__(self):
         super().__init__()
@@ -272,9 +272,9 @@ def big_tensors(function, at_least):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_copy_of_the_logits(backend, dtype, device, monkeypatch):
-    """PITFALLS, loss 14 and 15: nothing of N x V elements but the gradient, and without one nothing.
+    """Check that only the gradient has N x V elements.
 
-    The operators' own allocations count too: they are called as Python functions here.
+    The operators' own allocations count too, because they are called as Python functions.
     """
 
     rows, vocab = ((40, 10), 900) if backend == "torch" else ((4, 10), 90)
@@ -329,7 +329,7 @@ def test_no_copy_of_the_logits(backend, dtype, device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 def test_autocast(device, dtype, autocast):
-    """PITFALLS, loss 12: the gradient has the logits' dtype, the loss is fp32, autocast or not."""
+    """Check that the gradient has the logits' dtype and the loss is fp32, with and without autocast."""
     x, target = batch(4, 60, dtype, device)
     leaf = x.clone().requires_grad_()
     with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
@@ -428,7 +428,7 @@ def test_compile_fullgraph(backend, compiler, inplace, device):
 
 @pytest.mark.framework
 def test_compile_changes_of_size(backend, device):
-    """PITFALLS, loss 26: one more compile for a second N (then dynamic), none for the third."""
+    """Expect one more compilation for a second N (then dynamic), and none for the third."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -441,8 +441,8 @@ def test_compile_changes_of_size(backend, device):
 
 
 @pytest.mark.framework
-def test_no_host_synchronisation(backend, device, monkeypatch):
-    """No value of a tensor is read by what runs on a GPU: only the CPU's torch backend may look."""
+def test_no_host_synchronization(backend, device, monkeypatch):
+    """Check that code for a GPU reads no tensor value. Only the torch backend on a CPU may."""
     reads = []
     real = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or real(self))
@@ -539,7 +539,7 @@ def test_default_dtype(dtype):
 
 
 def test_small_integer_targets(backend, device):
-    """-100 in uint8 is 156."""
+    """Check ignore_index -100 with uint8 targets, where it would wrap to 156."""
     x = torch.randn(3, 200, device=device)
     target = torch.tensor([156, 156, 7], device=device)
     weight = torch.rand(3, device=device)
@@ -581,7 +581,7 @@ def test_compile_dynamic():
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("vocab", [2, 3])
 def test_few_classes_near_switches(backend, device, vocab, scale, offset):
-    """Where the CPU's path changes, and where losses lie far below fp64's own step from 1."""
+    """Use few classes near the limits of code paths, and losses far below fp64's step at 1."""
     x = torch.randn(64 if backend == "torch" else 6, vocab, device=device) * scale + offset
     target = torch.randint(0, vocab, x.shape[:1], device=device)
     z, t = x.double(), target[:, None]
@@ -596,7 +596,7 @@ def test_few_classes_near_switches(backend, device, vocab, scale, offset):
 
 
 def test_few_classes_ignored_rows(backend, device):
-    """One class, whose loss is 0; two, each of which may stand in for what is ignored."""
+    """Use one class, with loss 0, and two classes, each of which may be the ignored index."""
     target = torch.tensor([0, -100, 0, -100], device=device)
     for vocab in (1, 2):
         x = torch.randn(4, vocab, device=device)
@@ -607,7 +607,7 @@ def test_few_classes_ignored_rows(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradient_softcap_is_felt(backend, device, dtype):
-    """1 - tanh^2 keeps its digits five caps out, where eager's cancels."""
+    """Check the digits of 1 - tanh^2 five caps out, where eager's form cancels."""
     x = torch.tensor([[24.0, 25.0, 30.0, -28.0, 3.0]], device=device).to(dtype)
     target = torch.tensor([1], device=device)
     ours = gradient(lambda x: cross_entropy(x, target, softcap=5.0, backend=backend), x)

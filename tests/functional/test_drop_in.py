@@ -1,4 +1,4 @@
-"""Drop-in for torch's losses: every target, weight and shape that theirs take, values and gradients."""
+"""Tests of the drop-in losses: every target, weight and shape that torch's losses take."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ SHAPES = {  # input, dim
 
 
 def torchs(x, target, dim, **options):
-    """F.cross_entropy in fp64, whose classes are in dimension 1."""
+    """Return F.cross_entropy in fp64, with the classes in dimension 1."""
     if x.dim() > 1:
         x = x.movedim(dim, 1)
         target = target.movedim(dim, 1) if target.is_floating_point() else target
@@ -43,7 +43,7 @@ def torchs(x, target, dim, **options):
 
 
 def kinds(shape, dim, device, generator=None):
-    """Of every kind of target: (ours, torch's)."""
+    """Return every kind of target as a pair (ours, torch's)."""
     classes_last = torch.empty(shape).movedim(dim if len(shape) > 1 else 0, -1).shape
     rows, vocab = classes_last[:-1], classes_last[-1]
     index = torch.randint(0, vocab, rows)
@@ -65,7 +65,7 @@ def kinds(shape, dim, device, generator=None):
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of every tensor made that is not a view of `source`."""
+    """Records the elements of every new tensor that is not a view of `source`."""
 
     def __init__(self, source):
         super().__init__()
@@ -146,9 +146,9 @@ def test_dtypes(backend, device, dtype, kind):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_language_model_options(backend, device, softcap):
-    """Class weights scale the cross-entropy, token weights the whole loss.
+    """Class weights scale the cross-entropy, and token weights scale the whole loss.
 
-    The mean divides the z-loss by the token weights, the cross-entropy by both.
+    The mean divides the z-loss by the token weights, and the cross-entropy by both.
     """
     x, target = torch.randn(6, 50, device=device) * 3, torch.randint(0, 45, (6,), device=device)
     target[2] = -100
@@ -199,7 +199,7 @@ def test_top_k_under_head(backend, device, dtype, kind):
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("step", [1, 2])
 def test_weights_several_parts(backend, device, kind, step):
-    """A row long enough to be summed in segments, and its gradient written in spans."""
+    """Use a row with several segments and several spans of its gradient."""
     wide = torch.randn(4, 305 * step, device=device) * 3
     x = wide[:, step * 3 : step * 304 : step]  # rows that start anywhere
     vocab = x.shape[-1]
@@ -222,7 +222,7 @@ def test_weights_several_parts(backend, device, kind, step):
 
 
 def test_class_weights_one_pass(backend, device):
-    """grad_in_forward takes class weights where they scale a token's whole loss."""
+    """Check grad_in_forward with class weights that scale a token's whole loss."""
     x, target = torch.randn(6, 50, device=device), torch.randint(0, 50, (6,), device=device)
     weight = torch.rand(50, device=device)
 
@@ -236,7 +236,7 @@ def test_class_weights_one_pass(backend, device):
 
 
 def test_masked_classes_probability_0(backend, device):
-    """0 * -inf: torch gives NaN; here a class that has no probability, or no weight, costs nothing."""
+    """Check that a -inf class without probability or weight costs nothing; torch gives NaN."""
     x = torch.randn(3, 40, device=device)
     x[:, 7] = -torch.inf
     prob = torch.rand(3, 40, device=device)
@@ -290,7 +290,7 @@ def test_spread_rest_masked_classes(backend, device):
 @pytest.mark.parametrize("schedule", [{}, dict(grad_in_forward=True)])
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "top k"])
 def test_all_smoothed_masked_target(backend, device, kind, schedule):
-    """No weight is left to the target, but 1/V to a class that cannot be: inf, not NaN."""
+    """Check that smoothing 1 with a masked class gives inf, not NaN."""
     x = torch.tensor([[1.0, float("-inf"), 0.5]], device=device, requires_grad=True)
     target = torch.tensor([1], device=device)
     if kind == "probabilities":
@@ -303,7 +303,7 @@ def test_all_smoothed_masked_target(backend, device, kind, schedule):
 
 @pytest.mark.parametrize("kind", ["probabilities", "top k"])
 def test_confident_rows_keep_digits(backend, device, kind):
-    """A one-hot target whose class has logit 20 above the others: 1e-8, as with an index."""
+    """Check that a one-hot target with logit 20 above the rest has loss 1e-8, like an index."""
     x = torch.zeros(2, 30, device=device)
     x[:, 4] = 21.0
     index = torch.tensor([4, 4], device=device)
@@ -330,7 +330,7 @@ def test_gradient_of_probabilities(backend, device):
 
 
 def test_gradient_of_probabilities_under_a_common_offset(device):
-    """log p_j, though lse is rounded by 0.0005."""
+    """Check that the gradient is log p_j although lse is rounded by 0.0005."""
     x = torch.tensor([[1e4, 1e4 + 1, 1e4 - 2]], device=device)
     prob = torch.full((1, 3), 1 / 3, device=device, requires_grad=True)
     cross_entropy(x, prob).backward()
@@ -341,7 +341,7 @@ def test_gradient_of_probabilities_under_a_common_offset(device):
 @pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(z_loss_weight=1e-3)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_weights_in_another_dtype(backend, device, dtype, options):
-    """Not their product's rounding in fp16, nor a loss in fp64."""
+    """Check that weights in another dtype change neither the rounding nor the loss's dtype."""
     x, target = torch.randn(4, 7, device=device), torch.tensor([0, 3, -100, 6], device=device)
     weight, of_token = (torch.rand(n, device=device).to(dtype) for n in (7, 4))
     weights = dict(weight=weight, token_weight=of_token, reduction="none", **options)
@@ -357,7 +357,7 @@ def test_weights_in_another_dtype(backend, device, dtype, options):
 
 
 def test_top_k_padding_and_repetitions(backend, device):
-    """Padded entries are none, a row of padding is ignored, a class named twice adds up."""
+    """Check that padding counts for nothing, a row of padding is ignored, and repetitions add up."""
     x = torch.randn(3, 20, device=device)
     indices = torch.tensor([[3, 5, -100], [-100, -100, -100], [7, 7, 2]], device=device)
     prob = torch.tensor([[0.5, 0.2, 9.0], [1.0, 1.0, 1.0], [0.25, 0.25, 0.1]], device=device)
@@ -381,7 +381,7 @@ def test_top_k_padding_and_repetitions(backend, device):
 
 @pytest.mark.framework
 def test_k_dimensional_logits_not_copied(backend, device):
-    """[N, C, d1, d2] is read where it lies, and its gradient written in the same order."""
+    """Check that [N, C, d1, d2] is read in place, and its gradient has the same memory order."""
     x = torch.randn(2, 30, 5, 4, device=device, requires_grad=True)
     target = torch.randint(0, 30, (2, 5, 4), device=device)
 
@@ -414,7 +414,7 @@ def test_inplace_backward_of_k_dimensional_logits(backend, device):
 
 
 def both(function, ours, theirs, *tensors):
-    """function(loss, *tensors) with ours and theirs: values and gradients."""
+    """Return the values and gradients of function(loss, *tensors) with our loss and torch's."""
     results = []
     for loss in (ours, theirs):
         leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
@@ -523,7 +523,7 @@ def test_module_options(device):
     module = CrossEntropyLoss(dim=-1, z_loss_weight=0.1)
     assert repr(module) == "CrossEntropyLoss(dim=-1, z_loss_weight=0.1)"
     assert torch.equal(module(x, t), cross_entropy(x, t, dim=-1, z_loss_weight=0.1))
-    with pytest.raises(TypeError, match="softcapp is no option of this loss"):
+    with pytest.raises(TypeError, match="has no argument softcapp: did you mean softcap"):
         CrossEntropyLoss(softcapp=3.0)
     with pytest.raises(TypeError, match="size_average is False, but torch has deprecated it"):
         CrossEntropyLoss(size_average=False)
@@ -557,7 +557,7 @@ def test_linear_every_target(backend, device, kind, smoothing):
 
 
 def test_top_k_never_dense(device):
-    """No tensor of N x V elements but the gradient; in the linear form none at all."""
+    """Check that only the gradient has N x V elements, and none in the linear form."""
     n, d, vocab, k = 64, 8, 5000, 10
     x = torch.randn(n, vocab, device=device)
     indices, prob = torch.randint(0, vocab, (n, k), device=device), torch.rand(n, k, device=device)
@@ -646,7 +646,7 @@ def test_top_k_as_many_classes_as_positions(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_top_k_rest_small(dtype, backend, device):
-    """However near to 1 the probabilities, rounded to their dtype, add up: what they lack is not noise."""
+    """Check that a small rest of probability is spread, not taken for rounding."""
     x = torch.randn(3, 9, device=device) * 3
     top = torch.tensor([[1, 0], [4, 2], [8, 3]], device=device)
     prob = torch.tensor([[0.3372, 0.6626], [0.97, 0.026], [1 - 2**-12, 2**-14]], device=device).to(dtype)  # fmt: skip
@@ -688,7 +688,7 @@ def test_no_weight_infinite_loss(backend, device):
 
 
 def test_top_k_classes_out_of_range(monkeypatch, device):
-    """Compiled too; and on a GPU that row is NaN, without an access outside of it."""
+    """Check the IndexError, also when compiled. On a GPU the row is NaN, with no access outside it."""
     x, prob = torch.randn(2, 6), torch.tensor([[0.3, 0.7]] * 2)
     compiled = torch.compile(
         lambda x, i: cross_entropy(x, (i, prob), vocab_size=4), backend="aot_eager", fullgraph=True
@@ -757,7 +757,7 @@ def test_probabilities_ignore_index_error():
 
 
 def test_spread_rest_fp64_probabilities(backend, device):
-    """What 0.999 lacks of 1 is lost where it is rounded to float32 first: seen where the others' weights are 0."""
+    """Check that 1 - 0.999 is computed in fp64. All other weights are 0, so an error would show."""
     prob = torch.tensor([[0.999], [0.9999]], dtype=torch.float64, device=device)
     classes, x = torch.tensor([[3], [5]], device=device), torch.randn(2, 20, device=device)
     weight = torch.rand(20, device=device).index_fill_(0, classes.flatten(), 0.0)

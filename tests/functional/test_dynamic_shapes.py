@@ -1,4 +1,4 @@
-"""torch.compile with any number of tokens and of classes: one graph for all arguments."""
+"""Tests of torch.compile with any number of tokens and classes: one graph for all sizes."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Loss and gradient from one read of the logits: the same numbers, other rules for autograd."""
+"""Tests of grad_in_forward: the same loss and gradient from one read of the logits."""
 
 import oracle
 import pytest
@@ -19,7 +19,7 @@ OPTIONS = {
 
 @pytest.fixture(params=["torch", "on_chip", "streamed", "cluster"])
 def backend(request, monkeypatch):
-    """The torch backend, and the one-pass kernel's three forms."""
+    """Return the torch backend, or one of the three forms of the one-pass kernel."""
     if request.param == "torch":
         return "torch"
     pytest.importorskip("triton")
@@ -220,7 +220,7 @@ def test_token_weight_requires_grad_error(backend, device):
 
 
 def test_loss_scale_small_float16_gradients(backend, device):
-    """They would round to 0 before backward, which alone knows the scale."""
+    """Check that gradients wait for the loss scale of backward instead of rounding to 0."""
     x, target = batch(3, 100, torch.float16, device)
     check(x, target, backend, torch.float16, lambda loss: 65536 * loss, num_items=65536)
 

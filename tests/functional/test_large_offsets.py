@@ -1,6 +1,7 @@
-"""Gradients of logits that share a large offset: softmax less one-hot to the dtype's rounding, as in fp64.
+"""Tests of logits with a large common offset, whose gradients must be as accurate as in fp64.
 
-A scale folded into an exponent near 1e6 would be rounded away there (found: 3 % off, at 1e8 nonsense)."""
+A scale folded into an exponent near 1e6 would be rounded away (found: 3 % off, and nonsense at 1e8).
+"""
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ T = torch.tensor([1, V - 1, -100])
 
 
 def logits(offset: float, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """[3, V]: all equal, and where the dtype tells them apart a few units of it around the offset."""
+    """Return logits [3, V]: all equal, or a few representable units around the offset."""
     x = torch.full((3, V), offset, dtype=dtype)
     near = max(1.0, torch.finfo(dtype).eps * abs(offset))
     if near <= 4.0:
@@ -24,7 +25,7 @@ def logits(offset: float, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def gradient(loss, x):
-    """Under an upstream gradient other than 1, with a sign for each token."""
+    """Return the gradient under upstream gradients other than 1, with a sign for each token."""
     y = loss(x)
     upstream = torch.tensor([3.0, -0.7, 2.0], device=x.device, dtype=y.dtype)
     (y * (upstream if y.dim() else 3.0)).sum().backward()
@@ -62,7 +63,7 @@ def test_cross_entropy(backend, device, entry, dtype):
 
 
 def compare(grad, truth, dtype, offset):
-    """Within a unit of a half dtype; in float32 to what exp costs, whose argument goes up to an ulp of lse there."""
+    """Compare within one unit of a half dtype; in float32 allow the error of exp at an ulp of lse."""
     relative = (
         4e-6 + 2**-22 * abs(offset) * 2**-23 if dtype == torch.float32 else torch.finfo(dtype).eps
     )
@@ -120,7 +121,7 @@ def test_token_stats(backend, device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_linear_cross_entropy(backend, device, dtype):
-    """The logits of all classes are the offset, whatever a product's order of summation."""
+    """Give all classes the offset as logit, for any summation order of the product."""
     for offset in OFFSETS:
         hidden = torch.zeros(3, 8, dtype=dtype, device=device)
         hidden[:, 0] = 1.0

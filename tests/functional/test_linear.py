@@ -289,7 +289,7 @@ def test_num_items_requires_grad():
 
 
 def test_module_unknown_options():
-    with pytest.raises(TypeError, match="softcapp is no option"):
+    with pytest.raises(TypeError, match="has no argument softcapp: did you mean softcap"):
         LinearCrossEntropyLoss(4, 7, softcapp=3.0)
 
 

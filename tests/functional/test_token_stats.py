@@ -1,4 +1,4 @@
-"""token_stats against the fp64 oracle: values, gradients, strides, dtypes, special values."""
+"""Tests of token_stats against the fp64 oracle: values, gradients, strides, dtypes, special values."""
 
 import math
 
@@ -114,7 +114,7 @@ def views():
 
 @pytest.mark.parametrize("case", list(views()), ids=lambda c: c[0])
 def test_strides(backend, device, case):
-    """PITFALLS, loss 3: what a view computes is what its contiguous copy computes."""
+    """Compare a view with its contiguous copy."""
     _, x, target = case
     x = x.to(device)
     target = target.to(device)
@@ -172,7 +172,7 @@ def test_unbatched_and_empty(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 def test_accuracy_under_a_common_offset(backend, device, dtype, offset):
-    """Truth is fp64 on the rounded inputs: a large common offset cancels."""
+    """Compare with fp64 on the rounded inputs: a large common offset must cancel."""
     x, target = batch(6, 100, device=device)
     x = (x.double() + offset).to(dtype)
     ours = token_stats(x, target, backend=backend, mean_logprob=True)
@@ -195,7 +195,7 @@ def test_accuracy_under_a_common_offset(backend, device, dtype, offset):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_of_entropy_under_a_common_offset(backend, device, dtype):
-    """Where all logits are near 1e4, lse is rounded by 0.0005: no gradient may see that."""
+    """Use logits near 1e4, where lse is rounded by 0.0005. No gradient may show that."""
     x, target = batch(6, 100, device=device)
     x = (x.double() + 1e4).to(dtype)
     g = torch.randn(6, device=device)
@@ -207,7 +207,7 @@ def test_gradient_of_entropy_under_a_common_offset(backend, device, dtype):
 
 @pytest.mark.parametrize("gap", [1, 10, 18.42, 40, 80, 200])
 def test_confident_token_digits(backend, device, gap):
-    """A loss of 1e-8 is 1e-8, where torch gives 0; so is the gradient at the target."""
+    """Check that a loss of 1e-8, and its gradient at the target, are not rounded to 0 as in torch."""
     x = torch.zeros(2, 2, device=device)
     x[:, 1] = gap
     target = torch.ones(2, dtype=torch.long, device=device)
@@ -235,7 +235,7 @@ def test_ignored_row_not_read(backend, device):
 
 @pytest.mark.parametrize("ignored", [True, False])
 def test_every_output_written(backend, device, ignored):
-    """PITFALLS, loss 9: torch.empty is filled with NaN here."""
+    """Fill torch.empty with NaN, so that an output that is not written shows."""
     torch.use_deterministic_algorithms(True)
     try:
         x, target = batch(5, 101, device=device, ignored=0.5 if ignored else 0)
@@ -252,7 +252,7 @@ def test_every_output_written(backend, device, ignored):
     "where", ["first tile", "last tile", "all but one", "half", "all but target"]
 )
 def test_minus_infinity_elsewhere(backend, device, where):
-    """PITFALLS, loss 5: such a class contributes 0 and has gradient 0."""
+    """Check that a class with logit -inf contributes 0 and has gradient 0."""
     x, target = batch(4, 100, device=device, ignored=0)
     target.fill_(50)
     inf = float("-inf")
@@ -326,7 +326,7 @@ def test_all_logits_equal(backend, device, value):
 
 
 def test_far_apart_logits(backend, device):
-    """Losses beyond 88, where exp(z - z_target) overflows in fp32."""
+    """Use losses beyond 88, where exp(z - z_target) overflows in fp32."""
     x, target = batch(8, 100, device=device, ignored=0.3, scale=300.0)
     assert_stats(token_stats(x, target, backend=backend, **ALL), oracle.token_stats(x, target))
     g = torch.randn(8, device=device)
@@ -344,7 +344,7 @@ def test_rank_and_argmax_ties(backend, device):
 
 
 def test_out_of_range_target_poisons_own_row(device):
-    """Kernels: no access outside the row, no synchronisation; that row's loss and gradient are NaN."""
+    """Check that only that row's loss and gradient are NaN, with no access outside the row."""
     pytest.importorskip("triton")
     x, target = batch(6, 100, device=device, ignored=0)
     target[1], target[3], target[4] = 100, -1, 10**9
@@ -370,7 +370,7 @@ def test_out_of_range_target_error(device, monkeypatch):
 
 
 def test_accelerators_without_triton(monkeypatch):
-    """The torch backend's path for other devices, made to run on the CPU: no look at any value."""
+    """Run the torch backend's path for other devices on the CPU. It reads no value on the host."""
     from chunked_ce.backends import torch as backend_torch
 
     monkeypatch.setattr(backend_torch, "_on_host", lambda x: False)
@@ -406,7 +406,7 @@ def test_half_of_a_vocabulary_far_below():
     ids=str,
 )
 def test_small_probabilities_keep_their_digits(backend, device, dtype, depths):
-    """Down to the smallest normal number, whatever lies below it."""
+    """Check probabilities down to the smallest normal number."""
     x = torch.tensor([depths] * 3, dtype=dtype, device=device)
     target = torch.tensor([0, 1, 2], device=device)
     grad = gradient(lambda x: token_stats(x, target, backend=backend).lse.sum(), x)
@@ -420,7 +420,7 @@ def test_small_probabilities_keep_their_digits(backend, device, dtype, depths):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [100, 1000])
 def test_bit_identity_twice_and_alone(backend, device, dtype, vocab):
-    """The same from run to run; and a row alone is the same row among 64."""
+    """Compare two runs, and a row alone with the same row among 64."""
     rows = 64 if backend == "torch" else 9
     x, target = batch(rows, vocab, dtype, device)
 
@@ -486,7 +486,7 @@ def test_full_size_row(dtype, vocab):
     "vocab", [1, 2, 3, 17, 1000, 32000, 32001, 50257, 65537, 151936, 1_200_000]
 )
 def test_vocabularies(backend, device, vocab):
-    """PITFALLS, loss 6 and 20: nothing leaks from padding at any size; 1.2 M classes work."""
+    """Check vocabularies of many sizes, up to 1.2 M classes. Nothing leaks from padding."""
     x, target = batch(2, vocab, device=device, ignored=0)
     ours = token_stats(x, target, backend=backend, softcap=30.0, entropy=True)
     truth = oracle.token_stats(x, target, softcap=30.0)
@@ -516,7 +516,7 @@ def test_gradcheck_kernels(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_gradient_either_sign(backend, device, dtype):
-    """A positive factor of p may go into the exponent, where nothing else is added or multiplied."""
+    """Use both signs of the factor of p. A positive one may be folded into the exponent."""
     x, target = batch(6, 100, dtype, device, ignored=0)
     target = target.clamp(max=89)
     g = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.1, -3.0], device=device)
@@ -537,7 +537,7 @@ def test_low_precision_gradient_either_sign(backend, device, dtype):
 
 
 def test_low_precision_gradient_rounding(backend, device):
-    """bf16 gradients are the fp32 ones, rounded; accumulation never happens in bf16 (PITFALLS, loss 11)."""
+    """Check that bf16 gradients are the fp32 ones rounded once. Nothing accumulates in bf16."""
     x, target = batch(4, 100, torch.bfloat16, device)
     low = gradient(lambda x: token_stats(x, target, backend=backend).logprob.sum(), x)
     full = gradient(lambda x: token_stats(x, target, backend=backend).logprob.sum(), x.float())
@@ -547,7 +547,7 @@ def test_low_precision_gradient_rounding(backend, device):
 
 
 def test_fp64_far_from_zero(backend, device):
-    """lse is rounded to 2e-12 at 1e4, and log2 e to 2e-17 of itself: neither reaches a gradient."""
+    """Use logits near 1e4, where lse is rounded to 2e-12. The gradients must not show that."""
     x = torch.full((1, 2), 1e4, dtype=torch.float64, device=device)
     target = torch.tensor([1], device=device)
     loss = lambda x: token_stats(x, target, backend=backend, mean_logprob=True)  # noqa: E731

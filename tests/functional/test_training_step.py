@@ -1,4 +1,4 @@
-"""The losses inside of whole training steps: torch.compile, autocast, loss scales, CUDA graphs."""
+"""Tests of the losses inside training steps: torch.compile, autocast, loss scales, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batches(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
 def train(
     model: Model, sizes: tuple[int, ...], autocast: bool, compiler: Any = None
 ) -> list[float]:
-    """The losses of some steps; forward, loss and backward are one function, and one graph."""
+    """Return the losses of some steps. Forward, loss and backward are one function and one graph."""
 
     def gradients(tokens: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -84,7 +84,7 @@ def backward_is_traced() -> Iterator[None]:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_step_compilation_count(backward_is_traced: None, fused: bool, autocast: bool) -> None:
-    """The first size, and then all others: those after the second compile nothing."""
+    """Check that sizes after the second compile nothing."""
     sizes = (5, 5, 7, 9, 12)
     compiler = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     ours = train(Model(fused), sizes, autocast, compiler)
@@ -106,7 +106,7 @@ def test_step_inductor(backward_is_traced: None, fused: bool, autocast: bool) ->
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_loss_scale_small_float16_gradients(fused: bool) -> None:
-    """The gradients of a sum over 1e7 tokens are below float16's smallest number, 6e-8."""
+    """Use gradients of a sum over 1e7 tokens, below float16's smallest number 6e-8."""
     ((tokens, labels),) = batches((9,))
     items = torch.tensor(10**7)
     exact = Model(fused).double()
@@ -146,7 +146,7 @@ SYNCHRONISING = (
 
 
 class Waits(TorchDispatchMode):
-    """Counts the calls that a CUDA graph cannot hold."""
+    """Counts the calls that a CUDA graph cannot contain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,9 +170,9 @@ def head(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def operators(device: str, drop_ignored: bool) -> None:
-    """What the operators run on a device, forward and backward, every option on.
+    """Run the operators' device code, forward and backward, with every option.
 
-    On "meta", which stands for a GPU, there are no values: reading one raises.
+    "meta" stands for a GPU. It has no values, so reading one raises.
     """
     h, w, b, target = head(device)
     shared = (-100, V, 30.0, 0.5, "torch")
@@ -207,7 +207,7 @@ def test_loss_no_device_sync() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_step_no_device_sync(fused: bool) -> None:
-    """From the public functions to the gradients, by the operators' shapes alone."""
+    """Run from the public functions to the gradients with the operators' shapes alone."""
     model = Model(fused).to("meta")
     ((tokens, labels),) = batches((6,))
     with Waits() as waits:
@@ -217,7 +217,7 @@ def test_step_no_device_sync(fused: bool) -> None:
 
 
 def test_launch_no_device_sync(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton backend in the interpreter, told that looking is not free, as on a GPU."""
+    """Run the Triton backend in the interpreter, with targets treated as on a GPU."""
     pytest.importorskip("triton")
     checked = backends.check_targets
     monkeypatch.setattr(backends, "check_targets", lambda *a, on_host: checked(*a, on_host=False))

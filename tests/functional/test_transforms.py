@@ -1,4 +1,4 @@
-"""torch.func's transforms of the public functions, against those of eager torch in float64."""
+"""Tests of torch.func's transforms of the public functions, against eager torch in float64."""
 
 import pytest
 import torch

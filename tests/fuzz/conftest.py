@@ -75,7 +75,7 @@ def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
                 check(case)
 
         test.__name__ = test.__qualname__ = name
-        how = settings(
+        profile = settings(
             max_examples=tried,
             deadline=None,
             derandomize=not N,
@@ -84,7 +84,7 @@ def explore(request: pytest.FixtureRequest, device: str) -> Callable[..., None]:
             phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        how(
+        profile(
             hypothesis.seed(SEED)(hypothesis.given(strategy)(test))
         )()  # seed() forgets the database
 

@@ -1,4 +1,4 @@
-"""Launches that only a GPU has, with the tables in use: one pass, in place, half precision, maxnreg."""
+"""Tests of launches on a GPU with its own tables: one pass, in place, half precision, maxnreg."""
 
 import oracle
 import pytest
@@ -23,7 +23,7 @@ HEADS = {"plain": {}, "softcap": dict(softcap=30.0, logit_scale=0.5)}  # softcap
 
 
 class Own(torch.autograd.Function):
-    """Logits with a history and no copy of them: they may be written over."""
+    """Logits with a history but without a copy, so that they may be overwritten."""
 
     @staticmethod
     def forward(ctx, like, x, grads):
@@ -64,7 +64,7 @@ def test_loss_and_gradient(vocab, dtype, one_pass, inplace, head, device):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_rounding(dtype, device):
-    """The interpreter truncates, so only a GPU can show it: at most half a step, twice rounded."""
+    """Check that rounding is to nearest. The interpreter truncates, so this needs a GPU."""
     x, target = batch(16, 50257, dtype, device)
     _, grad = loss_and_gradient(x, target)
     truth_x = x.double().requires_grad_()
@@ -75,7 +75,7 @@ def test_half_precision_rounding(dtype, device):
 
 
 def test_launches_register_bound(device):
-    """The statistics beyond lse and logprob are launched with maxnreg: nothing may change."""
+    """Check that statistics launched with maxnreg have the same values."""
     where = torch.device(device, torch.cuda.current_device())
     tile = launch.tile(gpu.architecture(where), 50257, 2, contiguous=True, plain=False)
     assert "maxnreg" in tile.arguments() or not gpu.architecture(where).startswith("sm_")

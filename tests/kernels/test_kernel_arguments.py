@@ -1,4 +1,4 @@
-"""The kernels' arguments: how many, and what Triton compiles anew for."""
+"""Tests of the kernels' arguments: their number, and the kinds for which Triton compiles anew."""
 
 import ast
 import inspect
@@ -107,7 +107,7 @@ def test_file_and_function_length(path):
 
 
 def test_tuple_integers_specialization():
-    """Triton has kinds of its own for 1 and for multiples of 16."""
+    """Check that no encoded integer is 1 or a multiple of 16, for which Triton compiles anew."""
     numbers = (0, 1, -1, 3, 4, 16, -100, 128256, 2**31 - 1, 2**31, 2**40)
     for number, encoded in zip(numbers, encode(*numbers), strict=True):
         assert encoded != 1 and encoded % 16 != 0
@@ -120,7 +120,7 @@ def test_not_specialized_names():
 
 
 def compiled_kinds(*arguments):
-    """In a process of its own, for an interpreted Triton has no such keys."""
+    """Run in its own process, because an interpreted Triton has no such keys."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = [sys.executable, "-c", PROGRAM, *arguments]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -129,7 +129,7 @@ def compiled_kinds(*arguments):
 
 
 def test_compilation_count_other_sizes():
-    """Rows, V, strides, where the logits start, ignore_index: one kind of launch for them all."""
+    """Vary rows, V, strides, the start of the logits and ignore_index: one compilation for all."""
     one = {f"{name}_kernel": 1 for name in KERNELS}
     assert compiled_kinds() == one
     assert all(n == 2 for n in compiled_kinds("--dtypes").values())  # what does compile anew

@@ -1,4 +1,4 @@
-"""Which launch a GPU gets. What it changes is speed: only bounds are tested."""
+"""Tests of the launch tables. They change only speed, so only bounds are tested."""
 
 import warnings
 from types import SimpleNamespace

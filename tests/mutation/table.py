@@ -1,4 +1,4 @@
-"""Which tests decide about a module: a handful that reach all of it, the quickest first."""
+"""Tests that decide about each module in `make mutate`. They are few and reach all of it; the quickest come first."""
 
 from pathlib import Path
 

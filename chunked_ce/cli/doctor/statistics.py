@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...core.row_stats import TokenStats
-from ...functional.linear import linear_token_stats
-from ...functional.logits import token_stats
+from ...functional.linear_stats import linear_token_stats
+from ...functional.logits_stats import token_stats
 from .against_eager import (
     batch_on,
     compare,
