@@ -72,14 +72,12 @@ def _load() -> None:
 if not TYPE_CHECKING:  # a type checker must not take any name for a public one
 
     def __getattr__(name: str) -> object:
-        """Load the library at the first use of a name (PEP 562)."""
+        """Load the library at the first use of a public name, or one module (PEP 562)."""
         if name in __all__:
             _load()
-        elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
-            # A folder of the library, which `from .. import checks` asks for while it loads.
-            return import_module(f".{name}", __name__)
-        if name in globals():
             return globals()[name]
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

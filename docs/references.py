@@ -22,4 +22,5 @@ class References(Extension):
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(linked, obj.docstring.value)
+            text = ROLE.sub(linked, obj.docstring.value)
+            obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")  # code, not prose

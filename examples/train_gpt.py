@@ -1,13 +1,15 @@
-"""Trains a small GPT-2 with chunked_ce's loss, on Python's own source unless given other text.
+"""Train a small GPT-2 with chunked_ce's loss, on Python's own source unless given other text.
 
     python examples/train_gpt.py                    # minutes on two CPU cores; uses a CUDA GPU
     python examples/train_gpt.py --fused            # the lm_head and the loss in one
     python examples/train_gpt.py --fused --compile  # model and loss through torch.compile
     python examples/train_gpt.py --text war.txt peace.txt --steps 1000 --name tolstoy
     python examples/train_gpt.py --layers 12 --heads 12 --width 768 --context 1024 --dtype bfloat16
+    python examples/train_gpt.py --resume           # goes on after Ctrl-C, with the same numbers
 
 Writes to runs/<name>/:
 
+    checkpoint.pt every --checkpoint-every steps and at Ctrl-C; removed at the end
     metrics.csv   loss, perplexity, learning rate and tokens per second of every step
     loss.png      the loss against the step
     report.json   arguments, versions, losses, validation, comparison with torch's cross-entropy
@@ -15,73 +17,55 @@ Writes to runs/<name>/:
     held_out/     the text of the validation; `chunked-ce perplexity runs/<name>/model --bos yes
                   --eos yes --text runs/<name>/held_out/*` scores it again
 
-A document is <|endoftext|> text <|endoftext|>, cut into windows of --context tokens. A target is
-the next token of the same document, -100 where the last window is padded: every token of the text,
-and its end, is scored once. Bits per byte divide the bits of the scored tokens by the UTF-8 bytes
-of the text; its end is scored and has no bytes. Of much held-out text some documents are scored.
+text_data.py holds the text, machine.py the measurements. Bits per byte divide the bits of
+the scored tokens by the UTF-8 bytes of the text; a document's end is scored and has no bytes.
 
 Ctrl-C saves what there is and exits with 130. Bad input is one line on stderr and exits with 2.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import ctypes
-import json
-import math
-import os
-import platform
-import shutil
 import sys
-import sysconfig
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from statistics import fmean, median
-from typing import Any, NamedTuple, NoReturn
 
-import tokenizers
-import torch
-import torch.nn.functional as F
-import transformers
-from matplotlib.figure import Figure
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from tqdm import tqdm
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+try:
+    import argparse
+    import csv
+    import hashlib
+    import json
+    import math
+    import os
+    import platform
+    import time
+    from collections.abc import Callable, Sequence
+    from functools import partial
+    from pathlib import Path
+    from statistics import fmean
+    from typing import Any, NamedTuple, NoReturn
 
-import chunked_ce
+    import machine
+    import text_data
+    import tokenizers
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    from matplotlib.figure import Figure
+    from text_data import END, IGNORE, InputError, Windows
+    from tokenizers import Tokenizer
+    from torch import Tensor, nn
+    from tqdm import tqdm
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-END = "<|endoftext|>"
-IGNORE = -100
-# `encodings` holds tables of code points, which are not text either.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-HELD_OUT_EVERY = 20
-VALIDATION_TOKENS = 32768  # a few seconds on two CPU cores
+    import chunked_ce
+except KeyboardInterrupt:
+    print("train_gpt: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+VALIDATION_BYTES = 1 << 17  # some seconds on two CPU cores
 AVERAGED_STEPS = 10
-REPEATS = 9
-BUSY_CORES = 0.2  # used by other programs: enough to be said
+LINE_EVERY = 50  # steps, where stderr is a file and a bar would be one long line
+MAY_CHANGE = {"out", "name", "resume", "checkpoint_every"}  # when a run is resumed
 
-Call = Callable[[], object]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, head, targets
-
-
-class InputError(Exception):
-    """The user gave something that cannot work. The message is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 class Step(NamedTuple):
@@ -94,25 +78,17 @@ class Step(NamedTuple):
     tokens_per_second: float
 
 
-@dataclass
-class Results:
-    """What there is to save, interrupted or not."""
-
-    steps: list[Step] = field(default_factory=list)
-    validation: dict[str, Any] | None = None
-    comparison: dict[str, Any] | None = None
-    interrupted: bool = False
+# Arguments
 
 
-# Arguments and text
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
+        value = int(text) if text.isdecimal() else minimum - 1
         if value < minimum:
             expected = f"expected an integer of at least {minimum}"
             raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
@@ -122,28 +98,37 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="train_gpt",
-        description="Trains a small GPT-2 with chunked_ce's loss.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(prog="train_gpt", description="Train a small GPT-2 with chunked_ce's loss.")
+
+    def number(name: str, default: int, minimum: int, meaning: str) -> None:
+        help = f"{meaning} (default: {default})"
+        parser.add_argument(name, type=at_least(minimum), default=default, metavar="N", help=help)
+
+    number("--steps", 600, 1, "updates of the model")
+    number("--batch-size", 8, 1, "windows per step")
+    number("--context", 128, 2, "tokens per window, and positions of the model")
+    number("--vocab-size", 16384, 258, "tokens: 256 bytes, the end of a text, merges")
+    number("--layers", 2, 1, "transformer blocks")
+    number("--heads", 4, 1, "attention heads per block")
+    number("--width", 256, 1, "size of the hidden states, a multiple of --heads")
+    number("--seed", 0, 0, "of the weights and of the order of the windows")
+    number("--checkpoint-every", 100, 1, "steps between checkpoints")
+    add, gpu = parser.add_argument, torch.cuda.is_available()
+    add("--lr", type=float, default=7e-4, help="highest learning rate (default: 7e-4)")
+    add("--fused", action="store_true", help="lm_head and loss in one, no logits (default: off)")
+    add("--compile", action="store_true", help="torch.compile model and loss (default: off)")
+    add("--resume", action="store_true", help="go on from the run's checkpoint (default: off)")
+    add(
+        "--device",
+        default="cuda" if gpu else "cpu",
+        help="cpu or cuda (default: cuda if there is a GPU)",
     )
-    add = parser.add_argument
-    add("--steps", type=at_least(1), default=600)
-    add("--batch-size", type=at_least(1), default=8, help="windows per step")
-    add("--context", type=at_least(2), default=128, help="tokens per window")
-    add("--vocab-size", type=at_least(258), default=16384, help="bytes, end of text and merges")
-    add("--layers", type=at_least(1), default=2)
-    add("--heads", type=at_least(1), default=4)
-    add("--width", type=at_least(1), default=256)
-    add("--fused", action="store_true", help="head and loss in one: no logits")
-    add("--compile", action="store_true", help="model and loss in one graph of torch.compile")
-    add("--lr", type=float, default=7e-4, help="highest learning rate")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    add("--seed", type=at_least(0), default=0)
-    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to train on")
-    add("--name", default="train_gpt", help="folder of this run")
-    add("--out", type=Path, default=Path("runs"), help="folder of all runs")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="bfloat16: under autocast (default: float32)")  # fmt: skip
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE",
+        help="UTF-8 text, a document a file (default: Python's standard library)")  # fmt: skip
+    add("--name", default="train_gpt", help="folder of this run (default: train_gpt)")
+    add("--out", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     args = parser.parse_args(argv)
     if not 0 < args.lr < math.inf:
         raise InputError(f"argument --lr: expected a positive number, got {args.lr}")
@@ -152,105 +137,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros((), dtype=torch.float64, device=device).item()  # Perplexity sums in float64
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise InputError(
-            f"argument --device: {name!r} cannot be used here; expected cpu, or cuda with a GPU"
-        ) from error
-    return device
-
-
-def make_repeatable(seed: int, device: torch.device) -> None:
-    torch.manual_seed(seed)
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
-
-
-def read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        text = data.decode()
-    except OSError as error:
-        problem = error.strerror
-    except UnicodeDecodeError:
-        problem = "not UTF-8"
-    else:
-        if text and "\0" not in text:
-            return text
-        problem = "binary" if text else "empty"
-    raise InputError(f"argument --text: {path}: {problem}; expected a file of UTF-8 text")
-
-
-def standard_library() -> list[str]:
-    """Python's own source, in the order of the files' names."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    wanted = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.split("/"))]
-    documents = [(root / name).read_text("utf-8", "replace") for name in wanted]
-    return [text for text in documents if text]
-
-
-def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """(to train on, held out): every 20th document but at least one; of one document the end."""
-    if len(documents) == 1:
-        (text,) = documents
-        cut = len(text) - max(1, len(text) // HELD_OUT_EVERY)
-        return [text[:cut]], [text[cut:]]
-    every = min(HELD_OUT_EVERY, len(documents))
-    training = [text for i, text in enumerate(documents, 1) if i % every]
-    return training, documents[every - 1 :: every]
-
-
-# Tokens
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: any text can be written in it, and a token is a known number of bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
-    return tokenizer
-
-
-def cut_into_windows(documents: list[str], tokenizer: Tokenizer, context: int) -> TensorDataset:
-    """(inputs, targets), both [W, context]. Causal attention does not see padding on the right."""
-    end = tokenizer.token_to_id(END)
-    inputs, targets = [], []
-    for encoding in tokenizer.encode_batch_fast(documents):
-        tokens = torch.tensor([end, *encoding.ids, end])
-        padding = (0, -(len(tokens) - 1) % context)
-        inputs.append(F.pad(tokens[:-1], padding, value=end).view(-1, context))
-        targets.append(F.pad(tokens[1:], padding, value=IGNORE).view(-1, context))
-    return TensorDataset(torch.cat(inputs), torch.cat(targets))
-
-
-def scored_tokens(windows: TensorDataset) -> int:
-    return int((windows.tensors[1] != IGNORE).sum())
-
-
-def check_context(windows: TensorDataset, context: int) -> None:
-    longest = int((windows.tensors[1] != IGNORE).sum(1).max())
-    if longest < context:
-        raise InputError(
-            f"argument --context: {context} is longer than the longest training document, "
-            f"{longest} tokens; give longer text or a shorter context"
-        )
-
-
-# Model and training
+# Model and losses
 
 
 def build_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT2LMHeadModel:
@@ -292,44 +179,111 @@ def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
 
-def train(
-    model: GPT2LMHeadModel, windows: TensorDataset, args: argparse.Namespace, done: list[Step]
-) -> None:
-    """Appends each step to `done`, which outlives an interruption."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    generator = torch.Generator().manual_seed(args.seed)
-    order = RandomSampler(windows, num_samples=args.steps * args.batch_size, generator=generator)
-    batches = DataLoader(windows, args.batch_size, sampler=order)
-    model.train()
-    # One graph from tokens to loss, and one back; AdamW is one operator as it is.
-    loss_in_steps = torch.compile(loss_of, fullgraph=True) if args.compile else loss_of
-    loss_function = fused_loss if args.fused else chunked_ce_loss
-    with tqdm(batches, "train", unit="step") as progress:
-        for step, (inputs, targets) in enumerate(progress, 1):
-            start = time.perf_counter()
-            lr = float(scheduler.get_last_lr()[0])
-            inputs, targets = inputs.to(args.device), targets.to(args.device)
+# Training
+
+
+def learning_rate(step: int, steps: int, highest: float) -> float:
+    """Rise over a twentieth of the steps, then fall along half a cosine. Steps count from 1."""
+    rise = max(1, steps // 20)
+    if step <= rise:
+        return highest * step / rise
+    return highest * (1 + math.cos(math.pi * (step - rise) / (steps - rise + 1))) / 2
+
+
+class Training:
+    """A model in training, and everything that a checkpoint must hold."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: GPT2LMHeadModel, windows: Windows, file: Path
+    ) -> None:
+        self.args, self.model, self.windows, self.file = args, model, windows, file
+        self.steps: list[Step] = []
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+
+    def run(self) -> None:
+        """Do the steps that are left, in an order of the windows that the seed gives."""
+        args, model = self.args, self.model
+        generator, needed = torch.Generator().manual_seed(args.seed), args.steps * args.batch_size
+        count = len(self.windows.inputs)
+        passes = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
+        batches = torch.cat(passes)[:needed].split(args.batch_size)[len(self.steps) :]
+        # One graph from tokens to loss, and one back; AdamW is one operator as it is.
+        loss_in_steps = torch.compile(loss_of, fullgraph=True) if args.compile else loss_of
+        loss_function = fused_loss if args.fused else chunked_ce_loss
+        model.train()
+        progress = tqdm(batches, "train", unit="step", initial=len(self.steps), total=args.steps,
+                        disable=not sys.stderr.isatty())  # fmt: skip
+        for rows in progress:
+            start, step = time.perf_counter(), len(self.steps) + 1
+            inputs, targets = (tensor[rows].to(args.device) for tensor in self.windows)
             loss = loss_in_steps(model, inputs, targets, loss_function, args.dtype)
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
             nats = loss.item()
             if not math.isfinite(nats):
                 raise InputError(f"argument --lr: the loss became {nats} in step {step}; give less")
-            speed = int((targets != IGNORE).sum()) / (time.perf_counter() - start)
-            done.append(Step(step, nats, math.exp(nats), lr, speed))
+            with machine.without_interruption():
+                lr = self.update(step)
+                speed = int((targets != IGNORE).sum()) / (time.perf_counter() - start)
+                self.steps.append(Step(step, nats, math.exp(nats), lr, speed))
             status = f"loss {nats:.3f}, perplexity {math.exp(nats):.1f}, {speed:.0f} tokens/s"
             progress.set_postfix_str(status)
+            if progress.disable and (step % LINE_EVERY == 0 or step == args.steps):
+                print(f"step {step} of {args.steps}: {status}", file=sys.stderr, flush=True)
+            if step % args.checkpoint_every == 0:
+                self.save()
+
+    def update(self, step: int) -> float:
+        lr = learning_rate(step, self.args.steps, self.args.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return lr
+
+    def save(self) -> None:
+        """Write the checkpoint beside the last one, then put it in its place in one go."""
+        state = {
+            "arguments": {name: str(value) for name, value in vars(self.args).items()},
+            "windows": digest(self.windows),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "gpu_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "steps": [tuple(step) for step in self.steps],
+        }
+        unfinished = self.file.with_suffix(".part")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.file)
+
+    def load(self) -> None:
+        """Take up the checkpoint of a run with the same arguments on the same text."""
+        try:
+            state = torch.load(self.file, map_location=self.args.device, weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"argument --resume: there is no {self.file}") from None
+        for name, value in vars(self.args).items():
+            if name not in MAY_CHANGE and str(value) != state["arguments"].get(name):
+                was = state["arguments"].get(name)
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"argument {option}: the checkpoint has {was}, got {value}")
+        if state["windows"] != digest(self.windows):
+            raise InputError(f"argument --text: not what {self.file} was trained on")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["gpu_random"]:
+            torch.cuda.set_rng_state_all([random.cpu() for random in state["gpu_random"]])
+        self.steps = [Step(*step) for step in state["steps"]]
 
 
-def some_of(documents: list[str], tokens: int) -> list[str]:
-    """Evenly spaced over them, of about VALIDATION_TOKENS in all where there are more."""
-    return documents[:: math.ceil(tokens / VALIDATION_TOKENS)]
+def digest(windows: Windows) -> str:
+    return hashlib.sha256(windows.targets.numpy().tobytes()).hexdigest()
+
+
+# Validation, and the comparison with torch's loss
 
 
 def validate(
@@ -338,186 +292,73 @@ def validate(
     tokenizer: PreTrainedTokenizerFast,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte; the windows are those of training."""
+    """Score held-out documents in the same windows as in training."""
     with precision(torch.device(args.device), args.dtype):
         report = chunked_ce.evaluate_perplexity(
-            model, text=documents, tokenizer=tokenizer, bos=True, eos=True,
-            context_length=args.context, batch_size=args.batch_size, rank=True, progress=True,
+            model, text=documents, tokenizer=tokenizer, bos=True, eos=True, rank=True,
+            context_length=args.context, batch_size=args.batch_size, progress=sys.stderr.isatty(),
         )  # fmt: skip
-    print(f"validation: {report}")
+    print(f"validation: loss {report.mean_nll:.3f} nats per token, perplexity "
+          f"{report.perplexity:.1f} per token, {report.bits_per_byte:.3f} bits per byte, "
+          f"{report.accuracy:.1%} of the tokens guessed right")  # fmt: skip
     return report.to_dict()
 
 
-# Comparison with torch's loss
-
-
 def compare(model: GPT2LMHeadModel, batch: Sequence[Tensor], dtype: str) -> dict[str, Any]:
-    """Torch's loss and ours: in a training step, but for the optimizer, and from the head on."""
+    """Compare torch's loss and ours in a training step, and in head and loss alone."""
     losses = {
         "F.cross_entropy": torch_loss,
         "chunked_ce.cross_entropy": chunked_ce_loss,
         "linear_cross_entropy": fused_loss,
     }
     inputs, targets = batch
+    weight = model.lm_head.weight
     model.train()
     with precision(inputs.device, dtype):
         hidden = model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
     hidden = hidden.detach().requires_grad_()
-    step = {n: partial(gradients, model, inputs, targets, f, dtype) for n, f in losses.items()}
-    alone = {
-        n: partial(head_gradients, model, hidden, targets, f, dtype) for n, f in losses.items()
-    }
-    (torch_nats, torch_grads), *others = (call() for call in step.values())
-    others_start, clock_start = cpu_seconds_of_others(), time.perf_counter()
-    loss_seconds = seconds_in_turns(alone, inputs.device)
-    step_seconds = seconds_in_turns(step, inputs.device)
-    others_took = cpu_seconds_of_others() - others_start
-    return {
-        "logits_bytes": targets.numel() * model.lm_head.weight.shape[0] * hidden.element_size(),
-        "loss_extra_bytes": {n: extra_bytes(call, inputs.device) for n, call in alone.items()},
-        "loss_seconds": loss_seconds,
-        "step_seconds": step_seconds,
-        "cores_used_by_others": others_took / (time.perf_counter() - clock_start),
+
+    def step(loss_function: Loss) -> tuple[float, list[Tensor]]:
+        model.zero_grad()
+        loss = loss_of(model, inputs, targets, loss_function, dtype)
+        loss.backward()
+        return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    def head_and_loss(loss_function: Loss) -> None:
+        with precision(inputs.device, dtype):
+            loss = loss_function(hidden, weight, targets)
+        torch.autograd.grad(loss, (hidden, weight))
+
+    (torch_nats, torch_grads), *others = map(step, losses.values())
+    pairs = [pair for _, grads in others for pair in zip(torch_grads, grads, strict=True)]
+    comparison = {
+        "logits_bytes": targets.numel() * weight.shape[0] * hidden.element_size(),
         "loss_difference": max(abs(torch_nats - nats) for nats, _ in others),
-        "gradient_difference": max(
-            (a - b).abs().max().item()
-            for _, grads in others
-            for a, b in zip(torch_grads, grads, strict=True)
-        ),
+        "gradient_difference": max((a - b).abs().max().item() for a, b in pairs),
         "largest_gradient": max(grad.abs().max().item() for grad in torch_grads),
     }
-
-
-def gradients(
-    model: GPT2LMHeadModel, inputs: Tensor, targets: Tensor, loss_function: Loss, dtype: str
-) -> tuple[float, list[Tensor]]:
-    """(loss, the parameters' gradients)"""
-    model.zero_grad()
-    loss = loss_of(model, inputs, targets, loss_function, dtype)
-    loss.backward()
-    return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def head_gradients(
-    model: GPT2LMHeadModel, hidden: Tensor, targets: Tensor, loss_function: Loss, dtype: str
-) -> tuple[Tensor, ...]:
-    """From hidden states on: those of the hidden states and of the head's weight."""
-    weight = model.lm_head.weight
-    with precision(hidden.device, dtype):
-        loss = loss_function(hidden, weight, targets)
-    return torch.autograd.grad(loss, (hidden, weight))
-
-
-class Seconds(NamedTuple):
-    median: float
-    fastest: float
-    slowest: float
-
-
-def seconds_in_turns(calls: Mapping[str, Call], device: torch.device) -> dict[str, Seconds]:
-    """In turns, so that what else the machine does falls on all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name in list(calls) * REPEATS:
-        start = time.perf_counter()
-        calls[name]()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times[name].append(time.perf_counter() - start)
-    return {name: Seconds(median(t), min(t), max(t)) for name, t in times.items()}
-
-
-def cpu_seconds_of_others() -> float:
-    """What all processes but this one have used since the machine started; NaN: not known."""
-    try:
-        user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
-    except OSError:
-        return math.nan
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
-
-
-def extra_bytes(call: Call, device: torch.device) -> int | None:
-    """Peak of memory during a call above what was held before; None where it is not known."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or sys.platform != "linux":
-        return None
-    try:
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)  # else the heap's free memory hides a part of the peak
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        before = resident_bytes("VmRSS")
-        call()
-        return resident_bytes("VmHWM") - before
-    except (OSError, KeyError):
-        return None
-
-
-def resident_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[name].split()[0]) * 1024
-
-
-def table(comparison: dict[str, Any]) -> str:
-    """Medians, with the fastest and the slowest."""
-    lines = [f"{'':24}{'step':>22}{'head and loss':>25}{'its extra memory':>19}"]
-    for name, step in comparison["step_seconds"].items():
-        loss, extra = comparison["loss_seconds"][name], comparison["loss_extra_bytes"][name]
-        memory = "not measured" if extra is None else f"{extra / 2**20:.0f} MiB"
-        lines.append(f"{name:24}{milliseconds(step):>22}{milliseconds(loss):>25}{memory:>19}")
-    busy = comparison["cores_used_by_others"]
-    if busy > BUSY_CORES:
-        lines.append(
-            f"other programs used {busy:.1f} of {os.cpu_count()} cores meanwhile: "
-            "compare the fastest times, or repeat on an idle machine"
-        )
-    lines.append(
-        "largest difference of a parameter's gradient {gradient_difference:.1e} (largest gradient "
-        "{largest_gradient:.1e}), difference of the losses {loss_difference:.1e}"
-    )
-    return "\n".join(lines).format(**comparison)
-
-
-def milliseconds(seconds: Seconds) -> str:
-    median, fastest, slowest = (1e3 * value for value in seconds)
-    return f"{median:.0f} ms ({fastest:.0f} - {slowest:.0f})"
+    steps, alone = ({name: partial(call, loss) for name, loss in losses.items()}
+                    for call in (step, head_and_loss))  # fmt: skip
+    comparison |= machine.measure(steps, alone, inputs.device)
+    print(machine.table(comparison))
+    print("largest difference of a parameter's gradient {gradient_difference:.1e} (largest "
+          "gradient {largest_gradient:.1e}), difference of the losses "
+          "{loss_difference:.1e}".format(**comparison))  # fmt: skip
+    return comparison
 
 
 # What is kept
 
 
-def summary(args: argparse.Namespace, results: Results) -> dict[str, Any]:
-    losses = [step.loss for step in results.steps]
-    last = fmean(losses[-AVERAGED_STEPS:]) if losses else None
-    gpu = args.device.startswith("cuda")
-    libraries = (chunked_ce, torch, transformers, tokenizers)
-    versions = {library.__name__: library.__version__ for library in libraries}
-    return {
-        "interrupted": results.interrupted,
-        "steps_done": len(losses),
-        "loss_of_first_step": losses[0] if losses else None,
-        f"mean_loss_of_last_{AVERAGED_STEPS}_steps": last,
-        "validation": results.validation,
-        "comparison": results.comparison,
-        "arguments": vars(args),
-        "device_name": torch.cuda.get_device_name(args.device) if gpu else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions | {"python": platform.python_version()},
-    }
-
-
-def draw(path: Path, results: Results, vocab_size: int) -> None:
-    losses = [step.loss for step in results.steps]
-    steps = range(1, len(losses) + 1)
-    means = [fmean(losses[max(0, step - AVERAGED_STEPS) : step]) for step in steps]
+def draw(path: Path, steps: list[Step], validation: dict[str, Any] | None, vocab_size: int) -> None:
+    losses, numbers = [step.loss for step in steps], [step.step for step in steps]
+    means = [fmean(losses[max(0, n - AVERAGED_STEPS) : n]) for n in numbers]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="training")
-    axes.plot(steps, means, color="tab:blue", label=f"training, mean of {AVERAGED_STEPS} steps")
-    if results.validation:
-        nats = results.validation["mean_nll"]
+    axes.plot(numbers, losses, color="tab:blue", alpha=0.3, label="training")
+    axes.plot(numbers, means, color="tab:blue", label=f"training, mean of {AVERAGED_STEPS} steps")
+    if validation:
+        nats = validation["mean_nll"]
         axes.axhline(nats, color="tab:orange", ls="--", label=f"validation at the end, {nats:.2f}")
     uniform = math.log(vocab_size)
     axes.axhline(uniform, color="gray", ls=":", label=f"uniform guess, ln {vocab_size}")
@@ -527,74 +368,76 @@ def draw(path: Path, results: Results, vocab_size: int) -> None:
     figure.savefig(path, dpi=150)
 
 
-def for_transformers(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=context,
-        split_special_tokens=True,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
-    )
-
-
-def save_model(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def save_texts(folder: Path, documents: list[str]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # those of a run before may be more
-    folder.mkdir()
-    for i, text in enumerate(documents):
-        (folder / f"{i:03}.txt").write_bytes(text.encode())
-
-
-def run(args: argparse.Namespace) -> Results:
+def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    device = usable_device(args.device)
-    make_repeatable(args.seed, device)
-    documents, held_out = split([read_text(path) for path in args.text] or standard_library())
-    tokenizer = train_tokenizer(documents, args.vocab_size)
-    windows = cut_into_windows(documents, tokenizer, args.context)
-    check_context(windows, args.context)
-    unseen = scored_tokens(cut_into_windows(held_out, tokenizer, args.context))
-    scored = some_of(held_out, unseen)
-    saved_tokenizer = for_transformers(tokenizer, args.context)
-    folder = args.out / args.name
-    folder.mkdir(parents=True, exist_ok=True)
+    device = machine.usable_device(args.device)
+    machine.make_repeatable(args.seed, device)
+    documents, held_out = text_data.split(text_data.read_documents(args.text))
+    scored = text_data.choose(held_out, VALIDATION_BYTES)
+    print(f"reading {len(documents):,} documents, {sum(map(len, documents)):,} characters")
+    tokenizer = text_data.train_tokenizer(documents, args.vocab_size)
+    windows = text_data.cut_into_windows(documents, tokenizer, args.context)
     model = build_model(args, tokenizer)
+    saved_tokenizer = text_data.for_transformers(tokenizer, args.context)
+    folder = args.out / args.name
+    training = Training(args, model, windows, folder / "checkpoint.pt")
+    if args.resume:
+        training.load()
+        print(f"resumed after step {len(training.steps)} of {args.steps}")
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = {
         "parameters": model.num_parameters(),
         "vocabulary": tokenizer.get_vocab_size(),
+        "training_tokens": windows.tokens,
         "training_documents": len(documents),
-        "training_tokens": scored_tokens(windows),
         "held_out_documents": len(held_out),
-        "held_out_tokens": unseen,
+        "scored_documents": len(scored),
     }
     print(", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in sizes.items()))
-    results = Results()
+    validation = comparison = None
+    interrupted = False
     try:
-        train(model, windows, args, results.steps)
-        results.validation = validate(model, scored, saved_tokenizer, args)
-        batch = [tensor.to(device) for tensor in windows[: args.batch_size]]
-        results.comparison = compare(model, batch, args.dtype)
-        print(table(results.comparison))
+        training.run()
+        print(f"scoring {len(scored)} of {len(held_out)} held-out documents")
+        validation = validate(model, scored, saved_tokenizer, args)
+        batch = [tensor[: args.batch_size].to(device) for tensor in windows]
+        comparison = compare(model, batch, args.dtype)
+        training.file.unlink(missing_ok=True)
     except KeyboardInterrupt:
-        results.interrupted = True
+        interrupted = True
+        training.save()
     with (folder / "metrics.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Step._fields, *results.steps])
-    draw(folder / "loss.png", results, tokenizer.get_vocab_size())
-    save_model(folder / "model", model, saved_tokenizer)
-    save_texts(folder / "held_out", scored)
-    report = summary(args, results) | sizes | {"seconds": time.perf_counter() - start}
+        csv.writer(file).writerows([Step._fields, *training.steps])
+    draw(folder / "loss.png", training.steps, validation, tokenizer.get_vocab_size())
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder / "model")
+    saved_tokenizer.save_pretrained(folder / "model")
+    text_data.save_texts(folder / "held_out", scored)
+    losses = [step.loss for step in training.steps]
+    last = losses[-AVERAGED_STEPS:]
+    libraries = (chunked_ce, torch, transformers, tokenizers)
+    report = sizes | {
+        "interrupted": interrupted,
+        "steps_done": len(losses),
+        "loss_of_first_step": losses[0] if losses else None,
+        f"mean_loss_of_last_{AVERAGED_STEPS}_steps": fmean(last) if last else None,
+        "validation": validation,
+        "comparison": comparison,
+        "arguments": vars(args),
+        "device_name": machine.device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {library.__name__: library.__version__ for library in libraries}
+        | {"python": platform.python_version()},
+        "seconds": time.perf_counter() - start,
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
-    print(f"saved in {folder}")
-    return results
+    print(f"saved in {folder}" + ("; go on with --resume" if interrupted else ""))
+    return 130 if interrupted else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return 130 if run(parse_arguments(argv)).interrupted else 0
+        return run(parse_arguments(argv))
     except (InputError, OSError) as error:
         print(f"train_gpt: {error}", file=sys.stderr)
         return 2

@@ -16,5 +16,6 @@ from .mistakes import *
 from .planner import *
 from .shift import shift as shift
 from .targets import *
+from .values import not_sharded as not_sharded
 from .values import target_indices as target_indices
 from .weights import *

@@ -46,6 +46,25 @@ def is_dtensor(value: object) -> bool:
     return type(value).__name__ == "DTensor"  # its module takes long to import
 
 
+def no_dtensor(name: str, value: object) -> None:
+    """Refuse a DTensor beside plain tensors, which no operator can mix."""
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} is a DTensor, but input is a plain tensor: pass {name}.full_tensor(), or "
+            f"{name}.to_local() where this rank's rows are what input holds"
+        )
+
+
+def not_sharded(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return the gradients of plain outputs, none of which may be a DTensor."""
+    if any(map(is_dtensor, gradients)):
+        raise TypeError(
+            "the upstream gradient is a DTensor, but the loss is a plain tensor: pass its "
+            ".full_tensor() to backward, or use .to_local() of the DTensor that the loss meets"
+        )
+    return gradients
+
+
 def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
@@ -96,7 +115,8 @@ def reshaped(name: str, tensor: Tensor, expected: Sequence[int]) -> str:
 
 
 def dense(name: str, tensor: Tensor) -> None:
-    """Refuse sparse and nested tensors, and forward-mode tangents, which would be lost."""
+    """Refuse DTensors, sparse and nested tensors, and forward-mode tangents."""
+    no_dtensor(name, tensor)
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout)
         raise TypeError(f"{name} is a {kind} tensor, expected a dense one: convert it to dense")

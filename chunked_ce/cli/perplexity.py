@@ -14,6 +14,7 @@ from typing import Any
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import INTERRUPTED, UsageError
 from .files import STANDARD, check_files, read_text, write_text, write_whole
+from .interrupts import exit_on_interrupt
 
 DTYPES = {
     "auto": "auto",
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         if progress:
             size = sum(len(text.encode()) for text in texts) / 1e6
             print(f"read {size:.1f} MB; loading {args.model}", file=sys.stderr, flush=True)
-        model, tokenizer = _load(args)
+        with exit_on_interrupt():
+            model, tokenizer = _load(args)
         report = _evaluate(args, model, tokenizer, texts, progress)
     except EvaluationInterrupted as interruption:
         report = interruption.report

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .files import STANDARD, check_writable, write_text
+from .interrupts import exit_on_interrupt
 
 if TYPE_CHECKING:
     from ..planner import HeadShape
@@ -57,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json, "--json")
     if args.gpu is not None and args.device != "cuda":
         raise UsageError("--gpu goes with --device cuda")
-    from .. import planner
-    from . import plan_output
+    with exit_on_interrupt():
+        from .. import planner
+        from . import plan_output
 
     try:
         head = _head(args)

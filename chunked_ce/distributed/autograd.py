@@ -1,8 +1,8 @@
 """Statistics of rows whose classes lie on several ranks, and their gradients.
 
-The gradient of a rank's logits is local: the row's statistics say all that is to know of the other
-shards. That of hidden states, which every rank holds, is the sum of what the shards say, an
-all-reduce in backward.
+The gradient of a rank's logits is local, because the row's statistics summarize the other shards.
+The gradient of the hidden states, which every rank holds, is a sum over the shards: an all-reduce
+in backward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..core.gradient import Coefficients, coefficients
 from ..core.head import Head
 from ..core.row_stats import TokenStats
 from ..ops.chunks import Gradients, chunk_indices, walk
-from .shards import IGNORED, Shard, Wanted, fields, merged
+from .shards import IGNORED, Shard, Wanted, exchange, partial_sums
 
 
 class Options(NamedTuple):
@@ -34,14 +34,14 @@ class Options(NamedTuple):
 
 
 def shard_stats(input: Tensor, target: Tensor, options: Options) -> TokenStats:
-    """Of logits [..., C] and targets [...]."""
+    """Compute the statistics of logits [..., C] and targets [...]."""
     return _as_stats(_ShardStats.apply(input, target, options), target, options.wanted)  # type: ignore[no-untyped-call]
 
 
 def linear_shard_stats(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options
 ) -> TokenStats:
-    """Of hidden states [..., D] with a head [C, D], and targets [...]."""
+    """Compute the statistics of hidden states [..., D], a head [C, D] and targets [...]."""
     flat = input.reshape(-1, input.shape[-1])
     outputs = _LinearShardStats.apply(flat, weight, bias, target, options)  # type: ignore[no-untyped-call]
     return _as_stats(outputs, target, options.wanted)
@@ -57,8 +57,8 @@ def _as_stats(outputs: tuple[Tensor, ...], target: Tensor, wanted: Wanted) -> To
 
 
 def _outputs(ctx: Any, sent: Tensor, target: Tensor, options: Options, *saved: Any) -> Any:
-    """The statistics, flat, empty where not asked for; and what backward needs of them."""
-    stats, lse_low = merged(
+    """Return the flat statistics, empty if not requested, and save what backward needs."""
+    stats, lse_low = exchange(
         sent, target.reshape(-1), options.ignore_index, options.shard, options.wanted
     )
     empty = sent.new_empty(0)
@@ -75,13 +75,14 @@ def _outputs(ctx: Any, sent: Tensor, target: Tensor, options: Options, *saved: A
 def _coefficients(ctx: Any, grads: tuple[Tensor | None, ...], entropy: Tensor) -> Coefficients:
     if torch.is_grad_enabled():
         checks.double_backward()
-    of_lse, of_logprob, of_entropy, of_mean_logprob, _ = grads
+    checks.not_sharded(grads)
+    lse_grad, logprob_grad, entropy_grad, mean_logprob_grad, _ = grads
     wanted = ctx.options.wanted
     numbers = coefficients(
-        of_lse,
-        of_logprob,
-        of_entropy if wanted.entropy else None,
-        of_mean_logprob if wanted.mean_logprob else None,
+        lse_grad,
+        logprob_grad,
+        entropy_grad if wanted.entropy else None,
+        mean_logprob_grad if wanted.mean_logprob else None,
         entropy,
         ctx.options.shard.vocab_size,
     )
@@ -93,7 +94,7 @@ class _ShardStats(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, options: Options) -> Any:
         shard = options.shard
         local = shard.local(target, options.ignore_index)
-        sent = fields(options.backend, input, local, shard, options.head, options.wanted)
+        sent = partial_sums(options.backend, input, local, shard, options.head, options.wanted)
         return _outputs(ctx, sent, target, options, input)
 
     @staticmethod
@@ -125,11 +126,11 @@ class _LinearShardStats(torch.autograd.Function):
     ) -> Any:
         shard, wanted = options.shard, options.wanted
         local = shard.local(target, options.ignore_index)
-        nothing = input.new_empty(len(local), 0)
+        no_logits = input.new_empty(len(local), 0)
         empty = shard._replace(columns=0)
-        sent = fields(options.backend, nothing, local, empty, options.head, wanted)
+        sent = partial_sums(options.backend, no_logits, local, empty, options.head, wanted)
         for index, _, logits in _chunks(input, weight, bias, local, options):
-            sent[:, index] = fields(
+            sent[:, index] = partial_sums(
                 options.backend, logits, local[index], shard, options.head, wanted
             )
         return _outputs(ctx, sent, target, options, input, weight, bias)
@@ -142,20 +143,20 @@ class _LinearShardStats(torch.autograd.Function):
         numbers = _coefficients(ctx, grads, entropy)
         local = shard.local(target, options.ignore_index)
         chunks = _indices(local, options)
-        found = Gradients(input, weight, bias, shard.columns, wanted, options.acc_dtype, chunks)
+        gradients = Gradients(input, weight, bias, shard.columns, wanted, options.acc_dtype, chunks)
         for index, x, logits in _chunks(input, weight, bias, local, options):
             grad = backends.logits_gradient(
                 options.backend, logits, local[index], lse[index], logprob[index], lse_low[index],
                 Coefficients(*(None if n is None else n[index].contiguous() for n in numbers)),
                 IGNORED, shard.columns, options.head, inplace=True, shard=True,
             )  # fmt: skip
-            found.add(index, x, grad)
-        of_input, of_weight, of_bias = found.finish()
+            gradients.add(index, x, grad)
+        input_grad, weight_grad, bias_grad = gradients.finish()
         if wanted[0]:
             if shard.columns == 0:
-                of_input.zero_()
-            dist.all_reduce(of_input, group=shard.group)
-        result = (of_input, of_weight, of_bias)
+                input_grad.zero_()
+            dist.all_reduce(input_grad, group=shard.group)
+        result = (input_grad, weight_grad, bias_grad)
         return *(g if w else None for g, w in zip(result, wanted, strict=True)), None, None
 
 
@@ -168,7 +169,7 @@ def _indices(local: Tensor, options: Options) -> Any:
 def _chunks(
     input: Tensor, weight: Tensor, bias: Tensor | None, local: Tensor, options: Options
 ) -> Any:
-    """(index, hidden states, logits) of each chunk."""
+    """Yield (index, hidden states, logits) of each chunk."""
     ignored = None if options.drop_ignored else local == IGNORED
     return walk(
         input.detach(), weight.detach(), None if bias is None else bias.detach(),

@@ -12,7 +12,7 @@ from ..checks.values import LOGIT_DTYPES, floating, integer, same_device, shape
 
 
 def process_group(group: Any) -> dist.ProcessGroup:
-    """`group`, or the default one, of which this process must be a member."""
+    """Return `group`, or the default group. This process must be a member."""
     if not dist.is_available():
         raise RuntimeError(
             "this build of torch has no torch.distributed: use chunked_ce.cross_entropy, "
@@ -41,7 +41,7 @@ def process_group(group: Any) -> dist.ProcessGroup:
 def shard(
     columns: int, vocab_start: Any, vocab_size: Any, rank: int, world: int
 ) -> tuple[int, int]:
-    """(first class of this rank's shard, number of classes over all ranks)."""
+    """Return (first class of this rank's shard, number of classes over all ranks)."""
     if vocab_start is None:
         if columns == 0:
             raise ValueError(
@@ -74,7 +74,7 @@ def shard(
 
 
 class ShardReport(NamedTuple):
-    """What a rank says of its call."""
+    """Describe one rank's call, for comparison with the other ranks."""
 
     rows: int
     start: int
@@ -94,7 +94,7 @@ _NAMES = ("targets", None, None, "classes in all (vocab_size)")
 
 
 def shards_agree(reports: list[ShardReport]) -> None:
-    """All ranks see the same reports, so all raise, or none."""
+    """Raise if the ranks disagree. All ranks see the same reports, so all raise, or none."""
     first = reports[0]
     for rank, report in enumerate(reports):
         for name, a, b in zip(_NAMES, first, report, strict=False):
@@ -135,7 +135,7 @@ def shards_agree(reports: list[ShardReport]) -> None:
 
 
 def _every_class_once(reports: list[ShardReport]) -> None:
-    """Columns at or past vocab_size are padding, of which a rank may hold any number."""
+    """Raise unless one rank holds each class. Columns from vocab_size on are padding."""
     end, size = 0, reports[0].vocab_size
     for rank, report in enumerate(reports):
         stop = min(report.start + report.columns, size)
@@ -158,7 +158,7 @@ def _every_class_once(reports: list[ShardReport]) -> None:
 
 
 def _no_copies(reports: list[ShardReport]) -> None:
-    """Logits that were gathered, or a whole head, where vocab_start does not say otherwise."""
+    """Raise if ranks hold copies: gathered logits, or a whole head, without vocab_start."""
     owners: dict[int, int] = {}
     for rank, report in enumerate(reports):
         owner = owners.setdefault(report.contents, rank)
@@ -173,7 +173,7 @@ def _no_copies(reports: list[ShardReport]) -> None:
 
 
 def shard_of_logits(input: Tensor, target: Tensor) -> None:
-    """`input` [..., C] and `target` [...]; a rank may have no class at all."""
+    """Check `input` [..., C] and `target` [...]. A rank may have no class at all."""
     floating("input", input, " of logits")
     if input.dim() == 0:
         raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., C]")
@@ -186,7 +186,7 @@ def shard_of_logits(input: Tensor, target: Tensor) -> None:
 
 
 def shard_of_weight(weight: Tensor, bias: Tensor | None, input: Tensor, target: Tensor) -> None:
-    """`weight` [C, D], the rows of a head that this rank holds, perhaps none."""
+    """Check `weight` [C, D], this rank's rows of the head. There may be none."""
     floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
         raise ValueError(
@@ -204,9 +204,9 @@ def shard_of_weight(weight: Tensor, bias: Tensor | None, input: Tensor, target: 
 
 
 def placements(name: str, tensor: Any, dim: int, rows: bool) -> int:
-    """Which dimension of the DTensor's mesh shards its dimension `dim`.
+    """Return the dimension of the DTensor's mesh that shards its dimension `dim`.
 
-    The others hold it whole, or, where `rows` may be, shards of its other dimensions.
+    The other dimensions of the mesh must replicate it. If `rows`, they may shard the rows.
     """
     placed = [p for p in tensor.placements if p.is_shard(dim)]
     others = [p for p in tensor.placements if not p.is_shard(dim)]
@@ -221,12 +221,12 @@ def placements(name: str, tensor: Any, dim: int, rows: bool) -> int:
 
 
 def _of_rows(placement: Any) -> bool:
-    """Whether it is a plain Shard: a strided one lays the rows out in another order."""
+    """Return whether it is a plain Shard. A strided one has the rows in another order."""
     return type(placement).__name__ == "Shard"
 
 
 def placed_as_rows(name: str, tensor: Any, expected: tuple[Any, ...] | None) -> None:
-    """`expected`: where the mesh shards the rows of the logits; None: nowhere."""
+    """Check that a DTensor is placed as the rows of the logits; None: replicated."""
     placed = tuple(tensor.placements)
     if expected is not None and placed == expected:
         return
@@ -243,6 +243,7 @@ def placed_as_rows(name: str, tensor: Any, expected: tuple[Any, ...] | None) -> 
 
 
 def mesh_only(group: object, vocab_start: object) -> None:
+    """Refuse arguments that a DTensor's mesh already gives."""
     if group is not None or vocab_start is not None:
         raise ValueError(
             "group and vocab_start are given, but a DTensor knows both from its mesh: leave them "

@@ -10,14 +10,14 @@ from torch import distributed as dist
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:
-    """Of this process in `group`; (0, 1) where there is no process group."""
+    """Return rank and size of `group`; (0, 1) if there is no process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
 def all_gather(tensor: Tensor, group: Any) -> Tensor:
-    """`tensor` of every rank, [ranks, ...], on the device of this rank's; all of one shape."""
+    """Return every rank's `tensor` as [ranks, ...] on this rank's device; all have one shape."""
     _, size = rank_and_size(group)
     if size == 1 or not tensor.numel():
         return tensor.expand(size, *tensor.shape)
@@ -30,7 +30,7 @@ def all_gather(tensor: Tensor, group: Any) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, group: Any) -> Tensor:
-    """The sum of every rank's `tensor`, on the device of this rank's; all of one shape."""
+    """Return the sum of every rank's `tensor` on this rank's device; all have one shape."""
     if rank_and_size(group)[1] == 1:
         return tensor
     total = tensor.to(_device(group, tensor.device), copy=True)
@@ -39,7 +39,7 @@ def all_reduce(tensor: Tensor, group: Any) -> Tensor:
 
 
 def _device(group: Any, device: torch.device) -> torch.device:
-    """Where the group's backend communicates what is on `device`; one of several has the CPU's."""
+    """Return the device on which the group's backend communicates a tensor of `device`."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or dist.get_backend(group) in ("gloo", "mpi", "undefined"):
         return torch.device("cpu")

@@ -9,24 +9,20 @@ Programs are started by `torchrun`; gloo works on a CPU, NCCL on GPUs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import backends, checks
-from ..backends import choose_backend
-from ..checks.values import is_dtensor
-from ..core.head import Head, compute_dtype
+from .. import checks
+from ..core.head import compute_dtype
 from ..core.reduction import make_reduction, token_loss
 from ..core.row_stats import TokenStats
 from ..functional.linear import autocast
 from ..ops import transforms
-from ..ops.chunks import default_rows, padded_row_bytes
 from . import checks as shard_checks
-from .autograd import Options, linear_shard_stats, shard_stats
-from .shards import Shard, Wanted, check_agreement, local_parts, placements_of_rows, plain, shard_of
+from .autograd import linear_shard_stats, shard_stats
+from .calls import Call, call_on_logits, checked_options, chunk_options
+from .shards import Wanted, local_parts, local_tensor, shard_of
 
 __all__ = [
     "vocab_parallel_cross_entropy",
@@ -84,12 +80,28 @@ def vocab_parallel_token_stats(
             they are copies without `vocab_start` (gathered logits). That takes a small
             exchange of its own, on a CPU always; on a GPU, where it means waiting, with
             `CHUNKED_CE_CHECK_TARGETS=1` in the environment.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import chunked_ce.distributed
+        >>> # With torchrun: dist.init_process_group() on every rank, and each rank's own shard.
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> target = torch.tensor([2, -100, 4])  # -100 is ignored
+        >>> shard = torch.zeros(3, 8, requires_grad=True)  # this rank's logits
+        >>> stats = chunked_ce.distributed.vocab_parallel_token_stats(shard, target, entropy=True)
+        >>> stats.lse  # ln 8, and 0 in the ignored row
+        tensor([2.0794, 0.0000, 2.0794], grad_fn=<ViewBackward0>)
+        >>> (stats.logprob - 0.1 * stats.entropy).sum().backward()
+        >>> dist.destroy_process_group()
     """
     checks.no_transforms("vocab_parallel_token_stats", transforms.is_active())
-    call = _of_logits(input, target, group, vocab_start, vocab_size)
+    call = call_on_logits(input, target, group, vocab_start, vocab_size)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, argmax=argmax)
     wanted = Wanted(entropy, mean_logprob, argmax)
-    options = _options(call, wanted, ignore_index, softcap, logit_scale, inplace_backward, backend)
+    options = checked_options(
+        call, wanted, ignore_index, softcap, logit_scale, inplace_backward, backend
+    )
     return shard_stats(call.input, call.target, options)
 
 
@@ -127,25 +139,39 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import chunked_ce.distributed
+        >>> # With torchrun: dist.init_process_group() on every rank, and each rank's own shard.
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> target = torch.tensor([2, -100, 4])  # -100 is ignored
+        >>> shard = torch.zeros(3, 8, requires_grad=True)  # this rank's logits
+        >>> loss = chunked_ce.distributed.vocab_parallel_cross_entropy(shard, target)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), shard.grad[0, 2].item()
+        (2.0794, -0.4375)
+        >>> dist.destroy_process_group()
     """
     checks.no_transforms("vocab_parallel_cross_entropy", transforms.is_active())
-    call = _of_logits(input, target, group, vocab_start, vocab_size)
+    call = call_on_logits(input, target, group, vocab_start, vocab_size)
     checks.reduction(reduction)
     label_smoothing = checks.label_smoothing(label_smoothing)
     z_loss_weight = checks.z_loss_weight(z_loss_weight)
     checks.token_weight(token_weight, call.target.shape, call.input)
     num_items = checks.num_items(num_items, reduction, call.input)
-    options = _options(
+    options = checked_options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale,
         inplace_backward, backend,
         (reduction, label_smoothing, z_loss_weight, token_weight, num_items),
     )  # fmt: skip
-    how = make_reduction(
+    reducer = make_reduction(
         reduction, call.target, options.ignore_index, token_weight, num_items,
         compute_dtype(call.input.dtype),
     )  # fmt: skip
     stats = shard_stats(call.input, call.target, options)
-    return how.reduce(token_loss(stats, label_smoothing, z_loss_weight))
+    return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -193,14 +219,31 @@ def vocab_parallel_linear_cross_entropy(
 
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: as :func:`vocab_parallel_token_stats`.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> import chunked_ce.distributed
+        >>> # With torchrun: dist.init_process_group() on every rank, and each rank's own shard.
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> target = torch.tensor([2, -100, 4])  # -100 is ignored
+        >>> hidden = torch.ones(3, 4, requires_grad=True)  # the same on every rank
+        >>> weight = torch.zeros(8, 4, requires_grad=True)  # this rank's rows of the head
+        >>> loss = chunked_ce.distributed.vocab_parallel_linear_cross_entropy(
+        ...     hidden, weight, target
+        ... )
+        >>> loss.backward()
+        >>> round(loss.item(), 4), weight.grad[2, 0].item()
+        (2.0794, -0.375)
+        >>> dist.destroy_process_group()
     """
     checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.is_active())
-    checks.target_indices(target)
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = local_parts(
         head, 0, group, vocab_start, vocab_size
     )
-    input, target = plain("input", input, None), plain("target", target, None)
+    input, target = local_tensor("input", input, None), local_tensor("target", target, None)
+    checks.target_indices(target)
     checks.hidden_states(input)
     shard_checks.shard_of_weight(weight, bias, input, target)
     label_smoothing, z_loss_weight, num_items, *_ = checks.loss_options(
@@ -209,85 +252,15 @@ def vocab_parallel_linear_cross_entropy(
     )  # fmt: skip
     input, weight, bias = autocast(input, weight, bias)
     shard = shard_of(weight.shape[0], group, vocab_start, vocab_size)
-    of_loss = (reduction, label_smoothing, z_loss_weight, token_weight, num_items)
-    contents = weight.t() if vocab_start is None else None
-    call = _Call(input, target, shard, weight.shape[0], contents)
-    chunks = _chunks(call, weight, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype)
-    options = _options(
+    loss_options = (reduction, label_smoothing, z_loss_weight, token_weight, num_items)
+    call = Call(input, target, shard, weight.shape[0], weight.t() if vocab_start is None else None)
+    chunks = chunk_options(call, weight, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype)
+    options = checked_options(
         call, Wanted(mean_logprob=label_smoothing > 0), ignore_index, softcap, logit_scale, False,
-        backend, of_loss, input.requires_grad and torch.is_grad_enabled(),
+        backend, loss_options, input.requires_grad and torch.is_grad_enabled(),
     )._replace(**chunks)  # fmt: skip
-    dtype = compute_dtype(input.dtype)
-    how = make_reduction(reduction, target, options.ignore_index, token_weight, num_items, dtype)
+    reducer = make_reduction(
+        reduction, target, options.ignore_index, token_weight, num_items, compute_dtype(input.dtype)
+    )
     stats = linear_shard_stats(input, weight, bias, target, options)
-    return how.reduce(token_loss(stats, label_smoothing, z_loss_weight))
-
-
-def _chunks(
-    call: _Call,
-    weight: Tensor,
-    chunk_bytes: int | None,
-    token_chunk_size: int | None,
-    drop_ignored: bool | None,
-    acc_dtype: torch.dtype,
-) -> dict[str, Any]:
-    row_bytes = padded_row_bytes(max(1, call.shard.columns), weight.element_size())
-    rows = default_rows(call.target.numel(), row_bytes, call.input.device.type)
-    return dict(
-        rows_per_chunk=checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, rows),
-        drop_ignored=checks.drop_ignored(drop_ignored, call.input.device),
-        acc_dtype=checks.acc_dtype(acc_dtype, weight),
-    )
-
-
-class _Call(NamedTuple):
-    input: Tensor
-    target: Tensor
-    shard: Shard
-    columns: int  # of this rank, padding included
-    contents: Tensor | None  # [..., C]: what copies are told by; None where they may be meant
-
-
-def _of_logits(
-    input: Any,
-    target: Any,
-    group: dist.ProcessGroup | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
-) -> _Call:
-    checks.target_indices(target)
-    rows = placements_of_rows(input) if is_dtensor(input) else None
-    (local,), group, vocab_start, vocab_size = local_parts(
-        dict(input=input), -1, group, vocab_start, vocab_size, rows=True
-    )
-    target = plain("target", target, rows)
-    shard_checks.shard_of_logits(local, target)
-    columns = local.shape[-1]
-    shard = shard_of(columns, group, vocab_start, vocab_size)
-    return _Call(local, target, shard, columns, local if vocab_start is None else None)
-
-
-def _options(
-    call: _Call,
-    wanted: Wanted,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    inplace_backward: bool,
-    backend: str,
-    of_loss: tuple[object, ...] = (),
-    input_gradient: bool = False,
-) -> Options:
-    """The arguments that all forms share, checked; those that ranks must agree on last."""
-    ignore_index = checks.ignore_index(ignore_index)
-    head = Head(checks.softcap(softcap), checks.logit_scale(logit_scale))
-    checks.inplace_backward(inplace_backward, call.input)
-    backend = choose_backend(backend, call.input.device)
-    on_host = call.target.device.type == "cpu"
-    agreed = (ignore_index, head, *of_loss)
-    check_agreement(
-        call.shard, call.columns, call.input, call.target, wanted, agreed, input_gradient,
-        call.contents,
-    )  # fmt: skip
-    backends.check_targets(call.target, call.shard.vocab_size, ignore_index, on_host=on_host)
-    return Options(call.shard, ignore_index, head, backend, wanted, inplace_backward)
+    return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))

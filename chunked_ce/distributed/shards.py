@@ -1,9 +1,9 @@
-"""A vocabulary over ranks: what each knows of a row, exchanged once and merged as any two parts.
+"""Shards of a vocabulary: partial sums of each row, exchanged once and merged on every rank.
 
-Every rank sums over its own classes, the target left out; the owner of the target adds its logit.
-One all-gather carries these few numbers a row, every rank merges them in the order of the classes,
-and all hold the same bits. (Megatron-LM, arXiv:1909.08053, section 3, reduces a maximum, a sum and
-the target's logit one after the other.)
+Every rank sums over its own classes except the target. The owner of the target adds its logit.
+One all-gather sends these few numbers per row. Every rank merges them in the order of the classes,
+so all ranks hold the same bits. (Megatron-LM, arXiv:1909.08053, section 3, reduces a maximum, a sum
+and the target's logit one after the other.)
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ..core.row_stats import Part, TokenStats, finish, merge, zero_ignored
 from . import checks
 from .collectives import all_gather
 
-SAMPLED_ROWS = 16  # by which copies of a shard are told: a whole one would be read once more
-IGNORED, ELSEWHERE = -100, -1  # among local targets, which are classes of the shard otherwise
+SAMPLED_ROWS = 16  # compared to find copies of a shard; all rows would cost another read
+IGNORED, ELSEWHERE = -100, -1  # local targets that are no class of the shard
 
 
 class Shard(NamedTuple):
-    """This rank's classes: `columns` from `start` on, of `vocab_size` in all."""
+    """Hold this rank's classes: `columns` of them from `start`, out of `vocab_size`."""
 
     group: dist.ProcessGroup
     start: int
@@ -39,7 +39,7 @@ class Shard(NamedTuple):
     vocab_size: int
 
     def local(self, target: Tensor, ignore_index: int) -> Tensor:
-        """[rows] targets counted from `start`."""
+        """Return targets [rows], counted from `start`."""
         target = target.reshape(-1).long()
         column = target - self.start
         column = column.masked_fill((column < 0) | (column >= self.columns), ELSEWHERE)
@@ -55,7 +55,7 @@ class Wanted(NamedTuple):
 def shard_of(
     columns: int, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
 ) -> Shard:
-    """The shard of a rank that holds `columns` columns, padding included."""
+    """Return the shard of a rank that holds `columns` columns, padding included."""
     group = checks.process_group(group)
     start, size = checks.shard(
         columns, vocab_start, vocab_size, dist.get_rank(group), dist.get_world_size(group)
@@ -71,7 +71,7 @@ def local_parts(
     vocab_size: int | None,
     rows: bool = False,
 ) -> tuple[list[Any], dist.ProcessGroup | None, int | None, int | None]:
-    """This rank's part of tensors whose dimension `dim` holds the classes, and where it lies."""
+    """Return this rank's part of tensors with classes in `dim`, its group, start and size."""
     first_name, first = next(iter(tensors.items()))
     if not is_dtensor(first):
         return list(tensors.values()), group, vocab_start, vocab_size
@@ -89,15 +89,15 @@ def local_parts(
 
 
 def placements_of_rows(logits: Any) -> tuple[Any, ...]:
-    """Those of a DTensor, without its classes."""
+    """Return the placements of a DTensor's rows: its own, with the classes replicated."""
     from torch.distributed.tensor import Replicate
 
     last = logits.dim() - 1
     return tuple(Replicate() if p.is_shard(last) else p for p in logits.placements)
 
 
-def plain(name: str, t: Any, rows: tuple[Any, ...] | None) -> Any:
-    """What every rank of the group holds whole; `rows`: what else the mesh does with them."""
+def local_tensor(name: str, t: Any, rows: tuple[Any, ...] | None) -> Any:
+    """Return the plain tensor that every rank of the group holds whole."""
     if not is_dtensor(t):
         return t
     checks.placed_as_rows(name, t, rows)
@@ -114,25 +114,25 @@ def check_agreement(
     input_gradient: bool,
     contents: Tensor | None,  # [..., C]
 ) -> None:
-    """Whether all ranks bring the same rows and options, and together every class once.
+    """Raise unless all ranks bring the same rows and options, and every class once.
 
-    Where that is not free, but means waiting for a GPU, the user says when to.
+    On a GPU this waits, so it runs only if CHUNKED_CE_CHECK_TARGETS=1 is set.
     """
     if input.device.type != "cpu" and os.environ.get("CHUNKED_CE_CHECK_TARGETS") != "1":
         return
     dtype = LOGIT_DTYPES.index(input.dtype)
     flat = target.reshape(-1).long()
-    options_told = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
+    options_text = repr([_checksum(o) if isinstance(o, Tensor) else o for o in options])
     fields = [len(flat), shard.start, columns, shard.vocab_size, dtype, *map(int, wanted)]
-    fields += [int(_checksum(flat)), zlib.crc32(options_told.encode()), int(input_gradient)]
+    fields += [int(_checksum(flat)), zlib.crc32(options_text.encode()), int(input_gradient)]
     fields += [0 if contents is None or not shard.columns else _fingerprint(contents)]
-    mine = torch.tensor(fields, device=input.device)
-    reports = all_gather(mine, shard.group).tolist()
+    report = torch.tensor(fields, device=input.device)
+    reports = all_gather(report, shard.group).tolist()
     checks.shards_agree([checks.ShardReport(*report) for report in reports])
 
 
 def _fingerprint(classes: Tensor) -> int:
-    """Of the bits of some rows [..., C]; 0 where no row differs from class to class.
+    """Return a checksum of the bits of some rows [..., C]; 0 if each row has only one value.
 
     Shards of a head of zeros are equal without being copies.
     """
@@ -145,13 +145,13 @@ def _fingerprint(classes: Tensor) -> int:
 
 
 def _checksum(values: Tensor) -> float:
-    """In which their order counts."""
+    """Return a checksum that depends on the order of the values."""
     flat = values.detach().reshape(-1)
     dtype = torch.float64 if flat.is_floating_point() else torch.int64  # fp16 would end in inf
     return (flat * torch.arange(1, len(flat) + 1, dtype=dtype, device=flat.device)).sum().item()
 
 
-def fields(
+def partial_sums(
     backend: str,
     logits: Tensor,  # [..., C]
     target: Tensor,  # [rows], local
@@ -159,13 +159,16 @@ def fields(
     head: Head,
     wanted: Wanted,
 ) -> Tensor:
-    """[fields, rows]: what this rank knows of its rows, in the form that is sent."""
+    """Return this rank's partial sums as one tensor [fields, rows], ready to send."""
     dtype = compute_dtype(logits.dtype)
     if shard.columns == 0 or target.numel() == 0:
         zeros = torch.zeros(target.shape, dtype=dtype, device=target.device)
-        nothing = zeros - math.inf
+        minus_infinity = zeros - math.inf
         best = zeros.long() if wanted.argmax else None
-        part, target_logit = Part(nothing, zeros, zeros, zeros, zeros, None, best), nothing
+        part, target_logit = (
+            Part(minus_infinity, zeros, zeros, zeros, zeros, None, best),
+            minus_infinity,
+        )
     else:
         part, target_logit = backends.row_part(
             backend, logits, target, IGNORED, shard.columns, head, **wanted._asdict()
@@ -185,16 +188,16 @@ def fields(
     return torch.stack([field.to(dtype) for field in sent])
 
 
-def merged(
+def exchange(
     sent: Tensor,  # [fields, rows]
     target: Tensor,  # [rows], of the whole vocabulary
     ignore_index: int,
     shard: Shard,
     wanted: Wanted,
 ) -> tuple[TokenStats, Tensor]:
-    """The statistics of whole rows, and what rounding took from lse: the collective."""
+    """Exchange the partial sums; return the statistics of whole rows and lse's rounding."""
     received = all_gather(sent, shard.group)
-    part = reduce(merge, (_part(of_rank, wanted) for of_rank in received))
+    part = reduce(merge, (_part(rank_sums, wanted) for rank_sums in received))
     target = target.long()
     ignored = ~is_scored(target, ignore_index)
     target_logit = received[:, 2].amax(0)

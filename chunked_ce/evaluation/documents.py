@@ -1,8 +1,8 @@
 """Documents to score: from token ids, or from text and its tokenizer.
 
-The beginning-of-sequence token is context and is not scored; without one a document's first token
+The beginning-of-sequence token is context and is not scored. Without it a document's first token
 is context, and only the text after it counts as scored. The end-of-sequence token is scored and has
-no bytes. A document that has them already is given no second one.
+no bytes. A document that has one of them already is given no second one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def from_ids(
     bos: int | None,
     eos: int | None,
 ) -> list[Document]:
-    """[T], [N, T], or a sequence of documents of unequal lengths."""
+    """Return the documents of ids [T], [N, T], or a sequence of unequal lengths."""
     rows = checks.documents_of_ids(input_ids, attention_mask)
     documents = []
     for i, row in enumerate(rows):
@@ -45,7 +45,7 @@ def from_ids(
 def from_text(
     text: str | Sequence[str], tokenizer: Any, bos: int | None, eos: int | None
 ) -> list[Document]:
-    """Each string is a document, tokenized with no special tokens but those asked for here."""
+    """Tokenize strings, a document each, with no special tokens but `bos` and `eos`."""
     texts = checks.texts(text)
     checks.check_tokenizer(tokenizer)
     # verbose=False: longer than the model's context is what windows are for
@@ -79,7 +79,7 @@ def _from_text(
 
 
 def _ends_to_add(own: list[int], bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
-    """Those of BOS and EOS that a document lacks. One token alone is not both."""
+    """Return those of BOS and EOS that a document lacks. One token alone is not both."""
     begins, ends = own[:1] == [bos], own[-1:] == [eos] and (len(own) > 1 or bos != eos)
     before = [] if bos is None or begins else [bos]
     after = [] if eos is None or ends else [eos]
@@ -100,7 +100,7 @@ def _warn_of_ends(rows: Sequence[list[int]], bos: int | None, eos: int | None) -
 
 
 def bos_id(bos: bool | int | None, model: Any, tokenizer: Any) -> int | None:
-    """The id to put before each document.
+    """Return the id to put before each document.
 
     True: the tokenizer's or the model's. None: what the tokenizer puts there by itself, if it does.
     """
@@ -115,7 +115,7 @@ def bos_id(bos: bool | int | None, model: Any, tokenizer: Any) -> int | None:
 
 
 def eos_id(eos: bool | int, model: Any, tokenizer: Any) -> int | None:
-    """The id to put after each document. True: the tokenizer's or the model's."""
+    """Return the id to put after each document. True: the tokenizer's or the model's."""
     checked = checks.special_token("eos", eos)
     if checked is True:
         return checks.known_special("eos", _special("eos_token_id", model, tokenizer))

@@ -1,10 +1,10 @@
 """Perplexity of a language model on documents of any length: sliding windows, no logits.
 
 Windows are padded on the right to the longest of their batch. A causal model's token sees nothing
-to its right, and positions count from the first column, so padding changes nothing; that the model
-is causal is tried on a few tokens first. Every window leaves its sums in a row of a table, and
-whatever is reported is added up from that table in the order of the text: batch size, order and
-ranks change the rounding inside the model at most.
+to its right, and positions count from the first column, so padding changes nothing. That the model
+is causal is verified on a few tokens first. Every window leaves its sums in a row of a table. The
+report adds up that table in the order of the text, so batch size, order and ranks change only the
+rounding inside the model.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def evaluate_perplexity(
     """Compute the perplexity of a causal language model on documents, each token scored once.
 
     Sliding windows: see :mod:`chunked_ce.evaluation.windows`. The model runs in evaluation mode,
-    in its dtype and under the autocast of the caller. Its output head is deferred, so that logits
-    [B, T, V] never exist, if all the model does to them is a scale, a cap, a slice or a cast. Else
-    its own logits are used, and `report.logits_stored` is True.
+    in its dtype and under the autocast of the caller. Its output head is deferred if all the model
+    does to the logits is a scale, a cap, a slice or a cast: logits [B, T, V] then never exist.
+    Otherwise its own logits are used, and `report.logits_stored` is True.
 
     Args:
         model: a transformers causal LM, or a module that maps ids [B, T] to logits [B, T, V].
@@ -67,8 +67,8 @@ def evaluate_perplexity(
         stride: by how much a window goes beyond the one before, from 1 to `context_length`, which
             is the default. A token has at least context_length - stride + 1 tokens of context,
             or all there are.
-        full_last_window: a document's last window reaches back as far as the context allows.
-        batch_size: windows at a time.
+        full_last_window: let a document's last window reach back as far as the context allows.
+        batch_size: how many windows the model is shown at a time.
         bos: id put before each document: context, not scored. True for the tokenizer's or the
             model's, False for none; None does as the tokenizer does, and for `input_ids` none.
             Without it a document's first token is not scored, nor are its bytes.
@@ -76,7 +76,8 @@ def evaluate_perplexity(
             A document that has one of them already is given no second one, with a warning.
         rank: top-1 accuracy and mean reciprocal rank too.
         per_document, per_position, per_window: reports of each, see :class:`EvaluationReport`.
-        device: where batches go, by default where the model's parameters are; it is not moved.
+        device: where batches go, by default where the model's parameters are. The model is not
+            moved.
         progress: say on stderr when text is tokenized, and show a bar with the running
             perplexity; needs tqdm.
         group: a torch.distributed process group (`torch.distributed.group.WORLD` for all ranks):
@@ -93,6 +94,14 @@ def evaluate_perplexity(
             tokens, ids that the model does not know, a model that is not causal; before scoring.
         EvaluationInterrupted: on Ctrl-C, with the report so far; without `group`, and once there is
             something to report.
+
+    >>> import torch
+    >>> from chunked_ce import evaluate_perplexity
+    >>> def model(ids):  # each of 16 tokens is equally likely
+    ...     return torch.zeros(*ids.shape, 16)
+    >>> report = evaluate_perplexity(model, [[1, 2, 3, 4, 5]], context_length=4)
+    >>> f"{report.perplexity:.1f} per token, {report.tokens} tokens"
+    '16.0 per token, 4 tokens'
     """
     flags(
         full_last_window=full_last_window, rank=rank, per_document=per_document,
@@ -100,6 +109,7 @@ def evaluate_perplexity(
     )  # fmt: skip
     checks.no_more_positional(positional)
     backend_name(backend)
+    checks.progress_bar(progress)
     checks.model(model)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
     where = checks.device(device_of(model) if device is None else device)
@@ -108,7 +118,6 @@ def evaluate_perplexity(
     stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
-    checks.progress_bar(progress)
     describe_text(text, shown=progress)
     documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
     ids = [document.ids for document in documents]
@@ -120,8 +129,12 @@ def evaluate_perplexity(
         scoring = Scoring(examined, documents, windows, where, rank, backend)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
     settings |= dict(context_length=context_length, bos=before, eos=after, partial=interrupted)
-    report = scoring.report(per_document, per_position, per_window, **settings)
-    if interrupted:
+    return _complete(scoring.report(per_document, per_position, per_window, **settings))
+
+
+def _complete(report: EvaluationReport) -> EvaluationReport:
+    """Return the report; raise it where Ctrl-C left some of it out."""
+    if report.partial:
         raise EvaluationInterrupted(report)
     return report
 

@@ -120,7 +120,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_characters() -> dict[str, bytes]:
-    """GPT-2's character for each byte: itself where it can be printed, else from U+0100 on."""
+    """Return GPT-2's character for each byte: itself if printable, or one from U+0100 on."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
     characters = {chr(byte): bytes([byte]) for byte in printed}
@@ -131,18 +131,18 @@ _BYTE_OF = _byte_characters()
 
 
 def _byte_level(piece: str) -> bytes:
-    """GPT-2's kind; what it cannot write is an added token, as it stands."""
+    """Return the bytes of a token of GPT-2's kind; others are added tokens, taken literally."""
     return b"".join(_BYTE_OF.get(character) or character.encode() for character in piece)
 
 
 def _with_spaces(piece: str) -> bytes:
-    """SentencePiece's kind: a space is written U+2581, and a byte <0xF0>."""
+    """Return the bytes of a SentencePiece token: U+2581 is a space, <0xF0> a byte."""
     byte = _BYTE_TOKEN.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 def _one_byte_each(piece: str) -> bytes:
-    """ByT5's kind; what it cannot write is an added token, as it stands."""
+    """Return the bytes of a token of ByT5; others are added tokens, taken literally."""
     return piece.encode("latin-1") if all(ord(c) < 256 for c in piece) else piece.encode()
 
 

@@ -62,7 +62,7 @@ class LanguageModel:
             real = logits.tensor() if isinstance(logits, DeferredLogits) else logits
             return token_stats(real, target.to(real.device), rank=rank, backend=backend)
         hidden, head, transforms = product
-        with head.autocast_then():
+        with head.original_autocast():
             target = target.to(hidden.device)
             return linear_token_stats(
                 hidden, head.weight, target, rank=rank, backend=backend, **transforms

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, as multiple-choice evaluations want them."""
+"""Log-likelihoods of continuations, for multiple-choice evaluations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from .windows import Window, batches
 
 
 class Loglikelihood(NamedTuple):
-    """Of a continuation after its context."""
+    """Log-probability of a continuation after its context.
+
+    >>> from chunked_ce import Loglikelihood
+    >>> Loglikelihood(logprob=-2.5, is_greedy=False).logprob
+    -2.5
+    """
 
     logprob: float  # summed over the continuation's tokens, in nats
     is_greedy: bool  # each of them was the model's first choice
@@ -49,6 +54,14 @@ def loglikelihood(
     Raises:
         TypeError, ValueError: an empty context or continuation, a continuation longer than
             `context_length`, ids that the model does not know; before anything is scored.
+
+    >>> import torch
+    >>> from chunked_ce import loglikelihood
+    >>> def model(ids):  # the next token is most likely the same again
+    ...     return 5.0 * torch.nn.functional.one_hot(ids, 16).float()
+    >>> same, other = loglikelihood(model, [([3], [3, 3]), ([3], [4])], context_length=8)
+    >>> same.is_greedy, other.is_greedy, same.logprob > other.logprob
+    (True, False, True)
     """
     checks.model(model)
     where = checks.device(device_of(model) if device is None else device)

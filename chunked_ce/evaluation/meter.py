@@ -22,7 +22,7 @@ from .report import PerplexityReport
 def perplexity(
     input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1
 ) -> Tensor:
-    """Perplexity per token of one batch.
+    """Compute the perplexity per token of one batch.
 
     exp(sum of NLL / number of targets that are not `ignore_index`).
     For a corpus use :class:`Perplexity`: the mean of batch perplexities is not its perplexity.
@@ -39,6 +39,11 @@ def perplexity(
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`cross_entropy`.
+
+    >>> import torch
+    >>> from chunked_ce import perplexity
+    >>> f"{perplexity(torch.zeros(3, 16), torch.tensor([1, 2, -100])):.1f}"
+    '16.0'
     """
     ignore_index = checks.meter_ignore_index(ignore_index)
     return perplexity_of(batch_sums(input, target, ignore_index, dim, rank=False))
@@ -51,13 +56,21 @@ class Perplexity:
     and `report` read the result. The result does not depend on how the tokens were split into
     batches, but for rounding in the last bits of a float64.
 
-    Stands where `torchmetrics.text.Perplexity` stood: `update(preds, target)`, `compute()`,
+    It has the methods of `torchmetrics.text.Perplexity`: `update(preds, target)`, `compute()`,
     `reset()`, and a call, which updates and returns the batch's own perplexity. `compute` is of
-    what this process scored; `sync` adds the other ranks'.
+    what this process scored; `sync` adds what the other ranks scored.
 
     Args:
         ignore_index: target value of tokens that are not scored; None, torchmetrics' default, is
             -100 as well.
+
+    >>> import torch
+    >>> from chunked_ce import Perplexity
+    >>> meter = Perplexity()
+    >>> for target in torch.arange(16).split(5):
+    ...     meter.update(torch.zeros(len(target), 16), target)
+    >>> f"{meter.compute():.1f} per token, {meter.report().tokens} tokens"
+    '16.0 per token, 16 tokens'
     """
 
     nll_sum: Tensor
@@ -77,7 +90,7 @@ class Perplexity:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything scored so far."""
+        """Forget everything scored so far."""
         for name in self._SUMS:
             setattr(self, name, torch.zeros((), dtype=torch.float64))
         for name in self._COUNTS:
@@ -94,7 +107,7 @@ class Perplexity:
         words: int | None = None,
         rank: bool = False,
     ) -> None:
-        """Scores a batch.
+        """Score a batch.
 
         Once one update leaves out bytes, words or ranks, the measures made of them are None:
         numerator and denominator must cover the same text.
@@ -122,7 +135,7 @@ class Perplexity:
         words: int | None = None,
         rank: bool = False,
     ) -> Tensor:
-        """`update`; returns the perplexity of this batch alone, a 0-d float64 tensor."""
+        """Update, and return the perplexity of this batch alone, a 0-d float64 tensor."""
         n_bytes = checks.text_count("n_bytes", n_bytes)
         words = checks.text_count("words", words)
         sums = batch_sums(input, target, self.ignore_index, dim, rank)
@@ -139,7 +152,7 @@ class Perplexity:
         *,
         nll_square_sum: float | Tensor | None = None,
     ) -> None:
-        """Adds what was scored elsewhere.
+        """Add what was scored elsewhere.
 
         The sum of NLL in nats (not a mean) and the number of tokens in it; for the standard error
         the sum of each token's NLL squared.
@@ -155,11 +168,11 @@ class Perplexity:
         self._add(sums)
 
     def compute(self) -> Tensor:
-        """Perplexity per token, a 0-d float64 tensor; NaN when nothing was scored."""
+        """Return the perplexity per token, a 0-d float64 tensor; NaN when nothing was scored."""
         return (self.nll_sum / self.tokens).exp()
 
     def report(self) -> PerplexityReport:
-        """Everything measured so far. Reads the device, so the host waits for it."""
+        """Return everything measured so far. The host waits for the device."""
         tokens = int(self.tokens)
         if not tokens:
             return PerplexityReport(float(self.nll_sum), 0)
@@ -190,11 +203,11 @@ class Perplexity:
         return copy.deepcopy(self)
 
     def merge(self, other: Perplexity) -> None:
-        """Adds what `other` scored; also `+`, which changes neither."""
+        """Add what `other` scored; `+` does the same and changes neither."""
         self._add(checks.meter(other).state_dict())
 
     def __add__(self, other: Perplexity) -> Perplexity:
-        """What was scored by either; `ignore_index` of the left one."""
+        """Return what was scored by either; `ignore_index` is the left one's."""
         if not isinstance(other, Perplexity):
             return NotImplemented
         both = Perplexity(ignore_index=self.ignore_index)
@@ -203,17 +216,17 @@ class Perplexity:
         return both
 
     def __radd__(self, other: Any) -> Perplexity:
-        """0 + meter, with which `sum(meters)` begins."""
+        """Return 0 + meter, with which `sum(meters)` begins."""
         if not (isinstance(other, int) and other == 0):
             return NotImplemented
         return self + Perplexity()
 
     def state_dict(self) -> State:
-        """The sums and counts: 0-d tensors, ints, and None for what is not known."""
+        """Return the sums and counts: 0-d tensors, ints, and None for what is not known."""
         return {name: getattr(self, name) for name in self._SUMS + self._COUNTS}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken; plain numbers, as JSON has them, will do.
+        """Go on from where `state_dict` was taken; plain numbers, as in JSON, will do.
 
         Raises:
             TypeError, ValueError: `state_dict` is no mapping, its keys are others, or a value is
@@ -225,7 +238,7 @@ class Perplexity:
 
     @torch.no_grad()
     def sync(self, group: Any = None) -> Perplexity:
-        """What the ranks of a group have scored together, as a new meter.
+        """Return what the ranks of a group have scored together, as a new meter.
 
         One collective, an all_gather of a few numbers, that every rank must call; sums are then
         added in the order of the ranks, so that all ranks get the same bits. This meter stays as it
@@ -240,7 +253,7 @@ class Perplexity:
         return together
 
     def _packed(self) -> Tensor:
-        """int64 [known or not..., values...]: a float64 travels as the 64 bits that it is."""
+        """Return int64 [known or not..., values...]; a float64 travels as its 64 bits."""
         values = self.state_dict().values()
         known = [int(value is not None) for value in values]
         bits = [
@@ -262,7 +275,7 @@ class Perplexity:
         return state
 
     def _add(self, state: Mapping[str, Any]) -> None:
-        """All at once: an interruption finds either the old sums or the new ones."""
+        """Add all at once: an interruption finds either the old sums or the new ones."""
         names = self._SUMS + self._COUNTS
         vars(self).update({name: _add(getattr(self, name), state.get(name)) for name in names})
 
@@ -271,7 +284,7 @@ class Perplexity:
 
 
 def _add(sum: Any, value: Any) -> Any:
-    """None where either is not known; a tensor on the device of the one that is not on the CPU."""
+    """Return a sum, None where either is not known, on the device that is not the CPU."""
     if sum is None or value is None:
         return None
     if not isinstance(sum, Tensor):

@@ -42,5 +42,5 @@ def perplexity_of(sums: State) -> Tensor:
 
 
 def reciprocal_rank(rank: Tensor) -> Tensor:
-    """1 / (1 + rank) in float64; 0 for the -1 of a token that is not scored."""
+    """Return 1 / (1 + rank) in float64, or 0 for the -1 of a token that is not scored."""
     return torch.where(rank < 0, 0.0, 1.0 / (rank + 1).clamp(min=1).double())

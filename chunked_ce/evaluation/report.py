@@ -1,4 +1,4 @@
-"""What was scored, and every measure that follows from it."""
+"""Sums of what was scored, and every measure that follows from them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True, repr=False)
 class PerplexityReport:
-    """What was scored, and the measures that follow from it.
+    """Sums of what was scored, and the measures that follow from them.
 
     Units: nats for `nll_sum` and `mean_nll`, bits for the `bits_per_*`. Bits per byte, unlike
     perplexity, can be compared across tokenizers; `bytes` are the UTF-8 bytes of the scored text,
     `words` its runs of characters other than white space. What was not given or gathered is None,
     and so is what follows from it.
+
+    >>> from chunked_ce import PerplexityReport
+    >>> print(PerplexityReport(nll_sum=20.0, tokens=10, bytes=40))
+    perplexity 7.389 per token over 10 tokens, mean NLL 2.0000 nats, 2.8854 bits per token, \
+0.7213 bits per byte over 40 bytes
     """
 
     nll_sum: float
@@ -28,14 +33,14 @@ class PerplexityReport:
 
     @property
     def mean_nll(self) -> float:
-        """Nats per token; NaN when nothing was scored."""
+        """Return nats per token; NaN when nothing was scored."""
         return self.nll_sum / self.tokens if self.tokens else math.nan
 
     @property
     def mean_nll_stderr(self) -> float | None:
-        """Standard error of `mean_nll`, s / sqrt(tokens), as if tokens were independent.
+        """Return the standard error of `mean_nll`, s / sqrt(tokens), as if tokens were independent.
 
-        Those of one document are not: it is a lower bound. NaN for fewer than two tokens.
+        Tokens of one document are not, so it is a lower bound. NaN for fewer than two tokens.
         """
         if self.nll_square_sum is None:
             return None
@@ -47,7 +52,7 @@ class PerplexityReport:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_nll), per token; inf where that overflows (mean_nll still says how far)."""
+        """Return exp(mean_nll), per token; inf where that overflows."""
         return _exp(self.mean_nll)
 
     @property
@@ -60,22 +65,22 @@ class PerplexityReport:
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp(nll_sum / words)."""
+        """Return exp(nll_sum / words)."""
         return _exp(self.nll_sum / self.words) if self.words else None
 
     @property
     def accuracy(self) -> float | None:
-        """Share of tokens that were the model's first choice."""
+        """Return the share of tokens that were the model's first choice."""
         return None if self.top1 is None else _ratio(self.top1, self.tokens)
 
     @property
     def mean_reciprocal_rank(self) -> float | None:
-        """Mean of 1 for the model's first choice, 1/2 for its second, and so on."""
+        """Return the mean of 1 for the model's first choice, 1/2 for its second, and so on."""
         total = self.reciprocal_rank_sum
         return None if total is None else _ratio(total, self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts and every measure; inf and NaN are floats still."""
+        """Return the counts and every measure; inf and NaN are floats still."""
         return asdict(self) | {
             "mean_nll": self.mean_nll,
             "mean_nll_stderr": self.mean_nll_stderr,
@@ -124,6 +129,11 @@ class EvaluationReport(PerplexityReport):
     of each window, in the order of the text. Only in a partial report are `documents` fewer than
     `documents_given`, and `windows_scored` fewer than `windows`; a document may then be scored in
     part, and the mean of the documents' perplexities is of those that were begun.
+
+    >>> from chunked_ce import EvaluationReport
+    >>> EvaluationReport(nll_sum=20.0, tokens=10, documents=1, documents_given=2, partial=True)
+    EvaluationReport(perplexity 7.389 per token over 10 tokens, mean NLL 2.0000 nats, \
+2.8854 bits per token)
     """
 
     context_length: int = 0
@@ -143,12 +153,12 @@ class EvaluationReport(PerplexityReport):
 
     @property
     def mean_document_perplexity(self) -> float | None:
-        """The mean of the documents' perplexities, which is not the corpus perplexity."""
+        """Return the mean of the documents' perplexities, which is not the corpus perplexity."""
         scored = [report.perplexity for report in self.per_document or () if report.tokens]
         return sum(scored) / len(scored) if scored else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As PerplexityReport's; a list of them for each document, position or window asked for."""
+        """Return counts and measures, and lists of them for documents, positions and windows."""
         parts = {
             name: None if reports is None else [report.to_dict() for report in reports]
             for name in ("per_document", "per_position", "per_window")
@@ -159,7 +169,15 @@ class EvaluationReport(PerplexityReport):
 
 
 class EvaluationInterrupted(KeyboardInterrupt):
-    """Ctrl-C; `report` is of the windows scored until then, and is marked partial."""
+    """Raised on Ctrl-C; `report` is of the windows scored until then, and is marked partial.
+
+    >>> from chunked_ce import EvaluationInterrupted, EvaluationReport
+    >>> try:
+    ...     raise EvaluationInterrupted(EvaluationReport(nll_sum=20.0, tokens=10, partial=True))
+    ... except EvaluationInterrupted as interruption:
+    ...     interruption.report.tokens
+    10
+    """
 
     def __init__(self, report: EvaluationReport) -> None:
         super().__init__(str(report))

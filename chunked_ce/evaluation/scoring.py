@@ -43,12 +43,12 @@ class Scoring:
         self.table, self.positions = self.sums.split([len(windows), longest])
 
     def run(self, plan: list[list[int]], group: Any, progress: bool) -> bool:
-        """Whether it was interrupted. Ranks run equally many batches: a sharded model waits."""
-        this, size = (0, 1) if group is None else rank_and_size(group)
-        turns = range(this, -(-len(plan) // size) * size, size)
-        tokens = sum(self.windows[i].scored for chosen in plan[this::size] for i in chosen)
+        """Return whether it was interrupted. All ranks run as many batches: sharded models wait."""
+        this_rank, size = (0, 1) if group is None else rank_and_size(group)
+        turns = range(this_rank, -(-len(plan) // size) * size, size)
+        tokens = sum(self.windows[i].scored for chosen in plan[this_rank::size] for i in chosen)
         try:
-            with perplexity_bar(tokens, progress and this == 0) as advance:
+            with perplexity_bar(tokens, progress and this_rank == 0) as advance:
                 for turn in turns:
                     sums = self._batch(plan[turn % len(plan)])
                     if turn < len(plan):
@@ -62,7 +62,7 @@ class Scoring:
         return False
 
     def _batch(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
-        """Sums of each window [B, 5] and of each position [T, 5]."""
+        """Return sums of each window [B, 5] and of each position [T, 5]."""
         windows = [self.windows[i] for i in chosen]
         width = max(window.length for window in windows)
         inputs = torch.zeros(len(windows), width, dtype=torch.int64)
@@ -85,10 +85,10 @@ class Scoring:
         return sums.sum(1), sums.sum(0)
 
     def _keep(self, chosen: list[int], rows: Tensor, positions: Tensor) -> int:
-        """How many tokens that scored."""
+        """Add a batch's sums, and return how many tokens it scored."""
         below = range(len(self.windows), len(self.windows) + len(positions))
-        where = torch.tensor([*chosen, *below], device=self.device)
-        self.sums.index_add_(0, where, torch.cat([rows, positions]))
+        table_rows = torch.tensor([*chosen, *below], device=self.device)
+        self.sums.index_add_(0, table_rows, torch.cat([rows, positions]))
         return sum(self.windows[i].scored for i in chosen)
 
     def report(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """Inputs start to stop - 1 of a document predict targets start + 1 to stop."""
+    """Tokens start to stop - 1 of a document are inputs, start + 1 to stop their targets."""
 
     document: int
     start: int
@@ -34,7 +34,7 @@ def sliding_windows(
     *,
     full_last_window: bool = False,
 ) -> list[Window]:
-    """The windows over documents of `lengths` tokens, in the order of the text.
+    """Return the windows over documents of `lengths` tokens, in the order of the text.
 
     By default a token's context depends on its position alone, so that cutting a document short
     changes no score. With `full_last_window` the last window of a document reaches as far back as
@@ -62,7 +62,7 @@ def _of_document(
 def batches(
     windows: Sequence[Window], batch_size: int, *, sorted_batches: int = 32
 ) -> list[list[int]]:
-    """Indices of windows, `batch_size` at a time.
+    """Yield the indices of windows, `batch_size` at a time.
 
     Within each `sorted_batches` batches the longest come first, so that little of a batch is
     padding while the batches still follow the text.

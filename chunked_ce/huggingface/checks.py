@@ -1,4 +1,4 @@
-"""Models of transformers, their heads, their labels."""
+"""Check models of transformers, their heads and their labels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOGITS_WERE_MADE = (
 
 NO_LABELS = (
     "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
-    "computed and nothing is saved: pass labels to it. Of transformers' TrainingArguments, "
-    "label_smoothing_factor takes them away, and so does a Trainer's compute_loss_func: leave them "
-    "out, or call chunked_ce.linear_cross_entropy(..., label_smoothing=...) on hidden states"
+    "computed and nothing is saved: pass labels to it. TrainingArguments' label_smoothing_factor "
+    "takes the labels away: set it to 0 and call enable(model, label_smoothing=...). A Trainer's "
+    "compute_loss_func takes them away too: leave it out"
 )
 
 
 def causal_lm(model: Any) -> nn.Module:
-    """The model of transformers itself, out of PEFT's wrapper."""
+    """Return the model of transformers itself, without PEFT's wrapper."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a causal language model of transformers, got {type(model).__name__}"
@@ -49,17 +49,21 @@ def causal_lm(model: Any) -> nn.Module:
 
 
 def not_enabled(already: bool) -> None:
+    """Refuse to enable a model twice."""
     if already:
         raise ValueError("model is enabled already: call disable() on the handle you have first")
 
 
 def new_head(reason: TypeError) -> str:
-    """Of an output head that was put in place of the one that was enabled."""
-    return f"chunked_ce.huggingface.enable saves nothing here: the head was replaced, and {reason}"
+    """Return the warning about a head that took the place of the enabled one."""
+    return (
+        "chunked_ce.huggingface.enable no longer acts: the head was replaced, and now "
+        f"{reason}. Then call disable() on enable's handle, and enable again"
+    )
 
 
 def no_replica() -> NoReturn:
-    """Replicas share the methods of the model they copy, and so would run on its weights."""
+    """Refuse replicas: they share the methods of their model, and would run on its weights."""
     raise TypeError(
         "an enabled model is replicated by DataParallel, whose replicas cannot defer their logits: "
         "run one process per GPU (torchrun, DistributedDataParallel), let one GPU be visible, or "
@@ -68,7 +72,7 @@ def no_replica() -> NoReturn:
 
 
 def not_pickled() -> NoReturn:
-    """What replaced the forwards of model and head could not be loaded again."""
+    """Refuse to pickle an enabled model: its forwards could not be loaded again."""
     raise TypeError(
         "an enabled model cannot be pickled: save its state_dict() or save_pretrained(), or call "
         "disable() first, and enable it again once it is loaded"
@@ -109,7 +113,7 @@ def deferrable_head(model: Any, head: Any) -> nn.Module:
     if is_linear(head) and head.weight.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"the output head's weight has dtype {head.weight.dtype}, expected a floating one: "
-            f"keep the head out of quantisation, {otherwise}"
+            f"keep the head out of quantization, {otherwise}"
         )
     no_group_of_its_own(head)
     _one_piece(model, head, otherwise)
@@ -117,7 +121,7 @@ def deferrable_head(model: Any, head: Any) -> nn.Module:
 
 
 def no_group_of_its_own(head: nn.Module) -> None:
-    """FSDP2 frees the weights of a group after its forward, before the loss, unless told not to."""
+    """Refuse a head that FSDP2 frees after its forward, before the loss."""
     if _fully_sharded(head) and _resharded_after_forward(head):
         raise TypeError(
             "the output head is a group of its own under FSDP2, whose weight is gone when the loss "
@@ -127,7 +131,7 @@ def no_group_of_its_own(head: nn.Module) -> None:
 
 
 def _resharded_after_forward(head: Any) -> bool:
-    """Whether FSDP2 frees any of the head's weights once it has run; True where that is unknown."""
+    """Return whether FSDP2 frees a weight of the head after its forward; True if unknown."""
     state = head._get_fsdp_state() if hasattr(head, "_get_fsdp_state") else None
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
@@ -153,11 +157,12 @@ def _one_piece(model: Any, head: nn.Module, otherwise: str) -> None:
 
 
 def is_sharded(*tensors: Tensor) -> bool:
+    """Return whether one of the tensors is a DTensor."""
     return any(map(is_dtensor, tensors))
 
 
 def calls_loss_function(model: nn.Module) -> None:
-    """Whether a forward of the model's classes takes labels and calls `self.loss_function`."""
+    """Check that a forward of the model's classes takes labels and calls `self.loss_function`."""
     name = type(model).__name__
     if "labels" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(
@@ -174,6 +179,7 @@ def calls_loss_function(model: nn.Module) -> None:
 
 
 def replaceable_loss(model: Any, known: tuple[Callable[..., Tensor], ...]) -> None:
+    """Check that the model's loss is one that deferred logits may replace."""
     loss = model.loss_function
     if loss not in known:
         raise ValueError(
@@ -183,7 +189,7 @@ def replaceable_loss(model: Any, known: tuple[Callable[..., Tensor], ...]) -> No
 
 
 def head_unchanged(unchanged: bool) -> None:
-    """The logits can be computed only from what they were deferred with."""
+    """Refuse to compute logits from a head or hidden states that have changed."""
     if not unchanged:
         raise RuntimeError(
             "outputs.logits was asked for after the output head's weight (or the hidden states) "
@@ -193,7 +199,7 @@ def head_unchanged(unchanged: bool) -> None:
 
 
 def gradient_of_logits(name: str, loss_taken: bool) -> None:
-    """The loss of deferred logits goes past them, and so does its gradient."""
+    """Refuse gradients of deferred logits whose loss was taken: the loss does not use them."""
     if loss_taken and name in ("retain_grad", "register_hook", "requires_grad_"):
         raise RuntimeError(
             f"outputs.logits.{name} would see no gradient of the loss, which was taken without "
@@ -203,7 +209,7 @@ def gradient_of_logits(name: str, loss_taken: bool) -> None:
 
 
 def causal_lm_labels(logits: Any, labels: Any, shift_labels: Any) -> None:
-    """Labels that fit the logits, before they are shifted or after."""
+    """Check that the labels fit the logits, shifted or not."""
     if labels is None and shift_labels is None:
         raise ValueError(
             "labels is None, and so is shift_labels: pass labels of shape [..., T], -100 where "
@@ -236,7 +242,7 @@ def causal_lm_labels(logits: Any, labels: Any, shift_labels: Any) -> None:
 
 
 def num_items_in_batch(value: Any) -> int | Tensor | None:
-    """None, an int above 0, or a tensor of one number as [] (DataParallel's scatter gives [1])."""
+    """Return None, a positive int, or a 0-d tensor (DataParallel's scatter gives [1])."""
     if value is None:
         return None
     if isinstance(value, Tensor):

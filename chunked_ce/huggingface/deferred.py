@@ -50,7 +50,7 @@ class DeferredLogits:
     ) -> None:
         self.head, self._hidden = head, hidden
         self._parent, self._operation = parent, operation
-        self._factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
+        self.factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self.device = hidden.device if device is None else device
         self.ndim = hidden.dim()
@@ -76,10 +76,8 @@ class DeferredLogits:
         if self._computed():
             return None
         self._take_loss()
-        scale, cap = self._factors
-        if cap is not None:  # cap * tanh(scale * x) is |cap| * tanh(scale * cap * x / |cap|)
-            scale, cap = scale * cap, abs(cap)
-        transforms = dict(logit_scale=scale, softcap=cap, vocab_size=self._classes)
+        scale, softcap = scale_and_softcap(*self.factors)
+        transforms = dict(logit_scale=scale, softcap=softcap, vocab_size=self._classes)
         return self._hidden, self.head, {"linear_bias": self.head.bias, **transforms}
 
     def _computed(self) -> bool:
@@ -90,21 +88,21 @@ class DeferredLogits:
         if self._parent is not None:
             self._parent._take_loss()
 
-    def _then(
+    def _record(
         self, operation: Callable[[Tensor], Tensor], **changes: Any
     ) -> DeferredLogits | Tensor:
         if self._real is not None:
             return operation(self._real)
         state: dict[str, Any] = dict(
-            hidden=self._hidden, factors=self._factors, dtype=self.dtype, device=self.device,
+            hidden=self._hidden, factors=self.factors, dtype=self.dtype, device=self.device,
             classes=self._classes,
         )  # fmt: skip
         return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
-        scale, cap = self._factors
+        scale, cap = self.factors
         factors = (scale * factor, None) if cap is None else (scale, cap * factor)
-        return self._then(operation, factors=factors)
+        return self._record(operation, factors=factors)
 
     def mul(self, other: Any) -> Any:
         if _is_factor(other):
@@ -117,14 +115,14 @@ class DeferredLogits:
         return self.tensor().div(other, **rounding)
 
     def tanh(self) -> Any:
-        if self._factors[1] is not None:  # capped already
+        if self.factors[1] is not None:  # capped already
             return self.tensor().tanh()
-        return self._then(torch.tanh, factors=(self._factors[0], 1.0))
+        return self._record(torch.tanh, factors=(self.factors[0], 1.0))
 
     def float(self) -> Any:
         if self.dtype == torch.float32 and self._real is None:
             return self
-        return self._then(Tensor.float, dtype=torch.float32)
+        return self._record(Tensor.float, dtype=torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and args == (torch.float32,):
@@ -134,18 +132,18 @@ class DeferredLogits:
         device = _device(*args, **kwargs)
         if device is None or self._real is not None:
             return self.tensor().to(*args, **kwargs)
-        moved = self._then(lambda x: x.to(*args, **kwargs), device=device)
+        moved = self._record(lambda x: x.to(*args, **kwargs), device=device)
         return self if device == self.device else moved
 
     def contiguous(self) -> Any:
-        return self._then(Tensor.contiguous)
+        return self._record(Tensor.contiguous)
 
     def __getitem__(self, index: Any) -> Any:
         recorded = None if self._real is not None else _split(index, self.dim(), self._classes)
         if recorded is None:
             return self.tensor()[index]
-        of_tokens, classes = recorded
-        return self._then(lambda x: x[index], hidden=self._hidden[of_tokens], classes=classes)
+        token_index, classes = recorded
+        return self._record(lambda x: x[index], hidden=self._hidden[token_index], classes=classes)
 
     __mul__ = __rmul__ = mul
     __truediv__ = div
@@ -186,6 +184,15 @@ class DeferredLogits:
     __array_priority__ = 1000  # as Tensor's: numpy's numbers leave `number * logits` to us
 
 
+def scale_and_softcap(
+    scale: builtins.float, cap: builtins.float | None
+) -> tuple[builtins.float, builtins.float | None]:
+    """Return the losses' `logit_scale` and `softcap` of cap * tanh(scale * x), or of scale * x."""
+    if cap is None:
+        return scale, None
+    return scale * cap, abs(cap)  # softcap * tanh(logit_scale * x / softcap), whatever cap's sign
+
+
 def _is_factor(value: object) -> bool:
     """Return whether a loss can fold a number into `logit_scale` or `softcap`."""
     number = isinstance(value, (int, builtins.float)) and not isinstance(value, bool)
@@ -208,8 +215,9 @@ def _split(index: Any, dims: int, classes: int) -> tuple[Any, int] | None:
     ellipses = sum(i is ... for i in items)  # torch has rules of its own for two
     if any(type(i) not in (int, slice, type(...)) for i in items) or ellipses > 1:
         return None
-    at = items.index(...) if ellipses else len(items)
-    items = (*items[:at], *[slice(None)] * (dims - len(items) + ellipses), *items[at + ellipses :])
+    split = items.index(...) if ellipses else len(items)
+    whole = [slice(None)] * (dims - len(items) + ellipses)
+    items = (*items[:split], *whole, *items[split + ellipses :])
     kept = range(classes)[items[-1]] if isinstance(items[-1], slice) else range(0)
     if len(items) > dims or not kept or kept.start or kept.step != 1:
         return None
@@ -230,7 +238,7 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _of_the_tensor(name: str) -> Callable[..., Any]:
+def _tensor_operator(name: str) -> Callable[..., Any]:
     def operator(self: DeferredLogits, *others: Any, **options: Any) -> Any:
         return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others), **options)
 
@@ -246,4 +254,4 @@ _OTHERS = (
 for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
     _operator = f"__{_name}__"  # looked up on the class, past __getattr__
     if hasattr(Tensor, _operator) and _name not in ("mul", "rmul", "truediv"):
-        setattr(DeferredLogits, _operator, _of_the_tensor(_operator))
+        setattr(DeferredLogits, _operator, _tensor_operator(_operator))

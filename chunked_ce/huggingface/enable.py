@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import loss as loss_checks
 from . import checks
-from .deferred import DeferredLogits
+from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
 from .head import Head
 from .loss import causal_lm_loss
@@ -26,7 +27,7 @@ from .loss import causal_lm_loss
 _STATE = "_chunked_ce"
 
 
-def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
+def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float = 0.0) -> Enabled:
     """Make a causal language model of transformers train without its logits.
 
     While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
@@ -42,9 +43,12 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
         evaluation: whether to do the same in evaluation with labels: for a Trainer without
             `compute_metrics`. Without gradients `outputs.logits` is then a tensor that is computed
             when something is done to it, as `Trainer.predict` does.
+        label_smoothing: smooths the labels of the model's loss, as :func:`chunked_ce.cross_entropy`
+            does. Use it in place of TrainingArguments' `label_smoothing_factor`, which takes the
+            labels away. As there, the loss in evaluation is smoothed too.
 
     Returns:
-        A handle whose `disable()` undoes it; also a context manager.
+        A handle whose `disable()` undoes it; also a context manager. Printed, it says what it did.
 
     Raises:
         TypeError: not a model of transformers, or a head that cannot be called on some of the
@@ -54,6 +58,20 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
 
     While it is enabled, pickling the model and replicating it for DataParallel raise; a deep
     copy, `state_dict` and `save_pretrained` are as ever.
+
+    Example:
+        >>> import torch, transformers, chunked_ce.huggingface
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16)
+        >>> heads = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+        >>> config = transformers.LlamaConfig(**sizes, **heads)
+        >>> model = transformers.LlamaForCausalLM(config).train()
+        >>> handle = chunked_ce.huggingface.enable(model)
+        >>> ids = torch.arange(12).view(2, 6)
+        >>> outputs = model(input_ids=ids, labels=ids)  # the model shifts the labels
+        >>> outputs.logits  # not computed
+        DeferredLogits(shape=[2, 6, 64], dtype=torch.float32)
+        >>> outputs.loss.backward()
+        >>> handle.disable()
     """
     model = checks.causal_lm(model)
     checks.not_enabled(_STATE in vars(model))
@@ -62,24 +80,32 @@ def enable(model: nn.Module, *, evaluation: bool = False) -> Enabled:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
-    return Enabled(model, head, evaluation)
+    label_smoothing = loss_checks.label_smoothing(label_smoothing)
+    return Enabled(model, head, evaluation, label_smoothing)
 
 
 class Enabled:
-    """What :func:`enable` changed, and how it is undone."""
+    """Hold what :func:`enable` changed, and undo it."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, evaluation: bool) -> None:
+    def __init__(
+        self, model: nn.Module, head: nn.Module, evaluation: bool, label_smoothing: float
+    ) -> None:
         self._evaluation = evaluation
+        self._label_smoothing = label_smoothing
         self._model = model
+        self._factors: tuple[float, float | None] | None = None  # of the last step's logits
         self._deferring = False
         self._warned: set[str] = set()
         self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
+        loss: Callable[..., Tensor] = causal_lm_loss
+        if label_smoothing:
+            loss = functools.partial(causal_lm_loss, label_smoothing=label_smoothing)
         self._change(
             model, forward=MethodType(_model_forward(model), model),
-            _loss_function=causal_lm_loss, _replicate_for_data_parallel=checks.no_replica,
+            _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
-        self._take(head)
+        self._enable_head(head)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
         for name, value in {_STATE: self, **values}.items():
@@ -87,12 +113,12 @@ class Enabled:
             self._changes.append((module, name, value, before))
             vars(module)[name] = value
 
-    def _take(self, head: nn.Module) -> None:
+    def _enable_head(self, head: nn.Module) -> None:
         copied = MethodType(_head_copied, head)
         self._change(head, forward=MethodType(_head_forward, head), __deepcopy__=copied)
 
-    def _follow(self) -> None:
-        """Take what has been put in the head's place since: resized, or PEFT's modules_to_save."""
+    def _enable_new_head(self) -> None:
+        """Enable a head that took the place of the first: resized, or PEFT's modules_to_save."""
         head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
         original = getattr(head, "original_module", None)
         heads = [head] if original is None else [original, *head.modules_to_save.values()]
@@ -100,7 +126,7 @@ class Enabled:
             if each is None or vars(each).get(_STATE) is self:
                 continue
             try:
-                self._take(checks.deferrable_head(self._model, each))
+                self._enable_head(checks.deferrable_head(self._model, each))
             except TypeError as error:
                 self._warn(checks.new_head(error))
 
@@ -124,6 +150,28 @@ class Enabled:
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
+    def __repr__(self) -> str:
+        name = type(self._model).__name__
+        if not self._changes:
+            return f"<{name}: enable was undone>"
+        head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
+        weight = getattr(head, "weight", None)
+        shape = "" if weight is None else f" {list(weight.shape)}"
+        when = "in training and evaluation" if self._evaluation else "in training"
+        parts = [f"head {type(head).__name__}{shape} defers its logits {when} with labels"]
+        if vars(head).get(_STATE) is not self:
+            parts = [f"the head was replaced by {type(head).__name__}{shape}"]
+        parts.append(self._transforms())
+        if self._label_smoothing:
+            parts.append(f"label smoothing {self._label_smoothing:g}")
+        return f"<{name} enabled: {', '.join(parts)}; disable() undoes it>"
+
+    def _transforms(self) -> str:
+        if self._factors is None:
+            return "softcap and logit scale seen at the first step"
+        scale, softcap = scale_and_softcap(*self._factors)
+        return f"softcap {'none' if softcap is None else f'{softcap:g}'}, logit scale {scale:g}"
+
     def __enter__(self) -> Enabled:
         return self
 
@@ -145,10 +193,18 @@ class Enabled:
         deferring = (self._model.training or self._evaluation) and labelled
         if not torch.compiler.is_compiling():
             if deferring:
-                self._follow()
+                self._enable_new_head()
             elif self._model.training and torch.is_grad_enabled() and not labelled:
                 self._warn(checks.NO_LABELS)
         return deferring
+
+    def _note_factors(self, outputs: Any) -> None:
+        """Keep what the model did to its logits, for `repr`."""
+        if not torch.compiler.is_compiling():
+            values = outputs if isinstance(outputs, tuple) else (getattr(outputs, "logits", None),)
+            for value in values:
+                if isinstance(value, DeferredLogits):
+                    self._factors = value.factors
 
     def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if kwargs.get("labels") is not None:
@@ -176,6 +232,8 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
             outputs = run(*args, **kwargs)
         finally:
             state._deferring = before
+        if deferring:
+            state._note_factors(outputs)
         evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         return as_tensors(outputs) if deferring and evaluating else outputs
 
@@ -195,7 +253,7 @@ def _head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor
         return computed
     checks.no_group_of_its_own(self)
     if plain:
-        return DeferredLogits(Head.of(input, self.weight, self.bias, state._on_use), input)
+        return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
 
     def call(hidden: Tensor) -> Tensor:
         before, state._deferring = state._deferring, False  # so that a layer within it computes
@@ -214,9 +272,9 @@ def _head_copied(self: Any, memo: dict[int, Any]) -> Any:
     """Make a deep copy: enabled within a copy of the model, plain if copied alone."""
     state: Enabled = vars(self)[_STATE]
     whole = id(state._model) in memo
-    mine = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
-    now = {name: vars(self).pop(name) for _, name, _, _ in mine if name in vars(self)}
-    for _, _, _, before in mine:
+    changes = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
+    now = {name: vars(self).pop(name) for _, name, _, _ in changes if name in vars(self)}
+    for _, _, _, before in changes:
         vars(self).update(before)
     try:
         twin = copy.deepcopy(self, memo)

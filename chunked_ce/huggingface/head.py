@@ -44,7 +44,7 @@ class Head(NamedTuple):
     on_use: Callable[[], None]
 
     @classmethod
-    def of(
+    def capture(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, on_use: Callable[[], None]
     ) -> Head:
         """Return that of a linear layer."""
@@ -75,21 +75,22 @@ class Head(NamedTuple):
         return cls(hidden, weight, bias, width, given, *state, autocast, grad, on_use)
 
     def logits(self) -> Tensor:
-        """Compute them as the head would have, whatever the modes of whoever asks."""
+        """Compute the logits in the modes of the original call."""
         self.on_use()
-        given = self.tensors
-        freed = any(t.numel() and not t.untyped_storage().size() for t in given)
+        tensors = self.tensors
+        freed = any(t.numel() and not t.untyped_storage().size() for t in tensors)
         moved = any(
-            then and then != address(t) for then, t in zip(self.addresses, given, strict=True)
+            before and before != address(t)
+            for before, t in zip(self.addresses, tensors, strict=True)
         )
-        written = self.versions != [version(t) for t in given]
+        written = self.versions != [version(t) for t in tensors]
         checks.head_unchanged(not (freed or moved or written))
-        with self.autocast_then():
+        with self.original_autocast():
             if isinstance(self.weight, Tensor):
                 return F.linear(self.hidden, self.weight, self.bias)
             return self.weight(self.hidden)
 
-    def autocast_then(self) -> torch.autocast:
+    def original_autocast(self) -> torch.autocast:
         """Return autocast as it was when the logits were deferred."""
         enabled = self.autocast is not None
         return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=enabled)

@@ -36,7 +36,7 @@ class HeadProduct(TorchFunctionMode):
             input, weight = args[:2]
             if args[1] is self.deferred:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                return DeferredLogits(Head.of(input, weight, bias, self._stop), input)
+                return DeferredLogits(Head.capture(input, weight, bias, self._stop), input)
             self.seen.append(weakref.ref(weight))
         return function(*args, **kwargs)
 
@@ -61,6 +61,6 @@ class HeadProduct(TorchFunctionMode):
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Return whether it is a strided tensor of floats: no shard, no quantised weight."""
+    """Return whether it is a strided tensor of floats: no shard, no quantized weight."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return plain and tensor.dtype in LOGIT_DTYPES

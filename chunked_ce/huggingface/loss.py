@@ -21,6 +21,7 @@ def causal_lm_loss(
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
     **kwargs: Any,
 ) -> Tensor:
     """Compute the cross-entropy of each position's logits and the next position's label.
@@ -38,6 +39,7 @@ def causal_lm_loss(
         ignore_index: label of positions that are not scored.
         shift_labels: labels that are shifted already, one for each row of `logits`; `labels` are
             then not looked at.
+        label_smoothing: see :func:`chunked_ce.cross_entropy`.
         kwargs: what else the model's forward was given. Not used.
 
     Returns:
@@ -47,6 +49,19 @@ def causal_lm_loss(
     Raises:
         ValueError: no labels, or labels and logits that disagree; `num_items_in_batch` of 0.
         TypeError, IndexError: as :func:`chunked_ce.cross_entropy`.
+
+    Example:
+        >>> import torch, transformers, chunked_ce.huggingface
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16)
+        >>> heads = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+        >>> config = transformers.LlamaConfig(**sizes, **heads)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> model.loss_function = chunked_ce.huggingface.causal_lm_loss
+        >>> ids = torch.arange(12).view(2, 6)
+        >>> loss = model(input_ids=ids, labels=ids).loss
+        >>> logits = model(input_ids=ids).logits
+        >>> torch.allclose(loss, chunked_ce.huggingface.causal_lm_loss(logits, ids))
+        True
     """
     checks.causal_lm_labels(logits, labels, shift_labels)
     num_items = checks.num_items_in_batch(num_items_in_batch)
@@ -61,13 +76,15 @@ def causal_lm_loss(
         return cross_entropy(
             rows, target,
             dim=-1, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
+            label_smoothing=label_smoothing,
         )  # fmt: skip
     hidden, head, transforms = product
     if vocab_size is not None:
         transforms["vocab_size"] = class_count(vocab_size, logits)  # type: ignore[arg-type]
-    with head.autocast_then():
+    with head.original_autocast():
         loss = linear_cross_entropy(
             hidden, head.weight, target,
-            ignore_index=ignore_index, num_items=num_items, **transforms,
+            ignore_index=ignore_index, num_items=num_items,
+            label_smoothing=label_smoothing, **transforms,
         )  # fmt: skip
     return loss.to(logits.device)

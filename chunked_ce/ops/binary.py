@@ -152,6 +152,7 @@ class _Binary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        checks.not_sharded([upstream])
         grad = torch.ops.chunked_ce.binary_grad(
             *ctx.saved_tensors, upstream, *ctx.options, ctx.backend
         )

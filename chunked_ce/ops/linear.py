@@ -186,6 +186,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
+        checks.not_sharded([upstream])
         given, grads = ctx.saved_tensors, ctx.grads
         if ctx.reuse:
             ctx.grads = None

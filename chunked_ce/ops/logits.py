@@ -141,7 +141,7 @@ def upstream_coefficients(
 
     An output that was not requested is empty, and a tracer may give it an empty gradient.
     """
-    lse, logprob, _, entropy_grad, mean_logprob_grad, _, class_grad, *_ = grads
+    lse, logprob, _, entropy_grad, mean_logprob_grad, _, class_grad, *_ = checks.not_sharded(grads)
     weighted = wants_mean_logprob and classes.has_weights
     target_weight = None
     if weighted:

@@ -56,6 +56,7 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
+        checks.not_sharded([upstream])
         if ctx.spent:
             checks.second_backward()
         (grad,) = ctx.saved_tensors

@@ -15,6 +15,7 @@ The product for the weight's gradient takes L + X + W, which is the peak where i
 states and weight are not counted in a peak, because any way of computing needs them. An allocator
 rounds up, and a matrix product needs workspace: both come on top.
 
+>>> from chunked_ce.planner import HeadShape, plan, recommend
 >>> head = HeadShape(vocab_size=128256, hidden_size=4096)
 >>> recommend(plan(head, tokens=8192)).estimate.name
 'linear_cross_entropy'

@@ -12,7 +12,12 @@ _MOST_TOKENS = 1 << 40
 
 
 class Estimate(NamedTuple):
-    """One way to compute head and loss, and what it takes."""
+    """One way to compute head and loss, and what it takes.
+
+    >>> from chunked_ce.planner import HeadShape, plan
+    >>> [e.name for e in plan(HeadShape(50257, 768), tokens=1024) if e.code][:2]
+    ['cross_entropy', 'cross_entropy, in place']
+    """
 
     name: str
     peak_bytes: int  # of the batch asked for, on top of hidden states and weight
@@ -26,7 +31,12 @@ class Estimate(NamedTuple):
 
 
 class Recommendation(NamedTuple):
-    """The estimate to use, and why; None where no batch fits the memory at all."""
+    """The estimate to use, and why; None where no batch fits the memory at all.
+
+    >>> from chunked_ce.planner import HeadShape, plan, recommend
+    >>> recommend(plan(HeadShape(50257, 768), tokens=1024, memory=1 << 20)).reason
+    'the memory holds no batch at all'
+    """
 
     estimate: Estimate | None
     reason: str

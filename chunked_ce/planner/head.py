@@ -18,7 +18,12 @@ _HIDDEN_KEYS = ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "dim"
 
 
 class HeadShape(NamedTuple):
-    """A head: its sizes, its dtype, and what it does to logits."""
+    """A head: its sizes, its dtype, and what it does to logits.
+
+    >>> from chunked_ce.planner import HeadShape
+    >>> HeadShape(vocab_size=128256, hidden_size=4096).weight_bytes
+    1050673152
+    """
 
     vocab_size: int
     hidden_size: int
@@ -52,6 +57,7 @@ def head_of_config(
         TypeError, ValueError: the file cannot be read or is no JSON; it has no vocabulary or
             hidden size, or a value that is none.
 
+    >>> from chunked_ce.planner import head_of_config
     >>> head_of_config({"vocab_size": 50257, "n_embd": 768, "dtype": "float32"}).hidden_size
     768
     """

@@ -13,7 +13,12 @@ from .estimates import Estimate
 
 
 class Gpu(NamedTuple):
-    """Peak rates of a GPU, from its vendor's data sheet."""
+    """Peak rates of a GPU, from its vendor's data sheet.
+
+    >>> from chunked_ce.planner import GPUS
+    >>> GPUS["h100"].bytes_per_second
+    3350000000000.0
+    """
 
     name: str
     half_flops: float  # a second, dense products of bfloat16 or float16
@@ -45,7 +50,8 @@ def predicted_seconds(estimate: Estimate, dtype: torch.dtype, gpu: Gpu) -> float
     Raises:
         ValueError: float64, whose rate is not known here.
 
-    >>> from chunked_ce.planner import HeadShape, plan
+    >>> import torch
+    >>> from chunked_ce.planner import GPUS, HeadShape, plan, predicted_seconds
     >>> eager = plan(HeadShape(128256, 4096), tokens=8192)[0]
     >>> f"{1e3 * predicted_seconds(eager, torch.bfloat16, GPUS['h100']):.0f} ms"
     '30 ms'

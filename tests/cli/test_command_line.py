@@ -67,8 +67,10 @@ def test_bench_says_where_it_is(capsys):
 
 @pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 2.0])
 def test_ctrl_c_while_torch_is_imported(seconds):
-    """At moments of which the later ones fall into imports and checks."""
-    program = "import sys; print('up', flush=True); from chunked_ce.cli import main; sys.exit(main(['doctor']))"
+    """At moments that fall into imports and checks."""
+    program = (
+        "from chunked_ce.cli import main, sys; print('up', flush=True); sys.exit(main(['doctor']))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -122,6 +124,31 @@ from chunked_ce import *
 x, target = torch.zeros(2, 4), torch.tensor([0, 1])
 compiled = torch.compile(lambda x, t: chunked_ce.cross_entropy(x, t), fullgraph=True, backend="eager")
 torch.testing.assert_close(compiled(x, target), torch.tensor(4.0).log())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_any_module_can_be_imported_first():
+    """Before torch, when no other module of the library is loaded: no import goes in a circle."""
+    program = """
+import importlib, os, pkgutil, sys
+import torch, transformers
+torch = sys.modules.pop("torch")  # as before its import
+import chunked_ce
+sys.modules["torch"] = torch
+failed = []
+for module in pkgutil.walk_packages(chunked_ce.__path__, "chunked_ce.", onerror=print):
+    child = os.fork()
+    if not child:
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(module.name)
+assert not failed, failed
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True

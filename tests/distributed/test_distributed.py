@@ -6,15 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import ROOT
 
-from chunked_ce.distributed import checks
-from chunked_ce.distributed.losses import vocab_parallel_cross_entropy
+import chunked_ce
+from chunked_ce.distributed import (
+    checks,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+    vocab_parallel_token_stats,
+)
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -24,7 +31,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_case_on_ranks_started_by_torchrun(world: int, tmp_path: Path) -> None:
+def test_ranks_of_torchrun(world: int, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = [str(HERE / "distributed_cases.py"), str(tmp_path)]
     environment = os.environ | {
@@ -45,12 +52,89 @@ def test_every_case_on_ranks_started_by_torchrun(world: int, tmp_path: Path) -> 
     assert all(len(cases) > 20 for cases in results.values())
 
 
-def test_a_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="this build of torch has no torch.distributed"):
         checks.process_group(None)
 
 
-def test_without_a_process_group() -> None:
+def test_no_process_group() -> None:
     with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group\(\) first"):
         vocab_parallel_cross_entropy(torch.randn(2, 5), torch.tensor([0, 1]))
+
+
+@pytest.fixture
+def dtensor() -> Iterator[Callable[[torch.Tensor], Any]]:
+    """Make DTensors in a group of this process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    try:
+        yield lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
+    finally:
+        dist.destroy_process_group()
+
+
+LOGITS = chunked_ce.cross_entropy, vocab_parallel_cross_entropy
+HEADS = chunked_ce.linear_cross_entropy, vocab_parallel_linear_cross_entropy
+T = torch.tensor([1, 2, 3, 4])
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d: chunked_ce.cross_entropy(leaf(4, 10), d(T)),
+        lambda d: chunked_ce.cross_entropy(leaf(4, 10), d(torch.rand(4, 10))),
+        lambda d: chunked_ce.cross_entropy(leaf(4, 10), T, weight=d(torch.rand(10))),
+        lambda d: chunked_ce.cross_entropy(leaf(4, 10), T, token_weight=d(torch.rand(4))),
+        lambda d: chunked_ce.token_stats(leaf(4, 10), d(T)),
+        lambda d: chunked_ce.linear_cross_entropy(leaf(4, 6), leaf(10, 6), d(T)),
+        lambda d: chunked_ce.linear_token_stats(leaf(4, 6), leaf(10, 6), d(T)),
+        lambda d: chunked_ce.binary_cross_entropy_with_logits(leaf(4, 9), d(torch.rand(4, 9))),
+        lambda d: vocab_parallel_cross_entropy(leaf(4, 10), T, token_weight=d(torch.rand(4))),
+    ],
+)
+def test_dtensor_beside_plain_input(call: Callable[..., Any], dtensor: Any) -> None:
+    with pytest.raises(TypeError, match="is a DTensor, but input is a plain tensor: pass .*full"):
+        call(dtensor)
+
+
+@pytest.mark.parametrize("loss", LOGITS + HEADS)
+def test_dtensor_target_of_vocab_parallel(loss: Callable[..., Any], dtensor: Any) -> None:
+    tensors = (leaf(4, 10),) if loss in LOGITS else (leaf(4, 6), leaf(10, 6))
+    if loss in (LOGITS[1], HEADS[1]):
+        assert torch.equal(loss(*tensors, dtensor(T)), loss(*tensors, T))
+    else:
+        with pytest.raises(TypeError, match="target is a DTensor"):
+            loss(*tensors, dtensor(T))
+
+
+UPSTREAM = {
+    "plain": lambda: chunked_ce.cross_entropy(leaf(4, 10), T),
+    "one pass": lambda: chunked_ce.cross_entropy(leaf(4, 10), T, grad_in_forward=True),
+    "none": lambda: chunked_ce.cross_entropy(leaf(4, 10), T, reduction="none"),
+    "linear": lambda: chunked_ce.linear_cross_entropy(leaf(4, 6), leaf(10, 6), T),
+    "linear none": lambda: chunked_ce.linear_cross_entropy(
+        leaf(4, 6), leaf(10, 6), T, reduction="none"
+    ),
+    "statistics": lambda: chunked_ce.token_stats(leaf(4, 10), T, entropy=True).entropy,
+    "linear statistics": lambda: chunked_ce.linear_token_stats(leaf(4, 6), leaf(10, 6), T).lse,
+    "binary": lambda: chunked_ce.binary_cross_entropy_with_logits(leaf(4, 9), torch.rand(4, 9)),
+    "shard": lambda: vocab_parallel_cross_entropy(leaf(4, 10), T),
+    "shard statistics": lambda: vocab_parallel_token_stats(leaf(4, 10), T).logprob,
+    "shard of a head": lambda: vocab_parallel_linear_cross_entropy(leaf(4, 6), leaf(10, 6), T),
+}
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_dtensor_upstream_gradient(name: str, dtensor: Any) -> None:
+    result = UPSTREAM[name]()
+    with pytest.raises(TypeError, match="the upstream gradient is a DTensor, but the loss is a"):
+        result.backward(dtensor(torch.ones(result.shape)))
+    UPSTREAM[name]().backward(torch.ones(result.shape))

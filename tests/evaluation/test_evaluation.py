@@ -1,10 +1,12 @@
 """evaluate_perplexity and loglikelihood against loops over stock cross-entropy in fp64."""
 
+import json
 import math
 import random
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ pytest.importorskip("transformers")
 
 from language_models import CONTEXT, TEXTS, VOCAB, brute_force, byte_tokenizer, causal_lm
 
-from chunked_ce import EvaluationInterrupted, evaluate_perplexity, loglikelihood
+from chunked_ce import EvaluationInterrupted, PerplexityReport, evaluate_perplexity, loglikelihood
 from chunked_ce.evaluation import evaluate as module
 from chunked_ce.evaluation.documents import from_text
 from chunked_ce.evaluation.language_model import examine
@@ -47,7 +49,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("context", "stride"), [(CONTEXT, CONTEXT), (10, 3)])
-def test_any_head_equals_the_model_s_own_logits(family, context, stride):
+def test_heads_against_logits(family, context, stride):
     model = causal_lm(family, **FAMILIES[family])
     ids = documents(100, 7)
     report = evaluate_perplexity(model, ids, context_length=context, stride=stride)
@@ -58,7 +60,7 @@ def test_any_head_equals_the_model_s_own_logits(family, context, stride):
 
 
 @pytest.mark.parametrize("wide", [VOCAB, VOCAB + 52])
-def test_deferred_weight_is_the_head_s_beside_wide_layers(wide):
+def test_deferred_weight_beside_wide_layers(wide):
     model = causal_lm("Gemma2", intermediate_size=wide, query_pre_attn_scalar=8)
     cpu = torch.device("cpu")
     examined = examine(model, "document", [torch.arange(3, 12)], CONTEXT, cpu, "auto")
@@ -66,7 +68,7 @@ def test_deferred_weight_is_the_head_s_beside_wide_layers(wide):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_cap_of_a_head_in_half_precision(dtype):
+def test_softcap_in_half_precision(dtype):
     """A cap of 30 changes logits by 2 %, as half precision may; no configuration need tell of it."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
@@ -90,14 +92,14 @@ def test_cap_of_a_head_in_half_precision(dtype):
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_bert_is_not_causal_in_half_precision_either(family, dtype):
+def test_bert_refused_in_half_precision(family, dtype):
     model = causal_lm(family).to(dtype)
     for ids in (documents(40), documents(3), [torch.full((9,), 7)]):
         with pytest.raises(ValueError, match="model is not causal"):
             evaluate_perplexity(model, ids, context_length=16)
 
 
-def test_positions_before_roberta_s_first_are_not_offered():
+def test_roberta_maximum_context():
     model = causal_lm("Roberta", is_decoder=True)
     report = evaluate_perplexity(model, documents(3 * CONTEXT))
     assert report.context_length == CONTEXT - 1  # its padding's id is 0
@@ -118,7 +120,7 @@ class OneFile(torch.nn.Module):
 
 
 @pytest.mark.parametrize("result", [lambda z: (z, None), lambda z: {"loss": None, "logits": z}])
-def test_a_config_does_not_make_it_transformers(result):
+def test_module_with_config(result):
     model, ids = OneFile(result), documents(50)
     report = evaluate_perplexity(model, ids)
     expected = F.cross_entropy(model.table(ids[0][:-1]).double(), ids[0][1:], reduction="sum")
@@ -144,7 +146,7 @@ class Shifted(torch.nn.Module):
         return output
 
 
-def test_an_unknown_head_falls_back_to_the_model_s_logits(gpt2, monkeypatch):
+def test_unknown_head_stores_logits(gpt2, monkeypatch):
     model, ids = Shifted(gpt2), documents(90)
     report = evaluate_perplexity(model, ids, batch_size=3)
     assert report.logits_stored
@@ -157,7 +159,7 @@ def test_an_unknown_head_falls_back_to_the_model_s_logits(gpt2, monkeypatch):
     )
 
 
-def test_a_module_that_only_maps_ids_to_logits():
+def test_plain_module():
     class Bigram(torch.nn.Embedding):
         pass
 
@@ -167,7 +169,7 @@ def test_a_module_that_only_maps_ids_to_logits():
     assert report.nll_sum == pytest.approx(expected.item(), rel=1e-6) and report.logits_stored
 
 
-def test_no_logits_exist(gpt2, monkeypatch):
+def test_memory_without_logits(gpt2, monkeypatch):
     """No tensor as large as [B, T, V] past the probe, whose 8 tokens do have logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -192,7 +194,7 @@ def test_no_logits_exist(gpt2, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("order", [1, -1])
-def test_batch_size_and_order_do_not_matter(gpt2, size, order):
+def test_batch_size_and_order(gpt2, size, order):
     torch.manual_seed(3)
     ids = documents(100, 3, 47, 2, 70)
     alone = evaluate_perplexity(gpt2, ids, stride=9, batch_size=1, rank=True)
@@ -202,7 +204,7 @@ def test_batch_size_and_order_do_not_matter(gpt2, size, order):
     assert report.reciprocal_rank_sum == pytest.approx(alone.reciprocal_rank_sum, rel=1e-12)
 
 
-def test_right_padding_is_taken_off(gpt2):
+def test_right_padding(gpt2):
     ids = torch.stack([torch.randint(3, VOCAB, (20,)) for _ in range(2)])
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
@@ -245,7 +247,7 @@ def test_measures_of_each_token(gpt2):
     assert [window["tokens"] for window in plain["per_window"]] == [16, 16, 16, 11]
 
 
-def test_corpus_and_documents_are_told_apart(gpt2):
+def test_corpus_and_documents(gpt2):
     ids = documents(80, 5)
     report = evaluate_perplexity(gpt2, ids, per_document=True)
     alone = [evaluate_perplexity(gpt2, d) for d in ids]
@@ -260,7 +262,7 @@ def test_corpus_and_documents_are_told_apart(gpt2):
     )
 
 
-def test_bytes_and_words_are_those_of_the_scored_text(gpt2, tokenizer):
+def test_bytes_and_words_of_scored_text(gpt2, tokenizer):
     text = "→ naïve cats sat"
     with_bos = evaluate_perplexity(gpt2, text=text, tokenizer=tokenizer, bos=True, eos=True)
     assert with_bos.bos == with_bos.eos == tokenizer.bos_token_id
@@ -322,7 +324,7 @@ def test_bytes_after_a_first_token_of_characters(text, n_bytes, words):
 
 
 @pytest.mark.parametrize("scheme", ["never", "first"])
-def test_bytes_after_a_first_token_that_is_a_byte_or_a_space(scheme):
+def test_bytes_after_first_token_byte_or_space(scheme):
     """<0xF0> is a byte of the character; the space put before the text is none of its bytes."""
     first = 1 if scheme == "never" else 0
     for text in ("😀b", "😀", "😀 ", "ß"):
@@ -332,14 +334,14 @@ def test_bytes_after_a_first_token_that_is_a_byte_or_a_space(scheme):
     assert document.n_bytes == 5
 
 
-def test_numpy_s_ids(gpt2):
+def test_numpy_ids(gpt2):
     (ids,) = documents(40)
     expected = evaluate_perplexity(gpt2, ids).nll_sum
     for given in (ids.numpy(), list(ids.numpy()), ids.numpy()[None], [ids.numpy()]):
         assert evaluate_perplexity(gpt2, given).nll_sum == expected
 
 
-def test_bos_is_put_where_the_tokenizer_puts_it(gpt2, tokenizer):
+def test_bos_of_tokenizer(gpt2, tokenizer):
     import copy
 
     from tokenizers.processors import TemplateProcessing
@@ -358,7 +360,7 @@ def test_bos_is_put_where_the_tokenizer_puts_it(gpt2, tokenizer):
     assert evaluate_perplexity(gpt2, text=TEXTS, tokenizer=with_bos, bos=False).bos is None
 
 
-def test_the_model_is_left_as_it_was(gpt2):
+def test_model_unchanged(gpt2):
     model = causal_lm(resid_pdrop=0.5)
     model.train()
     model.transformer.h[0].eval()
@@ -380,7 +382,7 @@ def test_half_precision_and_autocast(gpt2):
         assert report.mean_nll == pytest.approx(exact.mean_nll, rel=2e-2) and report != exact
 
 
-def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
+def test_interruption_report(gpt2, monkeypatch):
     from chunked_ce.evaluation.scoring import Scoring
 
     score, calls = Scoring._batch, []
@@ -403,7 +405,7 @@ def test_an_interruption_carries_what_was_scored(gpt2, monkeypatch):
     assert report.nll_sum == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
+def test_partial_report_counts(gpt2, monkeypatch):
     from chunked_ce.cli.perplexity_table import table
     from chunked_ce.evaluation.scoring import Scoring
 
@@ -437,7 +439,7 @@ def test_a_partial_report_counts_what_was_scored(gpt2, monkeypatch):
     )
 
 
-def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):
+def test_interrupted_rank(gpt2, monkeypatch):
     """The others wait for it: no report of its own may pass for theirs."""
     from chunked_ce.evaluation import scoring
 
@@ -453,7 +455,7 @@ def test_an_interrupted_rank_does_not_report(gpt2, monkeypatch):
 
 
 @pytest.mark.struck
-def test_windows_and_positions_of_a_partial_report_agree(gpt2):
+def test_partial_report_windows_and_positions(gpt2):
     """Signals strike between any two steps of a batch."""
     ids = torch.randint(3, 300, (1, 12 * CONTEXT))
 
@@ -489,7 +491,7 @@ def test_windows_and_positions_of_a_partial_report_agree(gpt2):
     assert seen
 
 
-def test_progress_shows_the_running_perplexity(gpt2, capfd, monkeypatch):
+def test_progress_bar(gpt2, capfd, monkeypatch):
     auto = pytest.importorskip("tqdm.auto")
     monkeypatch.setattr(auto, "tqdm", partial(auto.tqdm, mininterval=0))
     report = evaluate_perplexity(gpt2, documents(70), progress=True, batch_size=1)
@@ -523,7 +525,7 @@ def test_loglikelihood(gpt2):
     assert loglikelihood(gpt2, []) == []
 
 
-def test_an_interrupted_loglikelihood_gives_no_partial_list(gpt2, monkeypatch):
+def test_interrupted_loglikelihood(gpt2, monkeypatch):
     batch, calls = module.Scoring._batch, []
 
     def interrupted(self, chosen):
@@ -583,6 +585,7 @@ MISTAKES = [
     ("a document on meta", dict(input_ids=[IDS.to("meta")]), ValueError, "document 0 of input_ids is on meta"),
     ("mask in a list", dict(input_ids=IDS[None], attention_mask=[[1] * 37]), TypeError, "attention_mask must be a Tensor beside input_ids .* got list"),
     ("text of bytes in a list", dict(text=[b"ab cd"], tokenizer="own"), TypeError, "document 0 of text must be a str, got bytes"),
+    ("text of a path", dict(text=[Path("a.txt")], tokenizer="own"), TypeError, r"got PosixPath: pass path.read_text\(\)|got WindowsPath"),
     ("text of a number", dict(text=7, tokenizer="own"), TypeError, "text must be a str or a sequence of them, got int"),
     ("bos below 0", dict(input_ids=IDS, bos=-1), ValueError, "bos is -1, expected a token id of at least 0"),
     ("context of one", dict(input_ids=IDS, context_length=1), ValueError, "context_length is 1, expected at least 2"),
@@ -635,11 +638,41 @@ def test_mistakes(gpt2, tokenizer, monkeypatch, arguments, error, message):
     assert "\n" not in str(caught.value)
 
 
+def test_text_and_tokenizer_by_position(gpt2, tokenizer):
+    with pytest.raises(TypeError, match="text and its tokenizer are passed by name"):
+        evaluate_perplexity(gpt2, "some text", tokenizer)
+
+
+def test_a_file_name_as_text_warns(gpt2, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("what the file holds")
+    with pytest.warns(UserWarning, match="names a file: the name is scored.*read_text") as caught:
+        evaluate_perplexity(gpt2, text=[str(tmp_path / "a.txt")], tokenizer=tokenizer)
+    assert caught[0].filename == __file__
+
+
+def test_a_short_repr(gpt2):
+    report = evaluate_perplexity(gpt2, IDS, per_document=True, per_position=True)
+    assert repr(report) == f"EvaluationReport({report})" and len(repr(report)) < 200
+
+
+def test_one_of_each_is_singular():
+    report = PerplexityReport(nll_sum=1.0, tokens=1, bytes=1, words=1)
+    assert " over 1 token, " in str(report) and " over 1 byte, " in str(report)
+    assert str(report).endswith(" over 1 word")
+    assert " 1,234 tokens" in str(PerplexityReport(nll_sum=1.0, tokens=1234))
+
+
+def test_json_has_null_for_what_is_no_number():
+    written = json.loads(PerplexityReport(nll_sum=0.0, tokens=0, nll_square_sum=0.0).to_json())
+    assert written["perplexity"] is written["mean_nll_stderr"] is None
+
+
 @pytest.mark.parametrize(
     ("pairs", "error", "message"),
     [
         ("ab", TypeError, "pairs must be a sequence"),
         ([([1], [2], [3])], TypeError, "pair 0 is .*expected .context, continuation."),
+        ([("a", "b")], TypeError, r"context of pair 0 is 'a', expected a sequence of token ids: tokenizer\(text\)"),
         ([([1], [2]), ([], [2])], ValueError, "context of pair 1 is empty"),
         ([([1], [])], ValueError, "continuation of pair 0 has 0 tokens, expected 1 to context_length, 32"),
         ([([1], list(range(33)))], ValueError, "continuation of pair 0 has 33 tokens"),

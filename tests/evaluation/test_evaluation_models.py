@@ -94,7 +94,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("make", [modernbert, *ODD.values()], ids=["ModernBERT", *ODD])
-def test_no_logits_whatever_the_accessors_say(make):
+def test_memory_for_any_accessors(make):
     model, ids = make().eval(), ids_of(CONTEXT)
     report = evaluate_perplexity(model, ids)
     assert not report.logits_stored
@@ -108,7 +108,7 @@ def test_multimodal():
     assert report.nll_sum == pytest.approx(stock_nll(model, ids), rel=1e-6)
 
 
-def test_a_model_that_needs_more_than_ids():
+def test_model_with_further_inputs():
     class Captions(torch.nn.Embedding):
         def forward(self, input_ids, pixel_values):
             return super().forward(input_ids)
@@ -149,7 +149,7 @@ def test_trained_prompts(kind):
 # Vocabularies
 
 
-def test_tokens_that_no_text_has():
+def test_unused_tokens():
     """One that was added for padding, and some of the vocabulary's own."""
     tokenizer = byte_tokenizer()
     model = causal_lm(vocab_size=len(tokenizer))
@@ -179,7 +179,7 @@ def xglm():
 
 
 @pytest.mark.parametrize("make", [bloom, xglm])
-def test_any_context_without_a_table_of_positions(make):
+def test_context_without_position_table(make):
     """BLOOM's hidden size is its number of positions here, which makes it no table."""
     model, ids = make(), ids_of(3 * CONTEXT)
     report = evaluate_perplexity(model, ids, context_length=2 * CONTEXT)
@@ -212,7 +212,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("make", STORED.values(), ids=STORED)
-def test_a_table_of_positions_is_not_overrun(make, monkeypatch):
+def test_context_beyond_position_table(make, monkeypatch):
     """Not even tried: on a GPU an index out of range ends the process's work."""
     monkeypatch.setattr(Positions, "forward", lambda *_: pytest.fail("tried"))
     with pytest.raises(
@@ -221,7 +221,7 @@ def test_a_table_of_positions_is_not_overrun(make, monkeypatch):
         evaluate_perplexity(Positions(make), ids_of(90), context_length=33)
 
 
-def test_a_model_that_cannot_do_more_says_so_before_work():
+def test_context_beyond_maximum_of_model():
     """MPT's table of ALiBi has the size of the configuration's maximum."""
     model = causal_lm("Mpt", max_seq_len=CONTEXT, d_model=32, n_heads=4, n_layers=1)
     with pytest.raises(ValueError, match="model has positions for 32 tokens: pass 32 or fewer"):

@@ -39,7 +39,7 @@ def check_unchanged(model, before):
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 @pytest.mark.parametrize("error", [ValueError("of the model"), KeyboardInterrupt()])
-def test_model_is_unchanged_after_an_exception(call, error):
+def test_model_after_exception(call, error):
     """Calls 1 and 2 try the model; a failure of the second is no reason to give up."""
     model = Tiny(lambda z: z * 0.5).train()
     model.mlp.eval()
@@ -57,7 +57,7 @@ def test_model_is_unchanged_after_an_exception(call, error):
 
 
 @pytest.mark.struck
-def test_model_is_unchanged_wherever_a_signal_strikes():
+def test_model_after_signal():
     def stop(*_):
         raise KeyboardInterrupt
 

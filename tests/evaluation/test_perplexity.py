@@ -29,7 +29,7 @@ def test_one_batch(dtype):
     )
 
 
-def test_no_ignore_index_is_torch_s():
+def test_default_ignore_index():
     x, target = batch(20, 50)
     assert (target == -100).any()
     assert perplexity(x, target, ignore_index=None) == perplexity(x, target)
@@ -40,7 +40,7 @@ def test_no_ignore_index_is_torch_s():
 
 @pytest.mark.parametrize("size", [1, 8, 16, 40])
 @pytest.mark.parametrize("order", [1, -1])
-def test_batch_size_and_order_do_not_matter(size, order):
+def test_batch_size_and_order(size, order):
     """1: exp(sum / sum), never a mean of means, though batches hold unequal numbers of tokens."""
     x, target = batch(40, 50, ignored=0.5)
     meter = Perplexity()
@@ -51,7 +51,7 @@ def test_batch_size_and_order_do_not_matter(size, order):
     assert meter.report().tokens == int((target != -100).sum())
 
 
-def test_only_ignore_index_is_left_out():
+def test_ignore_index():
     """2: token 0, and a padding id that is also the end of text, are scored like any other."""
     x = torch.randn(6, 20)
     target = torch.tensor([0, 3, -100, 0, 19, -100])
@@ -63,7 +63,7 @@ def test_only_ignore_index_is_left_out():
     assert other.report().tokens == 6
 
 
-def test_overflow_is_inf_beside_the_mean():
+def test_overflow():
     """5: float64, inf reported together with the mean NLL, no exception."""
     report = PerplexityReport(nll_sum=1e6, tokens=10)
     assert report.perplexity == math.inf and report.mean_nll == 1e5
@@ -91,7 +91,7 @@ def test_measures_and_units():
     assert bare.bits_per_byte is None and bare.word_perplexity is None and "byte" not in str(bare)
 
 
-def test_numerator_and_denominator_cover_the_same_text():
+def test_bytes_of_scored_text():
     meter = Perplexity()
     meter.update_nll(10.0, 5, n_bytes=20, words=4)
     assert meter.report().bits_per_byte == pytest.approx(0.5 / math.log(2))
@@ -103,7 +103,7 @@ def test_numerator_and_denominator_cover_the_same_text():
     )
 
 
-def test_sums_are_float64():
+def test_float64_sums():
     """9: a million small terms onto a large one; fp32 would lose them."""
     meter = Perplexity()
     meter.update_nll(2.0**30, 2**31)
@@ -125,7 +125,7 @@ def test_adding_and_resetting():
     assert "nan" in repr(left) and "tokens" in repr(both)
 
 
-def test_nothing_scored_is_nan():
+def test_nothing_scored():
     """10: documented, no exception."""
     x, _ = batch(3, 20)
     nothing = torch.full((3,), -100)
@@ -135,7 +135,7 @@ def test_nothing_scored_is_nan():
     assert meter.compute().isnan() and math.isnan(meter.report().mean_nll)
 
 
-def test_update_reads_no_value(monkeypatch):
+def test_update_without_synchronization(monkeypatch):
     meter, (x, target) = Perplexity(), batch(3, 20)
     from chunked_ce.backends import torch as backend_torch
     from chunked_ce.checks import loss as loss_checks

@@ -37,7 +37,7 @@ def test_standard_error_and_ranks():
     assert meter.report().mean_nll_stderr is None
 
 
-def test_equal_losses_have_no_spread():
+def test_standard_error_of_equal_losses():
     report = PerplexityReport(0.1 * 3000, 3000, nll_square_sum=0.1**2 * 3000)
     assert 0 <= report.mean_nll_stderr < 1e-8
     assert math.isnan(PerplexityReport(1.0, 1, nll_square_sum=1.0).mean_nll_stderr)
@@ -45,7 +45,7 @@ def test_equal_losses_have_no_spread():
     assert PerplexityReport(3.0, 2, nll_square_sum=5.0).mean_nll_stderr == pytest.approx(0.5)
 
 
-def test_sums_go_where_the_first_batch_is():
+def test_device_of_sums():
     there = dict(device="meta")
     meter = Perplexity()
     meter.update_nll(2.0, 1)
@@ -59,14 +59,14 @@ def test_sums_go_where_the_first_batch_is():
     assert meter.nll_sum.dtype == torch.float64 and meter.tokens.dtype == torch.int64
 
 
-def test_json_has_no_infinities():
+def test_json_of_infinity():
     report = PerplexityReport(nll_sum=1e6, tokens=10, nll_square_sum=1e12)
     known = json.loads(report.to_json(), parse_constant=pytest.fail)
     assert known["perplexity"] == "inf" and known["mean_nll"] == 1e5
     assert known["bits_per_byte"] is None
 
 
-def test_a_call_updates_and_returns_the_batch_s_own():
+def test_call():
     meter = Perplexity()
     first, second = batch(20, 50), batch(30, 50)
     alone = [meter(*first), meter(*second)]
@@ -80,7 +80,7 @@ def test_a_call_updates_and_returns_the_batch_s_own():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_as_torchmetrics(dtype):
+def test_against_torchmetrics(dtype):
     text = pytest.importorskip("torchmetrics.text")
     x, target = batch((4, 50), 60, dtype)
     ours, theirs = Perplexity(), text.Perplexity(ignore_index=-100).to(torch.float64)
@@ -162,7 +162,7 @@ def test_state_as_json_and_sum():
     ],
     ids=str,
 )
-def test_a_bad_state_changes_nothing(change, error, message):
+def test_bad_state(change, error, message):
     meter = Perplexity()
     meter.update(*batch(20, 50), n_bytes=7, rank=True)
     before = meter.report()
@@ -235,7 +235,7 @@ def one_rank(rank: int, size: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_ranks_report_what_one_process_reports(size, tmp_path):
+def test_ranks_report(size, tmp_path):
     pytest.importorskip("transformers")
     if not dist.is_available():
         pytest.skip("torch without distributed")

@@ -158,14 +158,14 @@ LLAMA = pieces(
 
 @EVERY_TEXT
 @given(TEXT.filter(lambda text: "▁" not in text))
-def test_a_prefix_space_before_a_space(text):
+def test_prefix_space_before_space(text):
     """Llama 2's: always one more space, also where the text begins with one."""
     first = piece_bytes(first_piece(text, LLAMA))
     assert scored(text, LLAMA) == len(text.encode()) - (first - 1)
 
 
 @pytest.mark.parametrize("text", ["▁the", "▁ a", " ▁a"])
-def test_the_space_s_own_character_in_the_text(text):
+def test_space_character_in_text(text):
     expected = len(text.encode()) - (3 if text[0] == "▁" else 1)
     if first_piece(text, PIECES["never"]) == "▁the":
         expected = len(text.encode()) - len("▁the".encode())
@@ -208,7 +208,7 @@ def test_words_with_metaspace(space, before):
 
 
 @pytest.mark.parametrize("text", ["THE cat", " THE cat", "  THE cat", "\u00a0\n日本", "the"])
-def test_dropped_white_space_before_an_unknown_word(text):
+def test_dropped_space_before_unknown_word(text):
     """T5's: leading white space goes, and a prefix space is put, here a token of its own."""
     ids = {"<unk>": 0, "▁": 1, "t": 2, "h": 3, "e": 4}
     tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>", fuse_unk=True))
@@ -231,7 +231,7 @@ def test_byt5(text):
 
 @EVERY_TEXT
 @given(TEXT)
-def test_a_tokenizer_without_a_vocabulary(text):
+def test_tokenizer_without_vocabulary(text):
     class Characters:
         def __call__(self, text, **options):
             return {"input_ids": list(map(ord, text))}
@@ -259,7 +259,7 @@ def test_rewritten_text(text, n_bytes):
 
 
 @pytest.mark.parametrize("text", ["e\u0301a", "e\u0301 the"])
-def test_a_part_of_a_rewritten_character(text):
+def test_part_of_rewritten_character(text):
     """NFC makes two bytes of three: the first is context, the others are scored."""
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
@@ -280,7 +280,7 @@ def marked():
     return tokenizer, causal_lm(vocab_size=len(tokenizer))
 
 
-def test_bos_of_the_text_counts_once(marked):
+def test_bos_in_text(marked):
     tokenizer, model = marked
     once = evaluate_perplexity(model, text=["a cat", "b cats"], tokenizer=tokenizer)
     for texts in (["<s>a cat", "b cats"], ["<s>a cat", "<s>b cats"]):
@@ -295,7 +295,7 @@ def test_bos_of_the_text_counts_once(marked):
     assert (own.bytes, own.words, own.bos) == (5, 2, None)
 
 
-def test_eos_of_the_text_counts_once(marked):
+def test_eos_in_text(marked):
     tokenizer, model = marked
     once = evaluate_perplexity(model, text="a cat", tokenizer=tokenizer, eos=True)
     with pytest.warns(UserWarning, match="document 0 ends with the EOS token, id .*eos=False"):

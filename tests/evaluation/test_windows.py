@@ -16,7 +16,7 @@ LENGTHS = [2, 5, 8, 9, 10, 17, 40]
 @pytest.mark.parametrize("full_last_window", [False, True])
 @pytest.mark.parametrize("context", [2, 8])
 @pytest.mark.parametrize("stride", [1, 2, 3, 7, 8])
-def test_each_target_once_with_its_context(context, stride, full_last_window):
+def test_targets_and_contexts(context, stride, full_last_window):
     if stride > context:
         return
     windows = sliding_windows(LENGTHS, context, stride, full_last_window=full_last_window)
@@ -29,12 +29,12 @@ def test_each_target_once_with_its_context(context, stride, full_last_window):
                 assert target - w.start >= min(target, context - stride + 1)
 
 
-def test_stride_past_the_text_is_one_pass():
+def test_stride_past_the_text():
     assert sliding_windows([9], 8, 8) == [Window(0, 0, 8, 8)]
     assert sliding_windows([9], 100, 3) == [Window(0, 0, 8, 8)]
 
 
-def test_a_token_s_context_depends_on_its_position_alone():
+def test_context_depends_on_position():
     def starts(length):
         return {t: w.start for w in sliding_windows([length], 8, 3) for t in targets(w)}
 
@@ -43,13 +43,13 @@ def test_a_token_s_context_depends_on_its_position_alone():
         assert starts(length) == {t: long[t] for t in range(1, length)}
 
 
-def test_the_last_window_may_be_full():
+def test_full_last_window():
     assert sliding_windows([20], 8, 8)[-1] == Window(0, 16, 19, 3)
     assert sliding_windows([20], 8, 8, full_last_window=True)[-1] == Window(0, 11, 19, 3)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_batches_hold_each_window_once(size):
+def test_batches(size):
     windows = sliding_windows(LENGTHS * 9, 8, 3)
     plan = batches(windows, size, sorted_batches=4)
     assert sorted(i for batch in plan for i in batch) == list(range(len(windows)))

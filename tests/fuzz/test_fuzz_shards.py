@@ -29,7 +29,7 @@ def check(call: Call, backend: str = "torch") -> None:
     options = [Options(p, ignore_index, head, backend, wanted) for p in parts]
     with cases.block_size(call.block):
         sent = [
-            shards.fields(
+            shards.partial_sums(
                 backend,
                 piece.detach(),
                 p.local(call.target_spec.target, ignore_index),

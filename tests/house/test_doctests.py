@@ -2,10 +2,12 @@
 
 import doctest
 import inspect
+import sys
 
 import pytest
 
 import chunked_ce
+from chunked_ce import planner
 
 
 def public_names(module):
@@ -16,11 +18,12 @@ NAMES = {
     name: value
     for name, value in public_names(chunked_ce).items()
     if not value.__module__.startswith("chunked_ce.evaluation")
-}
+} | {name: value for name, value in public_names(planner).items() if inspect.isroutine(value)}
 
 
 def examples(name, value):
-    return doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", {}, name, None, 0)
+    scope = dict(vars(sys.modules[value.__module__]))
+    return doctest.DocTestParser().get_doctest(inspect.getdoc(value) or "", scope, name, None, 0)
 
 
 @pytest.mark.parametrize(("name", "value"), NAMES.items(), ids=NAMES)

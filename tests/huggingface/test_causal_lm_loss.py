@@ -38,7 +38,7 @@ def test_loss_and_gradient(dtype, items, upstream):
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(num_items_in_batch=11), dict(ignore_index=3)])
-def test_arguments_and_order_are_transformers(kwargs):
+def test_signature_of_transformers(kwargs):
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     logits, labels = loss_case()
@@ -55,7 +55,7 @@ def test_arguments_and_order_are_transformers(kwargs):
     torch.testing.assert_close(causal_lm_loss(logits.view(-1, 29), labels, 29, **kwargs), expected)
 
 
-def test_the_shift_stays_within_a_row():
+def test_shift_of_each_row():
     logits, labels = loss_case()
     together = causal_lm_loss(logits, labels, num_items_in_batch=10)
     each = sum(causal_lm_loss(logits[i], labels[i], num_items_in_batch=10) for i in range(3))
@@ -64,7 +64,7 @@ def test_the_shift_stays_within_a_row():
     torch.testing.assert_close(causal_lm_loss(logits, labels, num_items_in_batch=10), together)
 
 
-def test_no_copy_of_the_logits_in_float32_nor_for_the_shift():
+def test_memory_without_copies():
     model = build("Llama", torch.bfloat16)
     model.loss_function = causal_lm_loss
     with LogitsMade() as made:
@@ -73,7 +73,7 @@ def test_no_copy_of_the_logits_in_float32_nor_for_the_shift():
 
 
 @pytest.mark.parametrize("way", ["loss", "enable"])
-def test_no_label_counts(way):
+def test_all_labels_ignored(way):
     model = build("Gemma2")
     if way == "enable":
         enable(model)
@@ -89,7 +89,7 @@ def test_no_label_counts(way):
 
 @pytest.mark.parametrize("way", ["loss", "enable"])
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_unequal_micro_batches_give_the_gradient_of_one(way, as_tensor):
+def test_gradient_of_unequal_micro_batches(way, as_tensor):
     model = build("Llama")
     expected = step(model)[1]
     model.zero_grad()
@@ -140,7 +140,7 @@ X, Y = torch.randn(2, 5, 29), torch.zeros(2, 5, dtype=torch.long)
         (([1.0], Y, 29), {}, TypeError, "logits must be a Tensor .*, got list"),
     ],
 )
-def test_bad_arguments_of_the_loss(arguments, options, error, message):
+def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message) as caught:
         causal_lm_loss(*arguments, **options)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

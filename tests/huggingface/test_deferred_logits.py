@@ -16,7 +16,7 @@ def deferred(shape=(2, 5), dtype=torch.float32, vocab=29):
     x = torch.randn(*shape, 6, dtype=dtype, requires_grad=True)
     w = torch.randn(vocab, 6, dtype=dtype, requires_grad=True)
     b = torch.randn(vocab, dtype=dtype, requires_grad=True)
-    return DeferredLogits(Head.of(x, w, b, lambda: None), x), (x, w, b)
+    return DeferredLogits(Head.capture(x, w, b, lambda: None), x), (x, w, b)
 
 
 RECORDED = {
@@ -76,7 +76,7 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize("use", [*RECORDED, *COMPUTED])
-def test_every_use_is_that_of_the_logits(use):
+def test_uses_of_deferred_logits(use):
     operation = {**RECORDED, **COMPUTED}[use]
     logits, leaves = deferred()
     result = operation(logits)
@@ -92,7 +92,7 @@ def test_every_use_is_that_of_the_logits(use):
 
 
 @pytest.mark.parametrize("use", [u for u in RECORDED if u != "one token"])
-def test_the_loss_reads_off_what_was_recorded(use):
+def test_loss_of_recorded_uses(use):
     logits, leaves = deferred(dtype=torch.float64)
     given = RECORDED[use](logits)
     assert given.linear() is not None
@@ -147,7 +147,7 @@ def divide_in_place(z):
 
 @pytest.mark.parametrize("change", [add_in_place, set_a_class, scale_in_place, divide_in_place])
 @pytest.mark.parametrize("of", ["itself", "a slice taken before", "what it is a slice of"])
-def test_changes_in_place_reach_the_loss(change, of):
+def test_loss_after_change_in_place(change, of):
     """As with tensors, whose slices share their memory."""
     results = []
     for make in (deferred, lambda: (lambda z: (F.linear(*z[1]), z[1]))(deferred())):
@@ -163,7 +163,7 @@ def test_changes_in_place_reach_the_loss(change, of):
     torch.testing.assert_close(*results)
 
 
-def test_no_attribute_that_tensors_lack_computes_anything():
+def test_unknown_attribute():
     logits, _ = deferred()
     assert not hasattr(logits, "__array_interface__") and not hasattr(logits, "no_such_name")
     assert (
@@ -173,7 +173,7 @@ def test_no_attribute_that_tensors_lack_computes_anything():
     assert len(logits) == 2 and logits.detach().numpy().shape == (2, 5, 29)
 
 
-def test_asked_for_without_gradients_then_with():
+def test_tensor_first_without_gradients():
     logits, (x, w, b) = deferred()
     with torch.no_grad():
         logits.sum()
@@ -181,18 +181,18 @@ def test_asked_for_without_gradients_then_with():
     assert x.grad is not None and w.grad is not None and b.grad is not None
 
 
-def test_the_loss_outside_of_the_heads_autocast():
+def test_loss_outside_autocast_of_head():
     """Some models compute the loss with autocast off; bf16 hidden states meet an fp32 weight."""
     x, w = torch.randn(2, 5, 6).bfloat16(), torch.randn(29, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = DeferredLogits(Head.of(x, w, None, lambda: None), x)
+        logits = DeferredLogits(Head.capture(x, w, None, lambda: None), x)
     target = torch.randint(0, 29, (2, 5))
     expected = oracle.cross_entropy(F.linear(x, w.bfloat16()), target)
     ours = causal_lm_loss(logits, None, shift_labels=target)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=0)
 
 
-def test_into_a_tensor_that_exists():
+def test_use_with_out_argument():
     logits, leaves = deferred()
     real, buffer = F.linear(*leaves).detach(), torch.empty(2, 5, 29)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_into_a_tensor_that_exists():
 
 
 def deferred_again(leaves):
-    return DeferredLogits(Head.of(*leaves, lambda: None), leaves[0])
+    return DeferredLogits(Head.capture(*leaves, lambda: None), leaves[0])
 
 
 class Square(torch.autograd.Function):
@@ -219,7 +219,7 @@ class Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
-def test_the_tensor_keeps_its_gradient_where_the_object_cannot():
+def test_tensor_in_autograd_function():
     logits, leaves = deferred()
     ours = torch.autograd.grad(Square.apply(logits.tensor()).sum(), leaves)
     theirs = torch.autograd.grad(F.linear(*leaves).square().sum(), leaves)
@@ -236,7 +236,7 @@ def test_the_tensor_keeps_its_gradient_where_the_object_cannot():
         lambda z, target: chunked_ce.Perplexity().update(z, target),
     ],
 )
-def test_our_functions_ask_for_the_tensor(function):
+def test_chunked_ce_functions_refuse_deferred_logits(function):
     logits, _ = deferred()
     target = torch.randint(0, 29, (2, 5))
     with pytest.raises(TypeError, match=r"got DeferredLogits: pass its \.tensor\(\)$"):
@@ -254,7 +254,7 @@ WANTS_A_GRADIENT = {
 
 @pytest.mark.parametrize("of", ["itself", "what it was made of"])
 @pytest.mark.parametrize("name", WANTS_A_GRADIENT)
-def test_no_gradient_of_a_loss_that_was_taken(name, of):
+def test_gradient_hook_after_loss(name, of):
     logits, _ = deferred()
     scaled = torch.tanh(logits * 0.3)
     causal_lm_loss(scaled, torch.randint(0, 29, (2, 5)))
@@ -264,7 +264,7 @@ def test_no_gradient_of_a_loss_that_was_taken(name, of):
     WANTS_A_GRADIENT[name](scaled.tensor())
 
 
-def test_a_gradient_that_is_asked_for_before_the_loss():
+def test_gradient_hook_before_loss():
     logits, leaves = deferred(dtype=torch.float64)
     logits.retain_grad()
     target = torch.randint(0, 29, (2, 5))
@@ -275,7 +275,7 @@ def test_a_gradient_that_is_asked_for_before_the_loss():
 
 
 @pytest.mark.parametrize("which", ["hidden states", "weight", "bias"])
-def test_other_memory_through_data(which):
+def test_data_replaced(which):
     """The version stays, the address does not."""
     logits, leaves = deferred()
     given = dict(zip(("hidden states", "weight", "bias"), leaves, strict=True))[which]

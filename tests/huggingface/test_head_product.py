@@ -91,7 +91,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [*DEFERRED, *STORED])
-def test_nll_and_whether_logits_are_stored(name, monkeypatch):
+def test_nll_and_logits_stored(name, monkeypatch):
     model, (ids,) = {**DEFERRED, **STORED}[name](), documents(8 * CONTEXT + 1)
     monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 16 * 4 * PADDED)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 16 * 4 * PADDED)
@@ -105,14 +105,14 @@ def test_nll_and_whether_logits_are_stored(name, monkeypatch):
     assert (largest.numel < 8 * CONTEXT * VOCAB / 2) == (name in DEFERRED)
 
 
-def test_report_tells_of_logits_that_only_some_windows_need():
+def test_logits_stored_by_some_windows():
     model, (ids,) = Tiny(lambda z: z if z.shape[1] < 20 else z + 1.0), documents(100)
     report = evaluate_perplexity(model, ids, context_length=CONTEXT)
     assert report.logits_stored
     assert report.nll_sum == pytest.approx(expected_nll(model, ids), rel=1e-6)
 
 
-def test_logits_that_the_call_itself_uses():
+def test_logits_used_by_the_model():
     """They are a tensor, equal to that of a call in which nothing is deferred."""
     model, uses = Tiny(), []
     model.transform = lambda z: uses.append(z + 0.0) or z
@@ -121,7 +121,7 @@ def test_logits_that_the_call_itself_uses():
     assert type(uses[1]) is torch.Tensor and torch.equal(uses[1], expected)
 
 
-def test_hooks_see_the_head():
+def test_head_hooks():
     seen, (ids,) = [], documents(70)
     watched, read, changed = Tiny(), Tiny(), Tiny()
     watched.head.register_forward_hook(lambda head, args, logits: seen.append(logits.shape))
@@ -192,7 +192,7 @@ def causal_lm():
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_enabled_model_stays_enabled(causal_lm, evaluation):
+def test_enabled_model(causal_lm, evaluation):
     from chunked_ce.huggingface import DeferredLogits, enable
 
     model, ids = causal_lm("Gemma2", query_pre_attn_scalar=8), documents(70)

@@ -34,14 +34,14 @@ def attributes(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_architecture_agrees_and_makes_no_logits(name):
+def test_architectures(name):
     stock, with_logits, deferred = differences(name)
     for ours in (with_logits, deferred):
         assert ours.loss <= 1e-6 and ours.gradient <= 2e-6
     assert with_logits.tensors == stock.tensors - 2 and deferred.tensors == 0
 
 
-def test_bench_prints_what_it_writes(tmp_path, capsys):
+def test_bench_table(tmp_path, capsys):
     assert main(["--only", "Llama", "--csv", str(tmp_path / "models.csv")]) == 0
     head, *rows = (tmp_path / "models.csv").read_text().splitlines()
     assert head == "model,way,loss,gradient,tensors" and len(rows) == 3
@@ -51,7 +51,7 @@ def test_bench_prints_what_it_writes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_disable_restores_every_attribute(name):
+def test_disable_restores_attributes(name):
     model = build(name)
     before = attributes(model)
     handle = enable(model)
@@ -66,7 +66,7 @@ def test_disable_restores_every_attribute(name):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_outputs_logits_are_the_models(name):
+def test_output_logits(name):
     model = build(name)
     expected = model(**batch())
     handle = enable(model)
@@ -83,7 +83,7 @@ def test_outputs_logits_are_the_models(name):
     assert isinstance(model(**batch(), return_dict=False)[1], torch.Tensor)
 
 
-def test_logits_of_a_weight_that_is_gone():
+def test_logits_after_weight_changed():
     model = build("Llama")
     enable(model)
     outputs = model(**batch())
@@ -96,7 +96,7 @@ def test_logits_of_a_weight_that_is_gone():
     assert outputs.logits[0, 0].isfinite().all(), "computed before"
 
 
-def test_evaluation_and_generation_are_untouched():
+def test_evaluation_and_generation():
     model = build("Gemma2")
     ids = batch()["input_ids"]
     model.eval()
@@ -128,7 +128,7 @@ def test_labels_by_position():
         assert isinstance(outputs.logits, DeferredLogits)
 
 
-def test_a_model_that_needs_its_logits_gets_them_and_a_warning():
+def test_model_that_uses_its_logits_warns():
     model = build("Llama")
     expected = step(model)[0]
     enable(model)
@@ -139,7 +139,7 @@ def test_a_model_that_needs_its_logits_gets_them_and_a_warning():
     assert made > 0
 
 
-def test_a_deep_copy_runs_on_itself():
+def test_deep_copy_of_model():
     model = build("Gemma2")
     handle = enable(model)
     twin = copy.deepcopy(model)
@@ -158,7 +158,7 @@ def test_a_deep_copy_runs_on_itself():
     torch.testing.assert_close(loss, model(**batch()).loss)
 
 
-def test_replicas_of_data_parallel_are_refused():
+def test_data_parallel_refused():
     """On GPUs nn.DataParallel calls it on every module at each forward of two devices or more."""
     model = build("Llama")
     parallel = nn.DataParallel(model)
@@ -172,7 +172,7 @@ def test_replicas_of_data_parallel_are_refused():
     assert replicas[1]._is_replica and "forward" not in vars(replicas[1])
 
 
-def test_an_enabled_model_is_not_pickled(tmp_path):
+def test_pickle_refused(tmp_path):
     """What is saved can be loaded: an enabled model's methods could not."""
     model = build("Llama")
     expected = model(**batch()).loss
@@ -188,7 +188,7 @@ def test_an_enabled_model_is_not_pickled(tmp_path):
             torch.testing.assert_close(restored(**batch()).loss, expected)
 
 
-def test_what_others_wrap_around_it_stays_when_it_goes():
+def test_disable_keeps_wrapper_of_forward():
     model = build("Llama")
     handle = enable(model)
     inner, calls = model.forward, []
@@ -201,7 +201,7 @@ def test_what_others_wrap_around_it_stays_when_it_goes():
         assert isinstance(model(**batch()).logits, DeferredLogits)
 
 
-def test_a_head_that_is_replaced_later_is_right():
+def test_replaced_head():
     model = build("Llama")
     enable(model)
     model.resize_token_embeddings(VOCAB + 5)
@@ -215,7 +215,7 @@ def test_a_head_that_is_replaced_later_is_right():
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
-def test_a_head_that_cannot_be_followed_warns_once():
+def test_replaced_head_that_cannot_defer_warns_once():
     model = build("Llama")
     enable(model)
     model.lm_head = nn.Sequential(nn.Linear(16, VOCAB, bias=False))
@@ -228,7 +228,7 @@ def test_a_head_that_cannot_be_followed_warns_once():
         model(**batch())
 
 
-def test_a_followed_head_is_disabled_with_the_others():
+def test_disable_of_replaced_head():
     model = build("Llama")
     handle = enable(model)
     model.resize_token_embeddings(VOCAB + 5)
@@ -238,7 +238,41 @@ def test_a_followed_head_is_disabled_with_the_others():
     assert isinstance(model(**batch()).logits, torch.Tensor)
 
 
-def test_a_deep_copy_of_the_head_alone_is_a_plain_layer():
+def test_repr():
+    model = build("Gemma2")
+    handle = enable(model)
+    shape = list(model.lm_head.weight.shape)
+    assert repr(handle) == (
+        f"<Gemma2ForCausalLM enabled: head Linear {shape} defers its logits in training with "
+        "labels, softcap and logit scale seen at the first step; disable() undoes it>"
+    )
+    model(**batch())
+    softcap = model.config.final_logit_softcapping
+    assert f"softcap {softcap:g}, logit scale 1;" in repr(handle)
+    model.lm_head = Rounded(16, VOCAB, bias=False)
+    assert f"the head was replaced by Rounded {shape}" in repr(handle)
+    handle.disable()
+    assert repr(handle) == "<Gemma2ForCausalLM: enable was undone>"
+    smooth = enable(build("Granite"), evaluation=True, label_smoothing=0.1)
+    assert "in training and evaluation" in repr(smooth) and "smoothing 0.1;" in repr(smooth)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_label_smoothing(name):
+    model = build(name)
+    logits, given = model(input_ids=batch()["input_ids"]).logits, batch()
+    labels = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    truth = oracle.cross_entropy(logits, labels, label_smoothing=0.2)
+    with enable(model, label_smoothing=0.2), LogitsMade() as made:
+        outputs = model(**given)
+        assert made.count == 0
+        torch.testing.assert_close(outputs.loss.double(), truth, rtol=1e-5, atol=0)
+        torch.testing.assert_close(model.eval()(**given).loss.double(), truth, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="label_smoothing is 2.0"):
+        enable(model, label_smoothing=2)
+
+
+def test_deep_copy_of_head():
     model = build("Llama")
     plain = vars(copy.deepcopy(model.lm_head)).keys()
     enable(model)
@@ -285,7 +319,7 @@ def test_compile_fullgraph_with_inductor(name, way):
 
 
 @pytest.mark.framework
-def test_compiled_steps_do_not_compile_again():
+def test_compile_without_recompilation():
     from torch._dynamo.testing import CompileCounter
 
     model = build("Gemma2")
@@ -524,7 +558,7 @@ def parallel():
             TypeError,
             "torch's Sequential, expected a module with out_features",
         ),
-        (integers, TypeError, "weight has dtype torch.int8.*out of quantisation"),
+        (integers, TypeError, "weight has dtype torch.int8.*out of quantization"),
         (dispatched, TypeError, "forward has been replaced on the instance.*one device"),
         (sharded, TypeError, "sharded over devices.*chunked_ce.distributed"),
         (lambda: sharded(group=True), TypeError, "group of its own under FSDP2.*not on the head"),
@@ -542,7 +576,7 @@ def test_models_that_cannot_defer(make, error, message):
     assert before is None or attributes(model) == before, "nothing of the user's is changed"
 
 
-def test_importing_does_not_import_transformers():
+def test_import_without_transformers():
     code = "import sys, chunked_ce.huggingface; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -29,7 +29,7 @@ def ranks(count: int) -> str:
 @pytest.mark.long
 @pytest.mark.framework
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_ranks_agree_with_one_process():
+def test_ranks():
     one, two = ranks(1), ranks(2)
     assert one.count("agrees") == 1 and two.count("agrees") == 2
     losses = [float(re.findall(r"eval_loss ([\d.]+)", out)[0]) for out in (one, two)]

@@ -77,13 +77,13 @@ def test_gradient_accumulation(way, per_device, reference, tmp_path):
     assert (made.count == 0) == (way == "enable")
 
 
-def test_the_reference_moves(reference):
+def test_reference_changes_parameters(reference):
     before = dict(build("Llama").named_parameters())
     assert all((p - before[n]).abs().max() > 1e-4 for n, p in reference[0].items())
 
 
 @pytest.mark.parametrize("options", [dict(bf16=True), dict(gradient_checkpointing=True)])
-def test_as_transformers_in_bfloat16_and_with_checkpointing(options, tmp_path):
+def test_bfloat16_and_checkpointing(options, tmp_path):
     expected, logged, _ = train("transformers", tmp_path, **options)
     for way in WAYS[1:]:
         parameters, losses, made = train(way, tmp_path, **options)
@@ -94,7 +94,7 @@ def test_as_transformers_in_bfloat16_and_with_checkpointing(options, tmp_path):
         assert (made.count == 0) == (way == "enable")
 
 
-def test_unwrapped_by_accelerate_it_is_enabled_still(tmp_path):
+def test_unwrapped_by_accelerate(tmp_path):
     model = build("Llama")
     handle = enable(model)
     trainer = trainer_of(model, tmp_path, bf16=True)
@@ -144,7 +144,7 @@ class MostLogits(TrainerCallback):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_evaluation_keeps_no_logits(way, tmp_path):
+def test_memory_of_evaluation(way, tmp_path):
     results = []
     for w in ("transformers", way):
         model, seen = build("Llama"), MostLogits()
@@ -156,7 +156,7 @@ def test_evaluation_keeps_no_logits(way, tmp_path):
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_evaluation_makes_no_logits_where_asked(tmp_path):
+def test_evaluation_without_logits(tmp_path):
     model = build("Llama")
     expected = trainer_of(model, tmp_path).evaluate()["eval_loss"]
     enable(model, evaluation=True)
@@ -165,7 +165,7 @@ def test_evaluation_makes_no_logits_where_asked(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6) and made.count == 0
 
 
-def test_prediction_gets_the_logits_that_evaluation_does_not_make(tmp_path):
+def test_prediction_with_evaluation_enabled(tmp_path):
     model = build("Gemma2")
     trainer = trainer_of(model, tmp_path, per_device_eval_batch_size=4)
     expected = trainer.predict(examples(10)).predictions
@@ -188,21 +188,36 @@ def test_prediction_gets_the_logits_that_evaluation_does_not_make(tmp_path):
         torch.testing.assert_close(causal, outputs.loss)
 
 
-@pytest.mark.parametrize("takes_them", ["label_smoothing_factor", "compute_loss_func"])
-def test_a_trainer_that_takes_the_labels_away_is_told(takes_them, tmp_path):
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_missing_labels_warn_once(option, tmp_path):
     model = build("Llama")
     enable(model)
-    smooth = {"label_smoothing_factor": 0.1} if takes_them == "label_smoothing_factor" else {}
+    smooth = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
     trainer = trainer_of(model, tmp_path, **smooth)
     if not smooth:
         trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    assert sum(takes_them in str(w.message) and "pass labels" in str(w.message) for w in said) == 1
+    messages = [str(w.message) for w in caught if "pass labels" in str(w.message)]
+    assert len(messages) == 1 and option in messages[0]
+    assert "enable(model, label_smoothing=...)" in messages[0]
 
 
-def test_metrics_get_their_logits(tmp_path):
+def test_label_smoothing_of_trainer(tmp_path):
+    expected, logged, made = train("transformers", tmp_path, label_smoothing_factor=0.1)
+    assert made.count > 0
+    model = build("Llama")
+    enable(model, label_smoothing=0.1)
+    parameters, losses, made = train("already", tmp_path, model=model)
+    assert losses == pytest.approx(logged, abs=1e-4) and made.count == 0
+    for name, p in parameters.items():
+        torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-6)
+    plain, _, _ = train("transformers", tmp_path)
+    assert max((p - plain[n]).abs().max() for n, p in parameters.items()) > 1e-3
+
+
+def test_compute_metrics(tmp_path):
     model = build("Llama")
     enable(model)
     trainer = trainer_of(model, tmp_path)
@@ -256,7 +271,7 @@ def tokenizer():
     )  # fmt: skip
 
 
-def test_trls_trainer(trl, tmp_path):
+def test_trl_trainer(trl, tmp_path):
     """It has a head of its own, beside which an enabled model is a model; or the model's own loss."""
 
     class OfTheModel(trl.SFTTrainer):

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from ..interrupts import exit_on_interrupt
+
 
 def add_command(subparsers: Any) -> None:
     """Add the command to the parser's."""
@@ -24,9 +26,10 @@ def run(args: argparse.Namespace) -> int:
     """Examine the machine; print the verdict and then the findings."""
     if sys.stderr.isatty():
         print("checking every function, which takes some seconds", file=sys.stderr, flush=True)
-    from .machine import examine
-    from .verdict import summary
+    with exit_on_interrupt():
+        from .machine import examine
+        from .verdict import summary
 
-    findings = list(examine())
+        findings = list(examine())
     print(summary(findings, verbose=args.verbose))
     return 0 if all(finding.ok for finding in findings) else 1

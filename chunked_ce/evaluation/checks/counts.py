@@ -1,4 +1,4 @@
-"""Counts and sums of what was scored."""
+"""Check counts and sums of what was scored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text_count(name: str, value: Any) -> int | None:
 
 
 def nats(name: str, value: Any) -> Tensor:
-    """A sum of losses, as a 0-d tensor where it is."""
+    """Return a sum of losses as a 0-d tensor on its device."""
     _zero_dimensional(name, value)
     if not isinstance(value, Tensor):
         if not isinstance(value, Real) or isinstance(value, bool):
@@ -37,7 +37,7 @@ def nats(name: str, value: Any) -> Tensor:
 
 
 def token_count(tokens: Any, name: str = "tokens") -> Tensor:
-    """As a 0-d tensor, where it is."""
+    """Return a count as a 0-d tensor on its device."""
     _zero_dimensional(name, tokens)
     if isinstance(tokens, Tensor):
         if tokens.dtype not in TARGET_DTYPES:
@@ -52,7 +52,7 @@ def token_count(tokens: Any, name: str = "tokens") -> Tensor:
 
 
 def meter_ignore_index(value: Any) -> int:
-    """None, torchmetrics' default, is -100."""
+    """Return the ignored index; None, torchmetrics' default, is -100."""
     return ignore_index(-100 if value is None else value)
 
 
@@ -65,7 +65,7 @@ def meter(other: Any) -> Any:
 def meter_state(
     state: Any, sums: tuple[str, ...], counts: tuple[str, ...], on_host: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Its values as 0-d tensors, ints and None: of a checkpoint, or plain numbers of JSON."""
+    """Return the values of a checkpoint, or of JSON, as 0-d tensors, ints and None."""
     names = sums + counts
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")

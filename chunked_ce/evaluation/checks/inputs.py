@@ -147,7 +147,7 @@ def texts(text: Any) -> list[str]:
             warnings.warn(
                 f"document {i} of text is {brief(document)}, which names a file: the name is "
                 "scored, not what the file holds; pass Path(name).read_text()",
-                stacklevel=5,
+                stacklevel=6,
             )
     return list(documents)
 

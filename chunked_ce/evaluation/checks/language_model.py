@@ -1,4 +1,4 @@
-"""What a language model can take and what it returns: positions, vocabulary, logits."""
+"""Check what a language model takes and returns: positions, vocabulary, logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...checks.values import LOGIT_DTYPES, integer, names, shape
 
 
 def context_length(value: Any, model: Any, tokenizer: Any) -> int:
-    """`value`, or what the model's configuration says."""
+    """Return `value`, or the context length of the model's configuration."""
     longest = _longest(model, tokenizer)
     if value is None:
         if longest is None:
@@ -29,7 +29,7 @@ def context_length(value: Any, model: Any, tokenizer: Any) -> int:
 
 
 def exceeds_maximum(length: int, model: Any) -> bool:
-    """Whether it may be too long: not for rotary positions, which go on."""
+    """Return whether it may be too long. Rotary positions have no end."""
     config, longest = text_config(model), _configured(model)
     goes_on = any(getattr(config, n, None) for n in ("rope_parameters", "rope_theta", "alibi"))
     return longest is not None and length > longest and not goes_on
@@ -44,7 +44,7 @@ def too_long(length: int, model: Any) -> ValueError:
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:
-    """The most tokens that the model, or else its tokenizer, says it takes."""
+    """Return the most tokens that the model, or else its tokenizer, claims to take."""
     if (configured := _configured(model)) is not None:
         return configured
     longest = getattr(tokenizer, "model_max_length", None)
@@ -62,7 +62,7 @@ def _maximum(model: Any) -> int | None:
 
 
 def _configured(model: Any) -> int | None:
-    """The configuration's maximum, less the positions that no token of a document can have."""
+    """Return the configuration's maximum without the positions that no token can have."""
     longest = _maximum(model)
     if longest is None:
         return None
@@ -70,7 +70,7 @@ def _configured(model: Any) -> int | None:
 
 
 def _positions_of_padding(model: Any) -> int:
-    """RoBERTa counts positions from the one after padding's, and its maximum from 0."""
+    """Return the first position: RoBERTa's is the one after the padding index."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     for name, module in modules:
         padding = getattr(module, "padding_idx", None)
@@ -80,14 +80,14 @@ def _positions_of_padding(model: Any) -> int:
 
 
 def virtual_tokens(model: Any) -> int:
-    """Trained embeddings that PEFT's prompt and prefix tuning put before each document."""
+    """Return the number of embeddings that PEFT's prompt tuning puts before each document."""
     config = getattr(model, "active_peft_config", None)
     learned = getattr(config, "is_prompt_learning", False) is True
     return int(getattr(config, "num_virtual_tokens", 0) or 0) if learned else 0
 
 
 def _has_position_table(model: Any) -> bool:
-    """Whether something is stored for each position, so that those beyond have none.
+    """Return whether the model stores something for each position, and has no more positions.
 
     Out of range on a GPU, a table's index ends the process's use of it: it must not be tried.
     Other models (ALiBi, state spaces, sinusoids made on demand) are tried.
@@ -123,7 +123,7 @@ def _names_positions(name: str, *others: str) -> bool:
 
 
 def text_config(model: Any) -> Any:
-    """Its configuration, of a model of several kinds that of the language model; or None."""
+    """Return the configuration of the language model, or None."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -147,7 +147,7 @@ def vocabularies(model: Any, tokenizer: Any) -> None:
 
 
 def input_embeddings(model: Any) -> Any:
-    """Its module, or None: some models have none, and some raise when asked."""
+    """Return the module, or None: some models have none, and some raise."""
     find = getattr(model, "get_input_embeddings", None)
     try:
         return None if find is None else find()
@@ -161,7 +161,7 @@ def _embeddings(model: Any) -> int | None:
 
 
 def ids_known(name: str, documents: Sequence[Tensor], model: Any, classes: int | None) -> None:
-    """From 0 to `classes`, or to what the model has embeddings for."""
+    """Check that ids are from 0 to `classes`, or to the number of the model's embeddings."""
     classes = _embeddings(model) if classes is None else classes
     for i, ids in enumerate(documents):
         lowest, highest = int(ids.min()), int(ids.max())
