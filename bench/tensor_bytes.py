@@ -92,7 +92,7 @@ def predicted_peak(
     `make` decides on the device: "cpu", or "meta" for a GPU of that architecture, whose kernels
     need Triton installed.
     """
-    with _fake(architecture), FakeTensorMode(), warnings.catch_warnings():
+    with fake_gpu(architecture), FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         arguments = make()
         with TensorBytes() as counter:
@@ -110,8 +110,8 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     return "triton" if backend == "auto" and device.type == "meta" else _chosen(backend, device)
 
 
-def _products_in_full(weight: torch.Tensor, acc_dtype: torch.dtype) -> bool:
-    return weight.device.type == "meta" and acc_dtype == torch.float32
+def _has_wide_products(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    return x.device.type == "meta" and dtype == torch.float32
 
 
 class _NoKernel:
@@ -120,11 +120,12 @@ class _NoKernel:
 
 
 @contextmanager
-def _fake(architecture: str) -> Iterator[None]:
+def fake_gpu(architecture: str) -> Iterator[None]:
     """Make the "meta" device act as a GPU of an architecture with kernels that do nothing."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(clusters, "is_verified", lambda device: False))
-        stack.enter_context(mock.patch.object(chunks, "products_in_full", _products_in_full))
+        stack.enter_context(mock.patch.object(chunks, "has_wide_products", _has_wide_products))
+        stack.enter_context(mock.patch.object(chunks, "adds_in_products", lambda x: True))
         stack.enter_context(mock.patch.object(linear, "autocast", lambda *tensors: tensors))
         for module in (logits, linear):
             stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))

@@ -17,7 +17,7 @@ _OPTIONS = (
     "shift", "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "backend",
 )  # fmt: skip
 _LOGITS_OPTIONS = ("dim", "inplace_backward", "grad_in_forward")
-_LINEAR_OPTIONS = ("acc_dtype", "chunk_bytes", "token_chunk_size", "drop_ignored")
+_LINEAR_OPTIONS = ("acc_dtype", "logits_dtype", "chunk_bytes", "token_chunk_size", "drop_ignored")
 _COMMON = ("weight", "ignore_index", "reduction", "label_smoothing")
 _BINARY = ("weight", "reduction", "pos_weight", "ignore_index", "backend")
 _HEAD = ("in_features", "num_classes", "out_features", "bias", "device", "dtype")

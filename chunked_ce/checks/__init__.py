@@ -6,6 +6,7 @@ The only place that words an error; a file for each kind of argument.
 from .backend import *
 from .backward import *
 from .distillation import *
+from .heads import *
 from .keywords import hides_unknown as hides_unknown
 from .keywords import known_options as known_options
 from .keywords import unknown_keywords as unknown_keywords

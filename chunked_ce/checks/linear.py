@@ -170,8 +170,23 @@ def acc_dtype(value: object, weight: Tensor) -> torch.dtype:
     return value if value.itemsize > weight.dtype.itemsize else weight.dtype
 
 
+def logits_dtype(value: object, weight: Tensor) -> torch.dtype:
+    """The dtype of a chunk's logits: the operands', or float32 where these are narrower."""
+    if value is None:
+        return weight.dtype
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype must be a floating dtype or None, got {brief(value)}")
+    if value not in (weight.dtype, torch.float32) or value.itemsize < weight.dtype.itemsize:
+        narrower = value.itemsize < weight.dtype.itemsize
+        raise ValueError(
+            f"logits_dtype is {value}, {'narrower than' if narrower else 'but'} the operands' "
+            f"{weight.dtype}: give torch.float32 for half-precision operands, or None for theirs"
+        )
+    return value
+
+
 def rows_per_chunk(
-    chunk_bytes: object, token_chunk_size: object, row_bytes: int, default_bytes: int
+    chunk_bytes: object, token_chunk_size: object, row_bytes: int, default: int
 ) -> int:
     """Tokens whose logits are held at a time."""
     if token_chunk_size is not None:
@@ -182,12 +197,12 @@ def rows_per_chunk(
             raise ValueError(f"token_chunk_size is {size}, expected at least 1")
         return size
     if chunk_bytes is None:
-        return max(1, default_bytes // row_bytes)
+        return default
     size = integer("chunk_bytes", chunk_bytes, "an int or None")
     if size < row_bytes:
         raise ValueError(
             f"chunk_bytes is {size}, but the logits of one token take {row_bytes} bytes: "
-            f"give at least that, or None for {default_bytes}"
+            f"give at least that, or None for {default} tokens"
         )
     return size // row_bytes
 

@@ -12,7 +12,7 @@ from .. import backends, checks
 from ..backends import choose_backend
 from ..checks.values import is_dtensor
 from ..core.head import Head
-from ..ops.chunks import CHUNK_BYTES, padded_row_bytes
+from ..ops.chunks import default_rows, padded_row_bytes
 from . import checks as shard_checks
 from .autograd import Options
 from .shards import (
@@ -92,8 +92,9 @@ def chunk_options(
 ) -> dict[str, Any]:
     """Return the fields of Options that divide the rows of the linear form into chunks."""
     row_bytes = padded_row_bytes(max(1, call.shard.columns), weight.element_size())
+    rows = default_rows(call.target.numel(), row_bytes, call.input.device.type)
     return dict(
-        rows_per_chunk=checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, CHUNK_BYTES),
+        rows_per_chunk=checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, rows),
         drop_ignored=checks.drop_ignored(drop_ignored, call.input.device),
         acc_dtype=checks.acc_dtype(acc_dtype, weight),
     )

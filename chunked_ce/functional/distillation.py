@@ -10,7 +10,7 @@ from ..backends import check_targets, choose_backend
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
-from ..ops.chunks import default_chunk_bytes, padded_row_bytes
+from ..ops.chunks import default_rows, padded_row_bytes
 from .linear import autocast
 
 CheckedHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
@@ -208,7 +208,7 @@ def _rows_per_chunk(
 ) -> int:
     """Return tokens at a time, so that both models' logits take `chunk_bytes`."""
     row_bytes = sum(padded_row_bytes(classes, w.element_size()) for _, w, _ in (student, teacher))
-    default = default_chunk_bytes(len(student[0]) * row_bytes, student[0].device.type)
+    default = default_rows(len(student[0]), row_bytes, student[0].device.type)
     return checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,16 +14,20 @@ from ..backends import choose_backend
 from ..checks.loss import LossOptions
 from ..core.reduction import Reduction
 from ..ops import transforms
-from ..ops.chunks import default_chunk_bytes, padded_row_bytes
+from ..ops.chunks import default_rows, padded_row_bytes
 from ..ops.library import Classes, Outputs
+from . import several_heads
 from .shift import next_tokens
-from .targets import AnyTarget, ClassIndices, Target, describe_target, wanted_of
+from .targets import AnyTarget, Target, describe_target, wanted_of
+
+Result = TypeVar("Result")
+LinearHead = Tensor | Callable[[Tensor], Tensor]
 
 
 @checks.hides_unknown
 def linear_cross_entropy(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: LinearHead,
     target: AnyTarget,
     *,
     linear_bias: Tensor | None = None,
@@ -43,6 +46,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     spread_rest: bool = False,
     acc_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
@@ -66,6 +70,7 @@ def linear_cross_entropy(
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
         linear_weight: weight of the head [V, D], as `torch.nn.Linear` keeps it, of `input`'s dtype
             unless autocast is on; or [V, d1, ..., D] with `input` [N, D] and `target` [N, d1, ...].
+            Or a head: a module or function of hidden states [N, D] that returns logits [N, V].
         target: class indices [...], any integer dtype; class probabilities [..., V]; or a teacher's
             K likeliest classes as a pair (indices [..., K], probabilities [..., K]).
         linear_bias: bias of the head, [V] (or [V, d1, ...]), or None.
@@ -101,9 +106,12 @@ def linear_cross_entropy(
             probabilities lack no more than their rounding.
         acc_dtype: dtype in which the chunks' gradients of `linear_weight` are added; they are
             rounded once, at the end.
-        chunk_bytes: bytes of logits held at a time. None: 256 MiB; on a CPU 128 MiB if the logits
-            are larger than that.
-        token_chunk_size: the same as a number of tokens; give one of the two.
+        logits_dtype: torch.float32 keeps the logits of half-precision operands in float32, and on a
+            CPU their gradient too. None: the operands' dtype.
+        chunk_bytes: bytes of logits held at a time.
+        token_chunk_size: the same as a number of tokens; give one of the two. By default 4096
+            tokens, or all if their logits take at most 1 GiB; on a CPU 128 MiB of logits, or all if
+            they take at most 256 MiB.
         drop_ignored: True leaves ignored tokens out of the matrix products. Finding them makes a
             GPU wait. None: True on a CPU, False elsewhere.
         backend: "auto" chooses; "cpu" (kernels in C), "torch" (any device) or "triton" (GPU) are
@@ -131,8 +139,8 @@ def linear_cross_entropy(
         >>> print(f"{loss.item():.4f}")  # ln 10
         2.3026
     """
-    if unknown:
-        checks.unknown_keywords(linear_cross_entropy, unknown)
+    if unknown or callable(linear_weight):
+        return with_head(linear_cross_entropy, locals())
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
@@ -146,11 +154,11 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
+        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
-    classes = shared[1]
-    weight = weight if weight is None else checks.head_class_weight(weight, linear_weight, classes)
-    labels, reducer = describe_target(input, target, -1, weight, ignore_index, classes, options)
+    if weight is not None:
+        weight = checks.head_class_weight(weight, linear_weight, shared[1])
+    labels, reducer = describe_target(input, target, -1, weight, ignore_index, shared[1], options)
     loss_of = partial(_loss_of_head, input, shared, options)
     return _loss_of_heads(loss_of, linear_weight, linear_bias, reducer, labels)
 
@@ -158,18 +166,26 @@ def linear_cross_entropy(
 def _loss_of_heads(
     loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], Tensor],
     weight: Tensor,
-    bias: Tensor | None,
-    reducer: Reduction,
-    labels: Target,
+    *arguments: Any,
 ) -> Tensor:
     """Return the loss of a head [V, D], or of all heads in a weight [V, d1, ..., D]."""
     if weight.dim() == 2:
-        return loss_of(weight, bias, reducer, labels)
-    losses = torch.stack([loss_of(*head) for head in _heads(weight, bias, reducer, labels)], -1)
-    return losses.view(labels.index.shape) if reducer.name == "none" else losses.sum()
+        return loss_of(weight, *arguments)
+    return several_heads.loss_of_heads(loss_of, weight, *arguments)
 
 
-Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype]
+def with_head(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
+    """Return `function(**arguments)`, where `linear_weight` is a head."""
+    unknown = arguments.pop("unknown")
+    if unknown:
+        checks.unknown_keywords(function, unknown)
+    from .heads import call_with_head
+
+    result: Result = call_with_head(function, arguments)
+    return result
+
+
+Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype, torch.dtype]
 
 
 def _loss_of_head(
@@ -200,25 +216,6 @@ def _loss_of_head(
     return loss
 
 
-def _heads(
-    weight: Tensor, bias: Tensor | None, reducer: Reduction, labels: Target
-) -> list[tuple[Tensor, Tensor | None, Reduction, Target]]:
-    """Return each head [V, D] of a weight [V, d1, ..., D], with its bias and its targets."""
-    heads = weight.flatten(1, -2).unbind(1)
-
-    def split(t: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * len(heads) if t is None else t.flatten(1).unbind(1)
-
-    assert isinstance(labels, ClassIndices)
-    indices = labels.index.flatten(1).unbind(1)
-    return [
-        (head, head_bias, reducer._replace(weight=token_weight), replace(labels, index=index))
-        for head, head_bias, index, token_weight in zip(
-            heads, split(bias), indices, split(reducer.weight), strict=True
-        )
-    ]
-
-
 def shared_arguments(
     input: Tensor,
     weight: Tensor,
@@ -231,12 +228,14 @@ def shared_arguments(
     token_chunk_size: int | None,
     drop_ignored: bool | None,
     acc_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
 ) -> Shared:
     """Check the arguments that both operators share."""
+    logits_dtype = checks.logits_dtype(logits_dtype, weight)
     classes = checks.linear_vocab_size(vocab_size, weight)
-    row_bytes = padded_row_bytes(classes, weight.element_size())
+    row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
     tokens = input.numel() // input.shape[-1]
-    default = default_chunk_bytes(tokens * row_bytes, input.device.type)
+    default = default_rows(tokens, row_bytes, input.device.type)
     return (
         ignore_index,
         classes,
@@ -246,6 +245,7 @@ def shared_arguments(
         checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
         checks.drop_ignored(drop_ignored, input.device),
         checks.acc_dtype(acc_dtype, weight),
+        logits_dtype,
     )
 
 
@@ -259,18 +259,27 @@ def outputs_of_head(
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> Outputs:
     """Return the statistics' operator's outputs in the shape of `target`."""
+    outputs = torch.ops.chunked_ce.linear_stats(
+        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1),
+        *flat_classes(classes), *shared, *wanted,
+    )  # fmt: skip
+    return in_target_shape(outputs, target)
+
+
+def flat_classes(classes: Classes) -> Classes:
+    """Return the Classes of [...] tokens for tokens [N]."""
     of_class, prob, scale, shift, at = classes
-    rows = Classes(  # torch.compile of torch 2.6 cannot trace _replace
+    return Classes(  # torch.compile of torch 2.6 cannot trace _replace
         of_class,
         None if prob is None else prob.reshape(-1, prob.shape[-1]),
         scale,
         shift,
         None if at is None else at.reshape(-1, at.shape[-1]),
     )
-    outputs = torch.ops.chunked_ce.linear_stats(
-        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1), *rows, *shared,
-        *wanted,
-    )  # fmt: skip
+
+
+def in_target_shape(outputs: tuple[Tensor, ...], target: Tensor) -> Outputs:
+    """Return an operator's outputs [N] in the shape of `target`."""
     n = target.numel()
     return Outputs(*(o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs))
 

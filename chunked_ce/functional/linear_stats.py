@@ -11,14 +11,14 @@ from .. import checks
 from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.library import Classes
-from .linear import autocast, outputs_of_head, shared_arguments
+from .linear import LinearHead, autocast, outputs_of_head, shared_arguments, with_head
 from .shift import ROWS, next_tokens
 
 
 @checks.hides_unknown
 def linear_token_stats(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: LinearHead,
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
@@ -35,6 +35,7 @@ def linear_token_stats(
     argmax: bool = False,
     weight: Tensor | None = None,
     acc_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
@@ -51,7 +52,8 @@ def linear_token_stats(
     Args:
         input: hidden states [..., D]; float16, bfloat16, float32 or float64.
         linear_weight: weight of the head [V, D], as `torch.nn.Linear` keeps it, of `input`'s dtype
-            unless autocast is on.
+            unless autocast is on. Or a head: a module or function of hidden states [N, D] that
+            returns logits [N, V].
         target: class indices [...], any integer dtype.
         linear_bias: bias of the head, [V], or None.
         ignore_index: target value of rows to leave out.
@@ -75,9 +77,12 @@ def linear_token_stats(
         weight: weight w_j of each class in `mean_logprob`, [V]: it is then (1/V) Σ w_j (z_j - lse).
         acc_dtype: dtype in which the chunks' gradients of `linear_weight` are added; they are
             rounded once, at the end.
-        chunk_bytes: bytes of logits held at a time. None: 256 MiB; on a CPU 128 MiB if the logits
-            are larger than that.
-        token_chunk_size: the same as a number of tokens; give one of the two.
+        logits_dtype: torch.float32 keeps the logits of half-precision operands in float32, and on a
+            CPU their gradient too. None: the operands' dtype.
+        chunk_bytes: bytes of logits held at a time.
+        token_chunk_size: the same as a number of tokens; give one of the two. By default 4096
+            tokens, or all if their logits take at most 1 GiB; on a CPU 128 MiB of logits, or all if
+            they take at most 256 MiB.
         drop_ignored: True leaves ignored tokens out of the matrix products. Finding them makes a
             GPU wait. None: True on a CPU, False elsewhere.
         backend: "auto" chooses; "cpu" (kernels in C), "torch" (any device) or "triton" (GPU) are
@@ -103,8 +108,8 @@ def linear_token_stats(
         >>> tuple(stats.entropy.shape)
         (2,)
     """
-    if unknown:
-        checks.unknown_keywords(linear_token_stats, unknown)
+    if unknown or callable(linear_weight):
+        return with_head(linear_token_stats, locals())
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_token_stats, locals(), ROWS if cu_seqlens is None else ())
     checks.target_indices(target)
@@ -116,7 +121,7 @@ def linear_token_stats(
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype,
+        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
     wanted = (entropy, mean_logprob, rank, argmax)

@@ -79,38 +79,38 @@ def not_pickled() -> NoReturn:
     )
 
 
-def output_head(model: Any) -> nn.Linear:
-    """Return the head. It must be a linear layer and nothing more."""
+def output_head(model: Any) -> nn.Module:
+    """The head, if it can be called on a chunk of hidden states."""
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None:
         raise ValueError(
             f"{name} has no output head (get_output_embeddings() is None), so nothing would "
             "change: load it as AutoModelForCausalLM"
         )
-    return linear_head(model, head)
+    # PEFT's modules_to_save keeps copies of it, which are followed.
+    return deferrable_head(model, getattr(head, "original_module", head))
 
 
-def linear_head(model: Any, head: Any) -> nn.Linear:
-    """Return `head`. `F.linear` and its weight must describe it completely."""
+def is_linear(head: Any) -> bool:
+    """Whether `F.linear` and its weight say all that a head does."""
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+
+
+def deferrable_head(model: Any, head: Any) -> nn.Module:
+    """A module that the model calls for its logits, and that others may call on some tokens."""
     kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
     otherwise = "or set model.loss_function = chunked_ce.huggingface.causal_lm_loss"
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        if hasattr(head, "base_layer") or hasattr(head, "original_module"):
-            raise TypeError(
-                f"the output head is {kind}, whose adapter linear_cross_entropy(hidden, weight) "
-                f"would leave out: leave the head out of target_modules and modules_to_save, "
-                f"{otherwise}"
-            )
+    if not isinstance(head, nn.Module) or type(getattr(head, "out_features", None)) is not int:
         raise TypeError(
-            f"the output head is {kind}, expected a plain torch.nn.Linear: keep it out of "
-            f"quantization, {otherwise}"
+            f"the output head is {kind}, expected a module with out_features: give it that number "
+            f"of logits, {otherwise}"
         )
     if "forward" in vars(head):
         raise TypeError(
             "the output head's forward has been replaced on the instance (accelerate does that for "
             f"a device_map over several devices): put the model on one device, {otherwise}"
         )
-    if head.weight.dtype not in LOGIT_DTYPES:
+    if is_linear(head) and head.weight.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"the output head's weight has dtype {head.weight.dtype}, expected a floating one: "
             f"keep the head out of quantization, {otherwise}"
@@ -146,8 +146,9 @@ def _fully_sharded(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
-def _one_piece(model: Any, head: nn.Linear, otherwise: str) -> None:
-    sharded = is_sharded(head.weight) and not _fully_sharded(model)  # FSDP2 gathers it in forward
+def _one_piece(model: Any, head: nn.Module, otherwise: str) -> None:
+    # FSDP2 gathers it in the model's forward.
+    sharded = is_sharded(*head.parameters()) and not _fully_sharded(model)
     if sharded or (getattr(model, "_tp_size", None) or 1) > 1:
         raise TypeError(
             "the output head's weight is sharded over devices (tensor parallelism): use "

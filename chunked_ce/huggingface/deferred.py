@@ -54,7 +54,7 @@ class DeferredLogits:
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self.device = hidden.device if device is None else device
         self.ndim = hidden.dim()
-        self._classes = head.weight.shape[0] if classes is None else classes
+        self._classes = head.width if classes is None else classes
         self._real: Tensor | None = None
         self._loss_taken = False
 

@@ -51,8 +51,8 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
         A handle whose `disable()` undoes it; also a context manager. Printed, it says what it did.
 
     Raises:
-        TypeError: not a model of transformers, or a head that is no plain linear layer (LoRA on the
-            head, quantized, sharded).
+        TypeError: not a model of transformers, or a head that cannot be called on some of the
+            hidden states (sharded, dispatched, of integers).
         ValueError: nothing would change (no output head, no labels, a loss of its own), or the
             model is enabled already.
 
@@ -123,11 +123,10 @@ class Enabled:
         original = getattr(head, "original_module", None)
         heads = [head] if original is None else [original, *head.modules_to_save.values()]
         for each in heads:
-            layer = getattr(each, "base_layer", each)  # an adapter computes its logits, and warns
-            if layer is None or vars(layer).get(_STATE) is self:
+            if each is None or vars(each).get(_STATE) is self:
                 continue
             try:
-                self._enable_head(checks.linear_head(self._model, each))
+                self._enable_head(checks.deferrable_head(self._model, each))
             except TypeError as error:
                 self._warn(checks.new_head(error))
 
@@ -244,12 +243,29 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _head_forward(self: Any, input: Tensor) -> Tensor | DeferredLogits:
+def _head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | DeferredLogits:
     state: Enabled | None = vars(self).get(_STATE)
-    if state is None or not state._deferring or checks.is_sharded(input, self.weight):
-        return nn.Linear.forward(self, input)
+    plain = checks.is_linear(self)
+    sharded = checks.is_sharded(input, *self.parameters())
+    traced = not plain and torch.compiler.is_compiling()  # a tracer calls no head within a loss
+    if state is None or not state._deferring or sharded or traced:
+        computed: Tensor = type(self).forward(self, input, *args, **kwargs)
+        return computed
     checks.no_group_of_its_own(self)
-    return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
+    if plain:
+        return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
+
+    def call(hidden: Tensor) -> Tensor:
+        before, state._deferring = state._deferring, False  # so that a layer within it computes
+        try:
+            logits: Tensor = type(self).forward(self, hidden, *args, **kwargs)
+        finally:
+            state._deferring = before
+        return logits
+
+    call.out_features = self.out_features  # type: ignore[attr-defined]
+    given = (input, call, self.out_features, list(self.parameters()), state._on_use)
+    return DeferredLogits(Head.of_call(*given), input)
 
 
 def _head_copied(self: Any, memo: dict[int, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,10 @@ class Head(NamedTuple):
     """Hold what deferred logits are computed from, and what must be unchanged by then."""
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | Callable[[Tensor], Tensor]  # what makes logits of hidden states
     bias: Tensor | None
+    width: int  # number of logits of a token
+    tensors: list[Tensor]
     versions: list[int]
     addresses: list[int]
     autocast: torch.dtype | None
@@ -45,16 +47,37 @@ class Head(NamedTuple):
     def capture(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, on_use: Callable[[], None]
     ) -> Head:
-        """Keep an output head's arguments, and the modes it was called in."""
-        device, tensors = hidden.device.type, [t for t in (hidden, weight, bias) if t is not None]
+        """Return that of a linear layer."""
+        tensors = [weight] if bias is None else [weight, bias]
+        return cls._now(hidden, weight, bias, weight.shape[0], tensors, on_use)
+
+    @classmethod
+    def of_call(
+        cls,
+        hidden: Tensor,
+        call: Callable[[Tensor], Tensor],
+        width: int,
+        parameters: list[Tensor],
+        on_use: Callable[[], None],
+    ) -> Head:
+        """Return that of a head that is called for its logits."""
+        return cls._now(hidden, call, None, width, parameters, on_use)
+
+    @classmethod
+    def _now(
+        cls, hidden: Tensor, weight: Any, bias: Tensor | None, width: int, tensors: list[Tensor],
+        on_use: Callable[[], None],
+    ) -> Head:  # fmt: skip
+        device, given = hidden.device.type, [hidden, *tensors]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = [version(t) for t in tensors], [address(t) for t in tensors]
-        return cls(hidden, weight, bias, *state, autocast, torch.is_grad_enabled(), on_use)
+        state = [version(t) for t in given], [address(t) for t in given]
+        grad = torch.is_grad_enabled()
+        return cls(hidden, weight, bias, width, given, *state, autocast, grad, on_use)
 
     def logits(self) -> Tensor:
         """Compute the logits in the modes of the original call."""
         self.on_use()
-        tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        tensors = self.tensors
         freed = any(t.numel() and not t.untyped_storage().size() for t in tensors)
         moved = any(
             before and before != address(t)
@@ -63,7 +86,9 @@ class Head(NamedTuple):
         written = self.versions != [version(t) for t in tensors]
         checks.head_unchanged(not (freed or moved or written))
         with self.original_autocast():
-            return F.linear(self.hidden, self.weight, self.bias)
+            if isinstance(self.weight, Tensor):
+                return F.linear(self.hidden, self.weight, self.bias)
+            return self.weight(self.hidden)
 
     def original_autocast(self) -> torch.autocast:
         """Return autocast as it was when the logits were deferred."""

@@ -18,10 +18,9 @@ from .. import backends, checks
 from ..core.head import Head, compute_dtype
 from ..core.reduction import apply_weight, is_scored, token_loss
 from .chunks import Gradients, chunk_indices, gradient_like, walk
-from .classes import check_classes, class_logits
+from .classes import check_classes
 from .library import (
     CLASSES_SCHEMA,
-    FLAGS,
     FLAGS_SCHEMA,
     NUM_FLOATING,
     OUTPUTS_SCHEMA,
@@ -32,10 +31,11 @@ from .library import (
     new_outputs,
     no_double_backward,
 )
-from .logits import class_weights, make_outputs, rows_gradient, upstream_coefficients
+from .logits import rows_gradient, upstream_coefficients
+from .statistics import fill_outputs
 
 _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-_CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype"
+_CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype, ScalarType logits_dtype"
 library.define(
     f"linear_loss({_HEAD}Tensor? token_weight, Tensor? divisor, float label_smoothing, "
     f"float z_loss_weight, {SHARED_SCHEMA}{_CHUNKS}, bool[] wanted, bool reuse) -> "
@@ -69,6 +69,7 @@ def _linear_loss(
     rows_per_chunk: int,
     drop_ignored: bool,
     acc_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
     wanted: list[bool],
     reuse: bool,
 ) -> tuple[Tensor, ...]:
@@ -79,7 +80,7 @@ def _linear_loss(
     head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
-    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, logits_dtype):
         of_tokens = None if token_weight is None else token_weight[index]
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
@@ -87,6 +88,7 @@ def _linear_loss(
                 ignore_index, vocab_size, head, inplace=True,
             )  # fmt: skip
             gradients.add(index, x, grad)
+            del grad
         else:
             stats, *_ = backends.row_statistics(
                 backend, logits, target[index], ignore_index, vocab_size, head,
@@ -94,6 +96,7 @@ def _linear_loss(
             )  # fmt: skip
             loss = token_loss(stats, label_smoothing, z_loss_weight)
         total += (loss if of_tokens is None else apply_weight(loss, of_tokens)).sum()
+        del x, logits  # the last chunk ends before the gradients are rounded
     value = total if divisor is None else total / divisor
     return value, *gradients.finish()
 
@@ -105,31 +108,20 @@ def _linear_stats(
     target: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    classes, shared, flags = Classes(*arguments[:5]), arguments[5:13], arguments[13:]
-    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _ = shared
+    classes, shared, flags = Classes(*arguments[:5]), arguments[5:14], arguments[14:]
+    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, _, dtype = shared
     backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
     if classes.indices is not None:
         check_classes(classes.indices, vocab_size)
-    wanted = dict(zip(FLAGS, flags, strict=True))
     outputs = new_outputs(input, target, classes, *flags)
-    for out in outputs:
-        out.fill_(0 if out.is_floating_point() else -1)  # those ignored
     chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    head = Head(softcap, logit_scale)
     input, weight = input.detach(), weight.detach()
-    for index, _, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
-        of_chunk, labels = classes.select_rows(index), target[index]
-        found = backends.row_statistics(
-            backend, logits, labels, ignore_index, vocab_size, head,
-            class_weights(of_chunk, vocab_size), **wanted,
-        )  # fmt: skip
-        picked = None
-        if of_chunk.indices is not None:
-            picked = class_logits(logits, labels, of_chunk.indices, ignore_index, vocab_size, head)
-        for out, value in zip(outputs, make_outputs(found, picked, labels.shape), strict=True):
-            if value is not None:
-                out[index] = value
+    walked = walk(input, weight, bias, vocab_size, chunks, ignored, dtype)
+    fill_outputs(
+        outputs, ((index, logits) for index, _, logits in walked), target, classes, flags,
+        (ignore_index, vocab_size, Head(softcap, logit_scale), backend),
+    )  # fmt: skip
     return outputs
 
 
@@ -140,17 +132,18 @@ def _linear_stats_grad(
     target: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:21]
-    ignore_index, vocab_size, softcap, logit_scale, backend, rows, drop_ignored, acc_dtype = shared
+    classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:22]
+    ignore_index, vocab_size, _, _, _, rows, drop_ignored, acc_dtype, dtype = shared
     chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    gradients = Gradients(input, weight, bias, vocab_size, arguments[21], acc_dtype, chunks)
-    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored):
+    gradients = Gradients(input, weight, bias, vocab_size, arguments[22], acc_dtype, chunks)
+    for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, dtype):
         of_chunk: list[Any] = [None if n is None else n[index] for n in upstream]
         grad = rows_gradient(
             logits, target[index], classes.select_rows(index), *of_chunk, *shared[:5], inplace=True
         )
         gradients.add(index, x, grad)
+        del x, logits, grad
     return gradients.finish()
 
 
@@ -210,7 +203,7 @@ class _LinearLoss(torch.autograd.Function):
                 torch.ops.chunked_ce.scale_(_rows(grads[i]), upstream, backend)
             elif wanted:
                 scaled[i] = (grads[i] * upstream).to(grads[i].dtype)
-        return *scaled, *(None,) * 15
+        return *scaled, *(None,) * 16
 
 
 def _rows(grad: Tensor) -> Tensor:
@@ -221,7 +214,7 @@ class _LinearStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         input, weight, bias, target, *given = arguments
-        ctx.classes, ctx.options, ctx.wanted = Classes(*given[:5]), given[5:13], given[13:15]
+        ctx.classes, ctx.options, ctx.wanted = Classes(*given[:5]), given[5:14], given[14:16]
         with torch._C._AutoDispatchBelowAutograd():
             outputs: tuple[Tensor, ...] = torch.ops.chunked_ce.linear_stats(*arguments)
         ctx.set_materialize_grads(False)
@@ -249,7 +242,7 @@ class _LinearStats(torch.autograd.Function):
         found = torch.ops.chunked_ce.linear_stats_grad(
             *given, *classes, lse, logprob, lse_low, *upstream, *ctx.options, wanted
         )
-        return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 18
+        return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 19
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

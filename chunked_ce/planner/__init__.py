@@ -8,8 +8,8 @@ of logits, X of hidden states, W of the weight, the tensors alive at the peak ar
     torch.compile         the logits, which become their gradient            L + X + W
     cross_entropy         the logits, their gradient                         2 L
       inplace_backward    the gradient over the logits                       L + X + W
-    linear_cross_entropy  a chunk of logits, the gradients, and a float32
-                          sum where several chunks are added up              C + X + W + W32
+    linear_cross_entropy  a chunk of logits, the gradients                   C + X + W
+      in several chunks   those, the weight's added up in float32            X + W32 + max(C, W)
 
 The product for the weight's gradient takes L + X + W, which is the peak where it is more. Hidden
 states and weight are not counted in a peak, because any way of computing needs them. An allocator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ops.chunks import PRODUCT_BYTES, default_chunk_bytes, padded_row_bytes
+from ..ops.chunks import WIDE_BYTES, default_rows, padded_row_bytes
 from .head import HeadShape
 
 
@@ -43,19 +43,21 @@ def logits_and_gradients(head: HeadShape, tokens: int) -> tuple[int, int]:
     )
 
 
-def chunks(
-    chunk_bytes: int | None, head: HeadShape, tokens: int, device: str, *, even: bool = True
-) -> tuple[int, int]:
-    """Return how many chunks there are, and the most rows of one.
+def chunks(chunk_bytes: int | None, head: HeadShape, tokens: int, device: str) -> tuple[int, int]:
+    """Return how many chunks there are, which are of like size, and the most rows of one."""
+    whole, most = most_rows(chunk_bytes, head, tokens, device)
+    count = 1 if tokens <= whole else -(-tokens // most)
+    return count, -(-tokens // count)
 
-    `even`: the chunks are of like size; else the most rows that one may have with fewer tokens.
-    """
+
+def most_rows(
+    chunk_bytes: int | None, head: HeadShape, tokens: int, device: str
+) -> tuple[int, int]:
+    """Return the most tokens that are one chunk, and the most of a chunk of more."""
     row = padded_row_bytes(head.vocab_size, head.dtype.itemsize)
-    if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(tokens * row if even else 0, device)
-    most = max(1, chunk_bytes // row)
-    count = -(-tokens // most)
-    return count, -(-tokens // count) if even else min(tokens, most)
+    if chunk_bytes is not None:
+        return (max(1, chunk_bytes // row),) * 2
+    return default_rows(0, row, device), default_rows(tokens, row, device)
 
 
 def linear(
@@ -63,18 +65,29 @@ def linear(
 ) -> int:
     """Return the peak of `linear_cross_entropy`.
 
-    `wide_sums`: gradients of several chunks are added up in float32. `even`: see :func:`chunks`.
+    `wide_sums`: gradients of several chunks are added up in float32. `even`: of chunks of like
+    size; else the most that any batch up to `tokens` takes.
     """
+    count, rows = chunks(chunk_bytes, head, tokens, device)
+    if count == 1:
+        return _one_walk(head, tokens, tokens, False, device)
+    if even:
+        return _one_walk(head, tokens, rows, wide_sums, device)
+    whole, most = most_rows(chunk_bytes, head, tokens, device)
+    several = _one_walk(head, tokens, most, wide_sums, device)
+    return max(several, _one_walk(head, whole, whole, False, device))
+
+
+def _one_walk(head: HeadShape, tokens: int, rows: int, wide_sums: bool, device: str) -> int:
+    """Return the peak of chunks of so many rows, whose sums may be in float32."""
     size = head.dtype.itemsize
-    count, rows = chunks(chunk_bytes, head, tokens, device, even=even)
-    buffer = rows * padded_row_bytes(head.vocab_size, size)
     of_input = tokens * head.hidden_size * size
-    added_up = count > 1 and size < 4 and wide_sums
-    in_float32 = head.vocab_size * head.hidden_size * 4 if added_up else 0
-    if device == "cpu":
-        return buffer + of_input + head.weight_bytes + in_float32
-    buffer += rows * head.hidden_size * size  # hidden states, those of ignored tokens zeroed
-    if not in_float32:
-        return buffer + of_input + head.weight_bytes
-    product = min(in_float32, PRODUCT_BYTES)
-    return of_input + in_float32 + buffer + max(product, head.weight_bytes)
+    buffer = rows * padded_row_bytes(head.vocab_size, size)
+    if device != "cpu":
+        buffer += rows * head.hidden_size * size  # hidden states, those of ignored tokens zeroed
+    if size >= 4 or not wide_sums:
+        return of_input + buffer + head.weight_bytes
+    in_float32 = head.vocab_size * head.hidden_size * 4
+    if device == "cpu":  # where products of half-precision tensors come from wider copies
+        buffer += rows * head.hidden_size * 4 + min(WIDE_BYTES, rows * head.vocab_size * 4)
+    return of_input + in_float32 + max(buffer, head.weight_bytes)

@@ -8,8 +8,7 @@ reads and writes the logits (L bytes), and chunks add up the weight's gradient (
     torch.compile, cross_entropy   two reads, one write                         3 L
     linear_cross_entropy           one read, one write                          2 L
       float16                      a read for the statistics as well            3 L
-      each of several chunks       a product is written and read, a sum is
-                                   read and written                             4 W32
+      each of several chunks       the sum is read and written in the product   2 W32
 
 The logits' traffic in the products themselves is part of the products' time.
 """
@@ -66,7 +65,8 @@ def linear_traffic(
     if count == 1:
         sums = 0
     elif wide_sums and head.dtype.itemsize < 4:
-        sums = numbers * (16 * count + 4 + head.dtype.itemsize)  # and rounded at the end
+        # Written by the first chunk, read and written by others, rounded at the end.
+        sums = numbers * (4 + 8 * (count - 1) + 4 + head.dtype.itemsize)
     else:
         sums = 2 * head.weight_bytes * (count - 1)  # the product adds to what is there
     return logits_traffic(head, tokens, passes) + sums

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from . import memory, traffic
 from .head import HeadShape
 
-CHUNKS = (None, 64 << 20, 1 << 30)
+CHUNKS = (None, 64 << 20)
 """Bytes of logits at a time; None is the default."""
 
 
@@ -49,7 +49,8 @@ def ways(head: HeadShape) -> Iterator[Way]:
     for size in CHUNKS:
         yield _linear(size, options)
     if head.dtype.itemsize < 4:
-        yield _linear(None, options, sums_in=str(head.dtype))
+        for size in CHUNKS:
+            yield _linear(size, options, sums_in=str(head.dtype))
 
 
 def _of_logits(

@@ -569,7 +569,7 @@ def test_top_k_never_dense(device):
     with Sizes(head) as of_hidden:
         linear_ops._linear_stats(
             hidden, head, None, indices[:, 0], *classes, -100, vocab, None, 1.0, "torch", 8, False,
-            torch.float32, *[False] * 4,
+            torch.float32, torch.float32, *[False] * 4,
         )  # fmt: skip
     assert max(of_hidden.seen) <= 8 * (vocab + 128)
     assert chunked_ce.cross_entropy(x, (indices, prob)).isfinite()

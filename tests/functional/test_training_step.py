@@ -184,7 +184,7 @@ def operators(device: str, drop_ignored: bool) -> None:
     rows = (*classes, lse, logprob, low, entropy, lse, logprob, entropy, lse[:, None])
     ops._token_grad(x, target, *rows, *shared)
     ops._token_grad_(x, target, *rows, *shared)
-    chunks = (4, drop_ignored, torch.float32)
+    chunks = (4, drop_ignored, torch.float32, h.dtype)
     divisor = lse.sum()
     for wanted in ([True] * 3, [False] * 3):
         linear_ops._linear_loss(

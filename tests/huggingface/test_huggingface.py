@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 
 import oracle
 import pytest
@@ -219,8 +218,10 @@ def test_replaced_head():
 def test_replaced_head_that_cannot_defer_warns_once():
     model = build("Llama")
     enable(model)
-    model.lm_head = Quantised(16, VOCAB, bias=False)
-    with pytest.warns(UserWarning, match="the head was replaced, .*enable again"):
+    model.lm_head = nn.Sequential(nn.Linear(16, VOCAB, bias=False))
+    with pytest.warns(
+        UserWarning, match="the head was replaced, and .*expected a module with out_features"
+    ):
         assert isinstance(model(**batch()).logits, torch.Tensor)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -248,8 +249,8 @@ def test_repr():
     model(**batch())
     softcap = model.config.final_logit_softcapping
     assert f"softcap {softcap:g}, logit scale 1;" in repr(handle)
-    model.lm_head = Quantised(16, VOCAB, bias=False)
-    assert f"the head was replaced by Quantised {shape}" in repr(handle)
+    model.lm_head = Rounded(16, VOCAB, bias=False)
+    assert f"the head was replaced by Rounded {shape}" in repr(handle)
     handle.disable()
     assert repr(handle) == "<Gemma2ForCausalLM: enable was undone>"
     smooth = enable(build("Granite"), evaluation=True, label_smoothing=0.1)
@@ -411,27 +412,52 @@ def test_lora_with_a_frozen_head(peft, order):
         dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     ],
 )
-def test_adapter_on_the_head(peft, options):
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_an_adapter_on_the_head(peft, options, order):
     """PITFALLS, loss 22: never left out in silence."""
-    adapted = lora(peft, build("Llama"), **options)
-    with pytest.raises(TypeError, match="leave the head out of target_modules"):
-        enable(adapted)
-    expected, stock, _ = step(adapted)
+    expected, stock, _ = step(lora(peft, build("Llama"), **options))
     model = build("Llama")
-    enable(model)
+    if order == "before":
+        enable(model)
     adapted = lora(peft, model, **options)
-    with pytest.warns(UserWarning) if "modules_to_save" not in options else nullcontext():
-        loss, grads, _ = step(adapted)
+    if order == "after":
+        enable(adapted)
+    adapted.train()
+    assert isinstance(adapted(**batch()).logits, DeferredLogits)
+    loss, grads, _ = step(adapted)
     torch.testing.assert_close(loss, expected)
+    assert any(g is not None and "lm_head" in n for n, g in grads.items())
     for n, g in grads.items():
         assert (g is None) == (stock[n] is None)
         if g is not None:
             torch.testing.assert_close(g, stock[n], rtol=1e-5, atol=1e-6)
 
 
-class Quantised(nn.Linear):
+class Rounded(nn.Linear):
+    """As a fake-quantised head is."""
+
     def forward(self, x):
-        return super().forward(x)
+        weight = self.weight + ((self.weight * 64).round() / 64 - self.weight).detach()
+        return F.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_head_that_is_called(order):
+    torch.manual_seed(3)
+    head = Rounded(16, VOCAB)
+    expected, stock, _ = step(with_head(copy.deepcopy(head)))
+    model = build("Llama") if order == "before" else with_head(head)
+    handle = enable(model)
+    model.lm_head = head
+    loss, grads, _ = step(model)
+    torch.testing.assert_close(loss, expected)
+    for n, g in grads.items():
+        torch.testing.assert_close(g, stock[n], rtol=1e-5, atol=1e-6)
+    outputs = model(**batch())
+    assert isinstance(outputs.logits, DeferredLogits)
+    logits = outputs.logits.tensor()
+    handle.disable()
+    assert "forward" not in vars(head) and torch.equal(logits, model(**batch()).logits)
 
 
 def without_head():
@@ -528,9 +554,9 @@ def parallel():
             "model.loss_function is <lambda>, which deferred logits would replace",
         ),
         (
-            lambda: with_head(Quantised(16, VOCAB)),
+            lambda: with_head(nn.Sequential(nn.Linear(16, VOCAB))),
             TypeError,
-            "test_huggingface's Quantised, expected a plain",
+            "torch's Sequential, expected a module with out_features",
         ),
         (integers, TypeError, "weight has dtype torch.int8.*out of quantization"),
         (dispatched, TypeError, "forward has been replaced on the instance.*one device"),
