@@ -74,6 +74,11 @@ def shared_vocab_size(value: Any, columns: int, teacher_columns: int) -> int:
 
 def distilled_head(name: str, input: Any, weight: Any, bias: Any) -> None:
     """Check hidden states and the head of a student ("linear") or a teacher ("teacher")."""
+    if isinstance(weight, torch.nn.Module):
+        raise TypeError(
+            f"{name}_weight is a module, {type(weight).__name__}: pass lm_head.weight, and "
+            f"lm_head.bias as {name}_bias if it has one"
+        )
     try:
         hidden_states(input)
         linear_weight(weight, input, dims=False)

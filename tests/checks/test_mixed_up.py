@@ -14,6 +14,7 @@ from chunked_ce import (
     binary_cross_entropy_with_logits,
     cross_entropy,
     linear_cross_entropy,
+    linear_kl_div,
     linear_token_stats,
     token_stats,
 )
@@ -94,8 +95,11 @@ def test_mixed_up_message(call, error, message):
 
 
 def test_module_as_weight():
+    """linear_cross_entropy takes it; distillation, which needs the weight itself, says so."""
+    same = linear_cross_entropy(H, LM_HEAD.weight, T, linear_bias=LM_HEAD.bias)
+    torch.testing.assert_close(linear_cross_entropy(H, LM_HEAD, T), same)
     with pytest.raises(TypeError, match="linear_weight is a module, Linear.*pass lm_head.weight"):
-        linear_cross_entropy(H, LM_HEAD, T)
+        linear_kl_div(H, LM_HEAD, H, LM_HEAD.weight.detach())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from chunked_ce.kernels.rows import decode
 
 KERNELS = (
     "token_stats", "merge_parts", "token_grad", "loss_and_grad", "binary", "scale",
+    "pair_stats", "pair_grad",
 )  # fmt: skip
 FILES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "chunked_ce/backends").glob("triton*.py")]
 # Prints, for each kernel, what Triton keeps compiled code under: of launches that differ in the
@@ -29,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from bench.compiled import launches
-from chunked_ce.backends import gpu, triton, triton_binary
+from chunked_ce.backends import gpu, triton, triton_binary, triton_pair
+from chunked_ce.core.divergence import Divergence, PairStats
 from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
 from chunked_ce.core.row_stats import ClassWeights
@@ -61,6 +63,9 @@ def calls(x, ignore_index):
     record(lambda: triton.scale_(x, v))
     left_out = torch.empty(rows, 5, dtype=torch.int32)
     record(lambda: triton_binary.loss_sum(x, x, x, x, left_out))
+    how, stats = Divergence("jsd", 0.3, 2.0), PairStats(*[v] * len(PairStats._fields))
+    record(lambda: triton_pair.pair_stats(x, x, target == 0, how, vocab))
+    record(lambda: triton_pair.pair_gradient(x, x, target == 0, stats, v, how, vocab, inplace=True))
 
 for dtype in (torch.bfloat16, torch.float32) if "--dtypes" in sys.argv else (torch.bfloat16,):
     memory = torch.empty(40 * 60000, dtype=dtype)
@@ -75,7 +80,8 @@ print(json.dumps({name: len(keys) for name, keys in found.items()}))
 
 
 def kernel(name):
-    return getattr(import_module(f"chunked_ce.kernels.{name}"), f"{name}_kernel")
+    file = "pair" if name.startswith("pair") else name
+    return getattr(import_module(f"chunked_ce.kernels.{file}"), f"{name}_kernel")
 
 
 @pytest.mark.parametrize("name", KERNELS)
