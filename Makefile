@@ -70,7 +70,7 @@ else
 	test -e .venv-sanitize/done || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
 	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r tests/sanitize-requirements.txt && \
 	  touch .venv-sanitize/done; }
-	printf '%s\n' 'token_stats binary' 'cross_entropy grad_in_forward drop_in' | xargs -P 2 -I {} sh -c \
+	printf '%s\n' 'token_stats binary kl_div' 'cross_entropy grad_in_forward drop_in' | xargs -P 2 -I {} sh -c \
 	  'PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest $$(printf "tests/*/test_%s.py " {}) -q $(ARGS)'
 endif
 

@@ -118,8 +118,8 @@ def pair_sums(x, y, x_body, y_body, window, classes, scale, DTYPE: tl.constexpr,
 def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, beta, DTYPE: tl.constexpr,
                     TILE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
     """Return the loss and `student_kl`."""
-    loss = tl.zeros([TILE.GROUPS], DTYPE)
-    student_kl = tl.zeros([TILE.GROUPS], DTYPE)
+    loss = tl.full([TILE.GROUPS], 0.0, DTYPE)
+    student_kl = tl.full([TILE.GROUPS], 0.0, DTYPE)
     for i in range(0, window.body, TILE.GROUPS * TILE.WIDTH):
         columns, valid = tile_at(i, window.body, TILE)
         z, t = load_pair(x_body, y_body, columns, valid, DTYPE, OPTIONS)

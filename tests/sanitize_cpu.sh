@@ -34,6 +34,6 @@ run() {  # run SANITIZERS RUNTIME-LIBRARY TESTS...
         PYTHONMALLOC=malloc "$python" -m pytest -q -s --tb=short -p no:cacheprovider -p no:xdist "$@")
 }
 
-run address,undefined libasan.so tests/backends/test_backend_cpu.py tests/backends/test_backend_cpu_binary.py tests/functional/test_binary.py \
+run address,undefined libasan.so tests/backends/test_backend_cpu.py tests/backends/test_backend_cpu_binary.py tests/functional/test_binary.py tests/functional/test_kl_div.py \
     tests/functional/test_token_stats.py tests/functional/test_drop_in.py \
     -k "(backend_cpu or cpu) and not compile and not instruction_sets"

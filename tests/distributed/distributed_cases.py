@@ -6,6 +6,7 @@ Each rank builds the same whole tensors from a seed, and compares with the oracl
 import importlib.util
 import json
 import math
+import os
 import sys
 import traceback
 from datetime import timedelta
@@ -783,6 +784,8 @@ def main():
             sys.exit(1)  # torchrun ends the others, which may wait for this one
     (results / f"{rank}.json").write_text(json.dumps(done))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may outlive the group: torch then aborts at times while Python ends
 
 
 if __name__ == "__main__":
