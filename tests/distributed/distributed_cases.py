@@ -785,7 +785,9 @@ def main():
     (results / f"{rank}.json").write_text(json.dumps(done))
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # threads of gloo may outlive the group: torch then aborts at times while Python ends
+    os._exit(
+        0
+    )  # threads of gloo may outlive the group: torch then aborts at times while Python ends
 
 
 if __name__ == "__main__":
