@@ -71,7 +71,7 @@ def _linear(chunk_bytes: int | None, options: str, sums_in: str | None = None) -
         chosen = f", chunk_bytes={chunk_bytes >> 20} << 20"
     if sums_in is not None:
         name = f"{name}, sums in {sums_in.removeprefix('torch.')}"
-        chosen = f", acc_dtype={sums_in}"
+        chosen += f", acc_dtype={sums_in}"
     wide_sums, default = sums_in is None, chosen == ""
     return Way(
         name,

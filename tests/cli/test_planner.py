@@ -453,3 +453,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys
     assert code == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("chunked-ce") and said in error
+
+
+def test_code_names_every_option_of_its_way():
+    codes = {e.name: e.code for e in planner.plan(LLAMA, 8192) if e.code}
+    for name, code in codes.items():
+        assert ("chunk_bytes=64 << 20" in code) == ("64 MiB" in name)
+        assert ("acc_dtype=torch.bfloat16" in code) == ("sums in bfloat16" in name)
+    assert len(set(codes.values())) == len(codes)
