@@ -7,6 +7,7 @@ torch is imported already, everything is loaded at once, the operators `torch.op
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -88,5 +89,13 @@ if not TYPE_CHECKING:  # a type checker must not take any name for a public one
         return sorted({*globals(), *__all__})
 
 
+class _Moved(ModuleType):
+    """The import path that `evaluation.documents` had before it moved."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module(f"{__package__}.evaluation.documents"), name)
+
+
+documents = sys.modules[f"{__name__}.documents"] = _Moved(f"{__name__}.documents")
 if "torch" in sys.modules:
     _load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +125,10 @@ def test_calls_have_few_positional_booleans():
                 if len(booleans) > 2:
                     many.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not many
+
+
+def test_documents_former_import_path():
+    """Also as the first import of a process, in which torch is not loaded yet."""
+    program = "from chunked_ce.documents import from_text; import chunked_ce; chunked_ce.documents"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
