@@ -57,10 +57,6 @@ def find(form: str, names: Iterable[str]) -> list[Provider]:
     return [p for p in TABLE if p.form == form and p.name in names]
 
 
-def names_of(form: str) -> list[str]:
-    return [p.name for p in TABLE if p.form == form]
-
-
 def why_not(provider: Provider, device: str) -> str:
     """Return why the provider cannot run on that kind of device, or "" where it can."""
     try:

@@ -1,6 +1,8 @@
 """Where tests run. Without a GPU the kernels run in Triton's interpreter; under ttsem's sanitizer, and
 on a GPU, compiled. The `device` fixture says where tensors go, so that one test serves all three."""
 
+import contextlib
+import importlib
 import os
 import sys
 
@@ -111,5 +113,9 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(autouse=True, scope="session")
 def interpreter() -> None:
     if INTERPRETED:
+        # Now, and not within a test that leaves TRITON_INTERPRET out: kernels are decorated once.
+        with contextlib.suppress(ImportError):
+            for module in ("triton", "triton_binary", "triton_pair", "triton_shard"):
+                importlib.import_module(f"chunked_ce.backends.{module}")
         fuse_multiply_add()
         patch_the_language_once()

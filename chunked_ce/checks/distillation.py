@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from ..core.divergence import KINDS
-from .linear import hidden_states, linear_bias, linear_weight
+from .linear import (
+    NAMES,
+    HeadNames,
+    hidden_states,
+    linear_bias,
+    linear_weight,
+    no_module,
+)
 from .loss import logits, one_target_per_row
 from .values import brief, floating, integer, names, number, same_device, shape, target_indices
 
@@ -72,27 +79,20 @@ def shared_vocab_size(value: Any, columns: int, teacher_columns: int) -> int:
     return size
 
 
-def distilled_head(name: str, input: Any, weight: Any, bias: Any) -> None:
-    """Check hidden states and the head of a student ("linear") or a teacher ("teacher")."""
-    if isinstance(weight, torch.nn.Module):
-        raise TypeError(
-            f"{name}_weight is a module, {type(weight).__name__}: pass lm_head.weight, and "
-            f"lm_head.bias as {name}_bias if it has one"
-        )
-    try:
-        hidden_states(input)
-        linear_weight(weight, input, dims=False)
-        linear_bias(bias, weight)
-    except (TypeError, ValueError) as error:
-        if name != "teacher":
-            raise
-        message = str(error).replace("linear_", "teacher_")
-        raise type(error)(message.replace("input", "teacher_input")) from None
-    if name == "teacher":
-        given = dict(teacher_input=input, teacher_weight=weight, teacher_bias=bias)
-        for argument, tensor in given.items():
-            if tensor is not None:
-                no_teacher_gradient(argument, tensor)
+TEACHER_NAMES = HeadNames("teacher_input", "teacher_weight", "teacher_bias")
+
+
+def two_heads(student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> None:
+    """Check hidden states, weight and bias of each. The teacher gets no gradient."""
+    for given, called in ((student, NAMES), (teacher, TEACHER_NAMES)):
+        input, weight, bias = given
+        no_module(weight, called)
+        hidden_states(input, called.input)
+        linear_weight(weight, input, dims=False, names=called)
+        linear_bias(bias, weight, called.bias)
+    for name, tensor in zip(TEACHER_NAMES, teacher, strict=True):
+        if tensor is not None:
+            no_teacher_gradient(name, tensor)
 
 
 def distilled_tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +37,29 @@ def linear_input(
     linear_target(input, weight, target)
 
 
-def head_weight(weight: Any, target: object, *, dims: bool) -> None:
-    """Refuse modules, and what was meant for another place."""
+class HeadNames(NamedTuple):
+    """What a function calls its hidden states and the head's weight and bias."""
+
+    input: str = "input"
+    weight: str = "linear_weight"
+    bias: str = "linear_bias"
+
+
+NAMES = HeadNames()
+
+
+def no_module(weight: object, names: HeadNames = NAMES) -> None:
+    """Refuse a module where its weight is wanted."""
     if isinstance(weight, torch.nn.Module):
         raise TypeError(
-            f"linear_weight is a module, {type(weight).__name__}, expected its weight [V, D]: "
-            "pass lm_head.weight (and linear_bias=lm_head.bias, if it has one)"
+            f"{names.weight} is a module, {type(weight).__name__}, expected its weight [V, D]: "
+            f"pass lm_head.weight (and {names.bias}=lm_head.bias, if it has one)"
         )
+
+
+def head_weight(weight: Any, target: object, *, dims: bool) -> None:
+    """Refuse modules, and what was meant for another place."""
+    no_module(weight)
     holds_indices = isinstance(weight, Tensor) and weight.dtype in TARGET_DTYPES
     if holds_indices and are_probabilities(target):
         raise TypeError(f"linear_weight has dtype {weight.dtype}, like class indices: {_ORDER}")
@@ -55,61 +71,61 @@ def head_weight(weight: Any, target: object, *, dims: bool) -> None:
 _ORDER = "the arguments are (input, linear_weight, target): hidden states, lm_head.weight, labels"
 
 
-def hidden_states(input: Tensor) -> None:
-    floating("input", input, " of hidden states")
+def hidden_states(input: Tensor, name: str = "input") -> None:
+    floating(name, input, " of hidden states")
     if input.dim() == 0:
-        raise ValueError("input is a 0-dimensional tensor, expected hidden states [..., D]")
+        raise ValueError(f"{name} is a 0-dimensional tensor, expected hidden states [..., D]")
     if input.shape[-1] == 0:
         raise ValueError(
-            f"input of shape {shape(input)} has hidden states of 0 numbers: expected at least 1"
+            f"{name} of shape {shape(input)} has hidden states of 0 numbers: expected at least 1"
         )
 
 
-def linear_weight(weight: Tensor, input: Tensor, *, dims: bool) -> None:
+def linear_weight(weight: Tensor, input: Tensor, *, dims: bool, names: HeadNames = NAMES) -> None:
     """[V, D], or [V, d1, ..., D] where `dims` may be."""
+    name = names.weight
     if is_dtensor(weight):
         raise TypeError(
-            "linear_weight is a DTensor, whose shards are elsewhere: gather it first "
-            "(linear_weight.full_tensor(), or module.unshard() with FSDP2)"
+            f"{name} is a DTensor, whose shards are elsewhere: gather it first "
+            f"({name}.full_tensor(), or module.unshard() with FSDP2)"
         )
-    floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
+    floating(name, weight, "", "dequantise it, or convert it to input's dtype")
     if weight.dim() < 2 or (weight.dim() > 2 and not dims):
         expected = "[V, D] or [V, d1, ..., D]" if dims else "[V, D]"
         raise ValueError(
-            f"linear_weight has shape {shape(weight)}, expected {expected}: pass lm_head.weight "
+            f"{name} has shape {shape(weight)}, expected {expected}: pass lm_head.weight "
             "(under FSDP inside the module that owns it, where it is whole)"
         )
     if weight.shape[-1] != input.shape[-1]:
         raise ValueError(
-            f"linear_weight of shape {shape(weight)} takes hidden states of "
-            f"{weight.shape[-1]} numbers, but input has shape {shape(input)}: "
+            f"{name} of shape {shape(weight)} takes hidden states of "
+            f"{weight.shape[-1]} numbers, but {names.input} has shape {shape(input)}: "
             "pass the weight as [V, D], as torch.nn.Linear keeps it"
         )
     if any(size == 0 for size in weight.shape):
-        raise ValueError(f"linear_weight of shape {shape(weight)} has no classes, or no heads")
+        raise ValueError(f"{name} of shape {shape(weight)} has no classes, or no heads")
     if weight.dim() > 2 and input.dim() != 2:
         raise ValueError(
-            f"linear_weight of shape {shape(weight)} has more than two dimensions and wants "
+            f"{name} of shape {shape(weight)} has more than two dimensions and wants "
             f"input [N, D], but input has shape {shape(input)}"
         )
-    same_device("linear_weight", weight, input)
+    same_device(name, weight, input)
 
 
-def linear_bias(bias: object, weight: Tensor) -> None:
+def linear_bias(bias: object, weight: Tensor, name: str = "linear_bias") -> None:
     if bias is None:
         return
     if not isinstance(bias, Tensor):
         raise TypeError(
-            f"linear_bias must be a Tensor or None, got {type(bias).__name__}"
-            f"{to_tensor('linear_bias', bias)}"
+            f"{name} must be a Tensor or None, got {type(bias).__name__}{to_tensor(name, bias)}"
         )
-    dense("linear_bias", bias)
+    dense(name, bias)
     if bias.shape != weight.shape[:-1]:
         raise ValueError(
-            f"linear_bias has shape {shape(bias)}, expected one number per class, "
+            f"{name} has shape {shape(bias)}, expected one number per class, "
             f"{shape(weight[..., 0])}"
         )
-    same_device("linear_bias", bias, weight)
+    same_device(name, bias, weight)
 
 
 def linear_target(input: Tensor, weight: Tensor, target: Any) -> None:

@@ -91,9 +91,11 @@ def reduction(value: object) -> None:
         raise ValueError(f"reduction is {brief(value)}, expected one of {names(REDUCTIONS)}")
 
 
-def flags(**values: object) -> None:
+def flags(**values: Any) -> tuple[Any, ...]:
+    """Return the values, True or False each."""
     for name, value in values.items():
         flag(name, value)
+    return tuple(values.values())
 
 
 def class_dimension(input: Tensor, dim: object) -> int:

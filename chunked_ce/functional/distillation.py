@@ -13,7 +13,7 @@ from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two reg
 from ..ops.chunks import default_rows, padded_row_bytes
 from .linear import autocast
 
-CheckedHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
+FlatHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 
 
 def kl_div(
@@ -173,12 +173,12 @@ def linear_kl_div(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
     kind, beta, temperature = checks.divergence(kind, beta, temperature)
-    student = _checked_head("linear", input, linear_weight, linear_bias)
-    teacher = _checked_head("teacher", teacher_input, teacher_weight, teacher_bias)
-    rows = input.shape[:-1]
+    student, teacher = _flat_heads(
+        (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
+    )
     ce_weight = checks.distilled_tokens(input, teacher_input, target, cross_entropy_weight)
     checks.reduction(reduction)
-    checks.token_weight(token_weight, rows, input)
+    checks.token_weight(token_weight, input.shape[:-1], input)
     num_items = checks.num_items(num_items, reduction, input)
     ignore_index = checks.ignore_index(ignore_index)
     classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
@@ -194,14 +194,14 @@ def linear_kl_div(
         weights, ignore_index, kind, beta, temperature, ce_weight, classes,
         choose_backend(backend, input.device),
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
-        checks.acc_dtype(acc_dtype, student[1]), [False] * 3,
+        checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
-    return total if fused else reduction_spec.reduce(losses.view(rows))
+    return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
 
 
 def _rows_per_chunk(
-    student: CheckedHead,
-    teacher: CheckedHead,
+    student: FlatHead,
+    teacher: FlatHead,
     classes: int,
     chunk_bytes: int | None,
     token_chunk_size: int | None,
@@ -230,8 +230,13 @@ def _token_weights(
     return weight.reshape(-1).to(dtype)
 
 
-def _checked_head(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> CheckedHead:
-    """Return hidden states [N, D] and a head that fit one another."""
-    checks.distilled_head(name, input, weight, bias)
+def _flat_heads(student: FlatHead, teacher: FlatHead) -> tuple[FlatHead, FlatHead]:
+    """Check hidden states [..., D], weight and bias of each; return them as `_flat_head` does."""
+    checks.two_heads(student, teacher)
+    return _flat_head(*student), _flat_head(*teacher)
+
+
+def _flat_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> FlatHead:
+    """Return hidden states [N, D], weight and bias in the dtype that autocast wants."""
     hidden, weight, bias = autocast(input, weight, bias)
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from ..checks.loss import LossOptions
 from ..core.reduction import Reduction
 from ..ops import transforms
 from ..ops.chunks import default_rows, padded_row_bytes
-from ..ops.library import Classes, Outputs
+from ..ops.head_calls import AnyHead
+from ..ops.library import Classes, Outputs, flat_classes, in_target_shape
 from . import several_heads
+from .heads import loss_of_called_head, outputs_of_called_head, split_head
 from .shift import next_tokens
 from .targets import AnyTarget, Target, describe_target, wanted_of
 
-Result = TypeVar("Result")
-LinearHead = Tensor | Callable[[Tensor], Tensor]
+LinearHead = Tensor | AnyHead
 
 
 @checks.hides_unknown
@@ -139,8 +139,12 @@ def linear_cross_entropy(
         >>> print(f"{loss.item():.4f}")  # ln 10
         2.3026
     """
-    if unknown or callable(linear_weight):
-        return with_head(linear_cross_entropy, locals())
+    if unknown:
+        checks.unknown_keywords(linear_cross_entropy, unknown)
+    head = None
+    if callable(linear_weight):
+        parts = split_head(linear_weight, linear_bias, input, logits_dtype)
+        head, linear_weight, linear_bias = parts
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
@@ -151,44 +155,40 @@ def linear_cross_entropy(
         input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
         z_loss_weight, spread_rest, token_weight, num_items,
     )  # fmt: skip
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias, head)
     shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
-    if weight is not None:
-        weight = checks.head_class_weight(weight, linear_weight, shared[1])
-    labels, reducer = describe_target(input, target, -1, weight, ignore_index, shared[1], options)
-    loss_of = partial(_loss_of_head, input, shared, options)
-    return _loss_of_heads(loss_of, linear_weight, linear_bias, reducer, labels)
+    return _loss(head, input, target, linear_weight, linear_bias, weight, options, shared)
 
 
-def _loss_of_heads(
-    loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], Tensor],
-    weight: Tensor,
-    *arguments: Any,
+def _loss(
+    head: AnyHead | None,
+    input: Tensor,
+    target: AnyTarget,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    shared: Shared,
 ) -> Tensor:
     """Return the loss of a head [V, D], or of all heads in a weight [V, d1, ..., D]."""
-    if weight.dim() == 2:
-        return loss_of(weight, *arguments)
-    return several_heads.loss_of_heads(loss_of, weight, *arguments)
-
-
-def with_head(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
-    """Return `function(**arguments)`, where `linear_weight` is a head."""
-    unknown = arguments.pop("unknown")
-    if unknown:
-        checks.unknown_keywords(function, unknown)
-    from .heads import call_with_head
-
-    result: Result = call_with_head(function, arguments)
-    return result
+    ignore_index, vocab_size, *_ = shared
+    if weight is not None:
+        weight = checks.head_class_weight(weight, linear_weight, vocab_size)
+    labels, reducer = describe_target(input, target, -1, weight, ignore_index, vocab_size, options)
+    loss_of = partial(_loss_of_head, head, input, shared, options)
+    if linear_weight.dim() == 2:
+        return loss_of(linear_weight, linear_bias, reducer, labels)
+    return several_heads.loss_of_heads(loss_of, linear_weight, linear_bias, reducer, labels)
 
 
 Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype, torch.dtype]
 
 
 def _loss_of_head(
+    head: AnyHead | None,
     input: Tensor,
     shared: Shared,
     options: LossOptions,
@@ -200,10 +200,12 @@ def _loss_of_head(
     """Return the loss of one [V, D] head: a sum, or that of each token."""
     smoothing, z_loss_weight = options.label_smoothing, options.z_loss_weight
     shared = (labels.ignore_index, *shared[1:])
+    if head is not None:
+        return loss_of_called_head(head, input, shared, options, weight, reducer, labels)
     fused = labels.is_plain and reducer.allows_grad_in_forward(input.dtype)
     if reducer.name == "none" or not fused:
         outputs = outputs_of_head(
-            input, weight, bias, labels.index, labels.classes, shared, wanted_of(labels)
+            None, input, weight, bias, labels.index, labels.classes, shared, wanted_of(labels)
         )
         return reducer.reduce_with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
     token_weight = None if reducer.weight is None else reducer.weight.reshape(-1)
@@ -250,6 +252,7 @@ def shared_arguments(
 
 
 def outputs_of_head(
+    head: AnyHead | None,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -259,6 +262,8 @@ def outputs_of_head(
     wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
 ) -> Outputs:
     """Return the statistics' operator's outputs in the shape of `target`."""
+    if head is not None:
+        return outputs_of_called_head(head, input, shared, weight, target, classes, wanted)
     outputs = torch.ops.chunked_ce.linear_stats(
         input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1),
         *flat_classes(classes), *shared, *wanted,
@@ -266,28 +271,15 @@ def outputs_of_head(
     return in_target_shape(outputs, target)
 
 
-def flat_classes(classes: Classes) -> Classes:
-    """Return the Classes of [...] tokens for tokens [N]."""
-    of_class, prob, scale, shift, at = classes
-    return Classes(  # torch.compile of torch 2.6 cannot trace _replace
-        of_class,
-        None if prob is None else prob.reshape(-1, prob.shape[-1]),
-        scale,
-        shift,
-        None if at is None else at.reshape(-1, at.shape[-1]),
-    )
-
-
-def in_target_shape(outputs: tuple[Tensor, ...], target: Tensor) -> Outputs:
-    """Return an operator's outputs [N] in the shape of `target`."""
-    n = target.numel()
-    return Outputs(*(o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs))
-
-
 def autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None
+    input: Tensor, weight: Tensor, bias: Tensor | None, head: AnyHead | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the operands in the dtype that `F.linear` computes in under autocast."""
+    """Return the operands in the dtype that `F.linear` computes in under autocast.
+
+    A head that is called chooses its dtype itself.
+    """
+    if head is not None:
+        return input, weight, bias
     device = input.device.type
     # torch.compile of torch 2.6 cannot trace is_autocast_available.
     available = device in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device)

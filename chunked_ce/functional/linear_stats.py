@@ -11,7 +11,8 @@ from .. import checks
 from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.library import Classes
-from .linear import LinearHead, autocast, outputs_of_head, shared_arguments, with_head
+from .heads import split_head
+from .linear import LinearHead, autocast, outputs_of_head, shared_arguments
 from .shift import ROWS, next_tokens
 
 
@@ -108,23 +109,27 @@ def linear_token_stats(
         >>> tuple(stats.entropy.shape)
         (2,)
     """
-    if unknown or callable(linear_weight):
-        return with_head(linear_token_stats, locals())
+    if unknown:
+        checks.unknown_keywords(linear_token_stats, unknown)
+    head = None
+    if callable(linear_weight):
+        parts = split_head(linear_weight, linear_bias, input, logits_dtype)
+        head, linear_weight, linear_bias = parts
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_token_stats, locals(), ROWS if cu_seqlens is None else ())
     checks.target_indices(target)
     checks.linear_input(input, linear_weight, linear_bias, target, dims=False)
-    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
+    wanted = checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     ignore_index = checks.ignore_index(ignore_index)
     if shift is not False or position_ids is not None or cu_seqlens is not None:
         target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias, head)
     shared = shared_arguments(
         input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
-    wanted = (entropy, mean_logprob, rank, argmax)
-    classes = Classes(weight if mean_logprob else None)
-    outputs = outputs_of_head(input, linear_weight, linear_bias, target, classes, shared, wanted)
-    return outputs.to_token_stats(wanted)
+    return outputs_of_head(
+        head, input, linear_weight, linear_bias, target, Classes(weight if mean_logprob else None),
+        shared, wanted,
+    ).to_token_stats(wanted)  # fmt: skip

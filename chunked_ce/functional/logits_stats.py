@@ -109,13 +109,12 @@ def token_stats(
     checks.class_dimension(input, -1)
     checks.target_indices(target)
     checks.one_target_per_row(input, target)
-    checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
+    wanted = checks.flags(entropy=entropy, mean_logprob=mean_logprob, rank=rank, argmax=argmax)
     ignore_index = checks.ignore_index(ignore_index)
     if shift is not False or position_ids is not None or cu_seqlens is not None:
         target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
     shared = shared_arguments(input, vocab_size, softcap, logit_scale, inplace_backward, backend)
     weight = checks.class_weight(weight, input, shared.vocab_size)
-    wanted = (entropy, mean_logprob, rank, argmax)
     *options, inplace_backward = (ignore_index, *shared)
     outputs = token_stats_operator(
         input, target, *Classes(weight if mean_logprob else None), *options, *wanted,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.reduction import apply_weight, token_loss
-from .chunks import Index
+from .chunks import Index, scale_gradients
 from .head_calls import HeadCalls, HeadGradients, RandomState
 from .library import NUM_FLOATING, Classes, new_outputs
 from .logits import rows_gradient, upstream_coefficients
@@ -61,11 +61,8 @@ class _HeadLoss(torch.autograd.Function):
         if grads is None:  # handed over, and scaled: a second backward computes them again
             with _replayed(ctx.calls):
                 _, grads = _loss(ctx.calls, token_weight, divisor, ctx.options, ctx.wanted)
-        for grad in grads:
-            if grad is not None:
-                rows = grad.view(1, -1)
-                backends.scale_(rows, upstream.to(grad.device), ctx.calls.backend)
-        return None, None, None, None, *grads
+        scaled = scale_gradients(grads, ctx.wanted, upstream, ctx.calls.backend, reuse=True)
+        return None, None, None, None, *scaled
 
 
 class _HeadStats(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -205,6 +205,30 @@ def gradient_like(t: Tensor | None, wanted: bool) -> Tensor:
     if t is None or not wanted:
         return torch.empty(0) if t is None else t.new_empty(0)
     return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def scale_gradients(
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    upstream: Tensor | None,  # []; None: 1
+    backend: str,
+    *,
+    reuse: bool,
+) -> list[Tensor | None]:
+    """Return the gradients times `upstream`, in their own memory if `reuse`; None if not wanted."""
+    scaled: list[Tensor | None] = []
+    for grad, want in zip(grads, wanted, strict=True):
+        if grad is None or not want:
+            scaled.append(None)
+        elif upstream is None:
+            scaled.append(grad)
+        elif reuse:
+            rows = grad.detach() if grad.dim() > 1 else grad.detach().view(1, -1)
+            torch.ops.chunked_ce.scale_(rows, upstream.to(grad.device), backend)
+            scaled.append(grad)
+        else:
+            scaled.append((grad * upstream).to(grad.dtype))
+    return scaled
 
 
 def has_wide_products(x: Tensor, dtype: torch.dtype) -> bool:

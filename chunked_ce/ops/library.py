@@ -101,3 +101,21 @@ def new_outputs(
         input.new_empty(0 if classes.indices is None else classes.indices.shape, dtype=floats),
         *(new(integers, rank), new(integers, argmax)),
     )
+
+
+def flat_classes(classes: Classes) -> Classes:
+    """Return the Classes of [...] tokens for tokens [N]."""
+    of_class, prob, scale, shift, at = classes
+    return Classes(  # torch.compile of torch 2.6 cannot trace _replace
+        of_class,
+        None if prob is None else prob.reshape(-1, prob.shape[-1]),
+        scale,
+        shift,
+        None if at is None else at.reshape(-1, at.shape[-1]),
+    )
+
+
+def in_target_shape(outputs: tuple[Tensor, ...], target: Tensor) -> Outputs:
+    """Return an operator's outputs [N] in the shape of `target`."""
+    n = target.numel()
+    return Outputs(*(o.view(target.shape + o.shape[1:]) if o.shape[0] == n else o for o in outputs))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
 from ..core.reduction import apply_weight, is_scored, token_loss
-from .chunks import Gradients, chunk_indices, gradient_like, walk
+from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
 from .classes import check_classes
 from .library import (
     CLASSES_SCHEMA,
@@ -195,19 +195,8 @@ class _LinearLoss(torch.autograd.Function):
                 _, *grads = torch.ops.chunked_ce.linear_loss(
                     *given, *ctx.options, ctx.wanted, ctx.reuse
                 )
-        backend = ctx.options[6]
-        scaled: list[Tensor | None] = [None, None, None]
-        for i, wanted in enumerate(ctx.wanted):
-            if wanted and ctx.reuse:
-                scaled[i] = grads[i]
-                torch.ops.chunked_ce.scale_(_rows(grads[i]), upstream, backend)
-            elif wanted:
-                scaled[i] = (grads[i] * upstream).to(grads[i].dtype)
+        scaled = scale_gradients(grads, ctx.wanted, upstream, ctx.options[6], reuse=ctx.reuse)
         return *scaled, *(None,) * 16
-
-
-def _rows(grad: Tensor) -> Tensor:
-    return grad if grad.dim() > 1 else grad[None].detach()
 
 
 class _LinearStats(torch.autograd.Function):

@@ -16,18 +16,19 @@ from torch import Tensor
 from .. import backends, checks
 from ..core.divergence import Divergence
 from ..core.head import IDENTITY, compute_dtype
-from ..core.reduction import apply_weight
-from .chunks import Gradients, Index, gradient_like, walk
+from ..core.reduction import apply_weight, is_scored
+from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
 from .library import library
 
 library.define(
     "linear_pair(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor teacher_input, "
     "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? token_weight, "
     "int ignore_index, str kind, float beta, float temperature, float cross_entropy_weight, "
-    "SymInt vocab_size, str backend, int rows_per_chunk, ScalarType acc_dtype, bool[] wanted) -> "
+    "SymInt vocab_size, str backend, int rows_per_chunk, ScalarType acc_dtype, bool[] wanted, "
+    "bool reuse) -> "
     "(Tensor loss, Tensor total, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
 )
-_ARGUMENTS = 18
+_ARGUMENTS = 19
 
 
 def _linear_pair(
@@ -43,12 +44,12 @@ def _linear_pair(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     kind, beta, temperature, cross_entropy_weight, vocab_size, backend, *options_ = options
-    rows_per_chunk, acc_dtype, wanted = options_
-    how, n = Divergence(kind, beta, temperature), len(input)
-    ignored = None if target is None else target.long() == ignore_index
-    chunks: list[Index] = [slice(i, i + rows_per_chunk) for i in range(0, n, rows_per_chunk)]
+    rows_per_chunk, acc_dtype, wanted, _ = options_
+    how, run = Divergence(kind, beta, temperature), backends.pair_backend(backend)
+    ignored = None if target is None else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
-    losses = input.new_zeros(n, dtype=compute_dtype(input.dtype))
+    losses = input.new_zeros(len(input), dtype=compute_dtype(input.dtype))
+    chunks = chunk_indices(losses, ignore_index, rows_per_chunk, drop_ignored=False)
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     teacher = teacher_input.detach(), teacher_weight.detach(), teacher_bias
     for (index, x, logits), (_, _, of_teacher) in zip(
@@ -57,7 +58,6 @@ def _linear_pair(
         strict=True,
     ):
         skip = None if ignored is None else ignored[index]
-        run = backends.pair_backend(backend)
         stats = run.pair_stats(logits, of_teacher, skip, how, vocab_size)
         losses[index] = stats.loss
         of_tokens = None if token_weight is None else token_weight[index]
@@ -74,6 +74,8 @@ def _linear_pair(
             given = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
             grad = run.pair_gradient(*given, inplace=True)
             gradients.add(index, x, grad if of_labels is None else grad.add_(of_labels))
+            del given, grad
+        del x, logits, of_teacher  # the last chunk ends before the gradients are rounded
     total = losses if token_weight is None else apply_weight(losses, token_weight)
     return losses, total.sum(), *gradients.finish()
 
@@ -101,7 +103,7 @@ def _cross_entropy(
 
 
 def _fake_linear_pair(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    dtype, given = compute_dtype(input.dtype), zip((input, weight, bias), rest[-1], strict=True)
+    dtype, given = compute_dtype(input.dtype), zip((input, weight, bias), rest[-2], strict=True)
     losses, total = input.new_empty(input.shape[0], dtype=dtype), input.new_empty((), dtype=dtype)
     return losses, total, *(gradient_like(t, want) for t, want in given)
 
@@ -111,10 +113,12 @@ class _LinearPair(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        ctx.wanted, ctx.options = list(ctx.needs_input_grad[:3]), arguments[8:-1]
-        ctx.is_sum = arguments[7] is not None
-        losses, total, *grads = _call(*arguments[:-1], ctx.wanted if ctx.is_sum else [False] * 3)
-        ctx.save_for_backward(*(grads if ctx.is_sum else arguments[:7]))
+        *given, _, ctx.reuse = arguments
+        ctx.wanted, ctx.options = list(ctx.needs_input_grad[:3]), given[8:]
+        ctx.is_sum = given[7] is not None
+        wanted = ctx.wanted if ctx.is_sum else [False] * 3
+        losses, total, *ctx.grads = _call(*given, wanted, ctx.reuse)
+        ctx.save_for_backward(*given[:8])
         ctx.mark_non_differentiable(losses if ctx.is_sum else total)
         return losses, total
 
@@ -122,13 +126,14 @@ class _LinearPair(torch.autograd.Function):
     def backward(ctx: Any, of_losses: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
-        if ctx.is_sum:
-            grads = [(grad * of_total).to(grad.dtype) for grad in ctx.saved_tensors]
-        else:
-            given = (*ctx.saved_tensors, of_losses.contiguous(), *ctx.options, ctx.wanted)
-            _, _, *grads = _call(*given)
-        found = (grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
-        return *found, *(None,) * (_ARGUMENTS - 3)
+        *given, token_weight = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None if ctx.reuse else ctx.grads
+        if not ctx.is_sum or grads is None:  # a second backward computes them again
+            upstream = token_weight if ctx.is_sum else of_losses.contiguous()
+            _, _, *grads = _call(*given, upstream, *ctx.options, ctx.wanted, ctx.reuse)
+        scale = of_total if ctx.is_sum else None
+        scaled = scale_gradients(grads, ctx.wanted, scale, ctx.options[6], reuse=ctx.reuse)
+        return *scaled, *(None,) * (_ARGUMENTS - 3)
 
 
 def _call(*arguments: Any) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ has no derivative, so second derivatives and forward mode raise.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -41,7 +42,8 @@ def call(
         have these dimensions too. A batch of such arguments is one call. A batch of other arguments
         is one call per sample.
     """
-    arguments.pop("unknown", None)  # empty: unknown keywords are refused before
+    # As `locals()` they hold more than the function's own.
+    arguments = {name: arguments[name] for name in inspect.signature(function).parameters}
     invocation = _Call(function, arguments, rows)
     outputs = _Forward.apply(invocation, *invocation.tensors)  # type: ignore[no-untyped-call]
     result: Result = invocation.result(outputs)
