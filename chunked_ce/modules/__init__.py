@@ -1,0 +1,7 @@
+"""`torch.nn.Module` faces of the functions."""
+
+from .binary import BCEWithLogitsLoss
+from .linear import LinearCrossEntropyLoss
+from .logits import CrossEntropyLoss
+
+__all__ = ["BCEWithLogitsLoss", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
