@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..kernels.scale import scale_kernel
 from ..kernels.token_grad import token_grad_kernel
 from ..kernels.token_stats import token_stats_kernel
 from . import gpu
+from .gpu import on_device
 from .strided_rows import (
     gradient_addresses,
     gradient_options,
@@ -193,6 +193,7 @@ def loss_and_gradient(
     *,
     inplace: bool,
     on_clusters: bool,
+    stats: TokenStats | None = None,  # its lse and logprob are written, memory [rows] each
 ) -> tuple[Tensor, Tensor]:
     """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
@@ -203,6 +204,7 @@ def loss_and_gradient(
     dtype = compute_dtype(input.dtype)
     loss = torch.empty(target.numel(), dtype=dtype, device=input.device)
     weight = loss if token_weight is None else token_weight.reshape(-1).to(dtype).contiguous()
+    outputs = (loss, loss, loss) if stats is None else (loss, stats.lse, stats.logprob)
     contiguous = input.stride(-1) == 1 and grad.stride(-1) == 1
     for flat, (x, out) in strided_rows(input, grad):
         rows = x.shape[0] * x.shape[1]
@@ -211,7 +213,7 @@ def loss_and_gradient(
             loss_and_grad_kernel[(plan.programs,)](
                 **gradient_addresses(x, out),
                 target_ptr=target[flat],
-                loss_ptr=loss[flat],
+                out=arguments.RowOutputs(*[t[flat] for t in outputs]),
                 weight_ptr=weight[flat],
                 divisor_ptr=loss if divisor is None else divisor.to(dtype),
                 rows=rows,
@@ -224,6 +226,7 @@ def loss_and_gradient(
                 OPTIONS=Options(
                     HAS_TOKEN_WEIGHT=token_weight is not None,
                     HAS_DIVISOR=divisor is not None,
+                    HAS_STATS=stats is not None,
                     MEAN_LOGPROB=label_smoothing > 0,
                     HAS_U=label_smoothing > 0,
                     ON_CHIP=plan.on_chip,
@@ -293,8 +296,3 @@ def _numbers(head: Head, weights: ClassWeights) -> dict[str, float]:
 
 def _head_options(head: Head) -> dict[str, bool]:
     return dict(HAS_SOFTCAP=head.softcap is not None, HAS_SCALE=head.logit_scale != 1.0)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` current, because Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -6,6 +6,7 @@ Each tells the operator which statistics it needs. From these it computes each t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from ..checks.loss import LossOptions
 from ..core.class_logits import is_first_occurrence
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, apply_weight, is_scored, make_reduction, smooth_labels
+from ..core.row_stats import TokenStats
 from ..ops.library import NO_CLASS, Classes, Outputs
 
 AnyTarget = Tensor | tuple[Tensor, Tensor]
@@ -207,9 +209,37 @@ class TopK(_Distribution):
         return rest.masked_fill((rest <= 0) | is_rounding, 0.0)
 
 
-def wanted_of(spec: Target) -> tuple[bool, bool, bool, bool]:
-    """Return which statistics a target needs: entropy, mean_logprob, rank, argmax."""
-    return False, spec.wants_mean_logprob, False, False
+def wanted_of(spec: Target, stats: Sequence[bool]) -> tuple[bool, bool, bool, bool]:
+    """Return which statistics are needed: entropy, mean_logprob, rank, argmax.
+
+    stats: those of LOGGED that the caller wants too.
+    """
+    entropy, rank, argmax = stats or (False, False, False)
+    return entropy, spec.wants_mean_logprob, rank, argmax
+
+
+def loss_and_stats(
+    statistics: Callable[[tuple[bool, ...]], Outputs],  # of which are wanted
+    labels: Target,
+    reducer: Reduction,
+    options: LossOptions,
+    backend: str,
+) -> tuple[Tensor, TokenStats | None]:
+    """Return the reduced loss, and the statistics if the options ask for them."""
+    # Triton's kernel takes smaller tiles for more statistics, which would change bits of the loss.
+    apart = backend == "triton" and any(options.stats)
+    outputs = statistics(wanted_of(labels, () if apart else options.stats))
+    loss = reducer.reduce_with_z_loss(
+        labels.cross_entropy(outputs), outputs.lse, options.z_loss_weight
+    )
+    if not options.stats:
+        return loss, None
+    found = outputs.logged(options.stats)
+    if apart:
+        with torch.no_grad():
+            others = statistics(wanted_of(labels, options.stats)).logged(options.stats)
+        found = others._replace(lse=found.lse, logprob=found.logprob)
+    return loss, found
 
 
 def describe_target(
@@ -229,10 +259,15 @@ def describe_target(
     labels, token_weight = with_token_weight(
         labels, options.token_weight, options.z_loss_weight, dtype
     )
-    return labels, make_reduction(
+    reducer = make_reduction(
         options.reduction, labels.index, labels.ignore_index, token_weight, options.num_items,
         dtype, labels.counts,
     )  # fmt: skip
+    if options.group is not None:
+        from ..distributed.collectives import over_ranks
+
+        reducer = over_ranks(reducer, options.group)
+    return labels, reducer
 
 
 def target_of(
