@@ -122,8 +122,8 @@ def freed_after_forward(head: nn.Module) -> bool:
     if not hasattr(head, "set_reshard_after_forward"):
         raise TypeError(
             "the output head is a group of its own under FSDP2, and this torch cannot keep its "
-            "weight until the loss: call fully_shard(head, reshard_after_forward=False), or call fully_shard on "
-            "the layers and on the model, but not on the head"
+            "weight until the loss: call fully_shard(head, reshard_after_forward=False), or call "
+            "fully_shard on the layers and on the model, but not on the head"
         )
     return True
 
