@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.recipes import RECIPES
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import INTERRUPTED, UsageError
 from .files import STANDARD, check_files, read_text, write_text, write_whole
@@ -45,6 +46,8 @@ def add_command(subparsers: Any) -> None:
         help="step from one window to the next; default: the context")  # fmt: skip
     add("--full-last-window", action="store_true",
         help="let a file's last window reach back as far as the context allows")  # fmt: skip
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help="windows, BOS, joins and counts of another tool: " + ", ".join(RECIPES))  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="WINDOWS", help="default: %(default)s")
     add("--bos", type=_special_token, default=None, metavar="auto|yes|no|ID",
         help="token before each file, unscored; default: auto, the tokenizer's way")  # fmt: skip
@@ -117,6 +120,7 @@ def _evaluate(
             context_length=args.context,
             stride=args.stride,
             full_last_window=args.full_last_window,
+            recipe=args.recipe,
             batch_size=args.batch_size,
             bos=args.bos,
             eos=args.eos,
@@ -145,7 +149,7 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
     import torch
 
     parameter = next(model.parameters())
-    settings = {
+    settings: dict[str, Any] = {
         "model": args.model,
         "text": [str(path) for path in args.text],
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -153,8 +157,10 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
         "torch": torch.__version__,
     }
     contents = settings | replace(report, per_window=None).to_dict()
-    for path, document in zip(args.text, contents["per_document"], strict=True):
-        document["file"] = str(path)
+    joined = report.documents_given != len(args.text)
+    names = [" + ".join(settings["text"])] if joined else settings["text"]
+    for name, document in zip(names, contents["per_document"], strict=True):
+        document["file"] = name
     for position, measures in enumerate(contents["per_position"], 1):
         measures["context_tokens"] = position
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from ..evaluation.recipes import describe
 from ..evaluation.report import EvaluationReport, counted
 
 
@@ -14,7 +15,8 @@ def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> 
     Args:
         report: what was scored.
         name: of the model.
-        files: names of the documents, in their order; without them no file has a line.
+        files: names of the documents, in their order; without them no file has a line, nor where
+            a recipe joined the files.
     """
     error = report.mean_nll_stderr
     rows = [
@@ -37,7 +39,7 @@ def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> 
         what += ", partly scored" if report.partial else ""
         rows.append(("document perplexity", f"{mean:.4f}", what))
     lines = [_heading(report, name), *_aligned(rows)]
-    if len(files) > 1 and report.per_document is not None:
+    if len(files) > 1 and len(report.per_document or ()) == len(files):
         lines += ["", *_by_file(report, files)]
     return "\n".join(lines)
 
@@ -79,7 +81,8 @@ def _heading(report: EvaluationReport, name: str) -> str:
     if report.logits_stored:
         parts.append("from the model's own logits")
     partial = "PARTIAL, interrupted: only what was scored is in it\n" if report.partial else ""
-    return partial + ", ".join(parts)
+    recipe = "" if report.recipe is None else "\n" + describe(report.recipe, report.bos)
+    return partial + ", ".join(parts) + recipe
 
 
 def _of(scored: int, given: int, what: str = "document") -> str:

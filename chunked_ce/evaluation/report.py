@@ -56,12 +56,23 @@ class PerplexityReport:
         return _exp(self.mean_nll)
 
     @property
+    def perplexity_stderr(self) -> float | None:
+        """Return perplexity * mean_nll_stderr, to first order; llama.cpp's "+/-"."""
+        error = self.mean_nll_stderr
+        return None if error is None else self.perplexity * error
+
+    @property
     def bits_per_token(self) -> float:
         return self.mean_nll / math.log(2)
 
     @property
     def bits_per_byte(self) -> float | None:
         return self.nll_sum / math.log(2) / self.bytes if self.bytes else None
+
+    @property
+    def byte_perplexity(self) -> float | None:
+        """Return exp(nll_sum / bytes), which is 2 to the power of `bits_per_byte`."""
+        return _exp(self.nll_sum / self.bytes) if self.bytes else None
 
     @property
     def word_perplexity(self) -> float | None:
@@ -85,8 +96,10 @@ class PerplexityReport:
             "mean_nll": self.mean_nll,
             "mean_nll_stderr": self.mean_nll_stderr,
             "perplexity": self.perplexity,
+            "perplexity_stderr": self.perplexity_stderr,
             "bits_per_token": self.bits_per_token,
             "bits_per_byte": self.bits_per_byte,
+            "byte_perplexity": self.byte_perplexity,
             "word_perplexity": self.word_perplexity,
             "accuracy": self.accuracy,
             "mean_reciprocal_rank": self.mean_reciprocal_rank,
@@ -147,9 +160,13 @@ class EvaluationReport(PerplexityReport):
     windows_scored: int = 0
     logits_stored: bool = False  # the head could not be deferred
     partial: bool = False  # interrupted: some windows are not in it
+    recipe: str | None = None  # whose windows and counts these are, see RECIPES
     per_document: tuple[PerplexityReport, ...] | None = None
     per_position: tuple[PerplexityReport, ...] | None = None
     per_window: tuple[PerplexityReport, ...] | None = None
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.recipe is None else f", recipe {self.recipe}")
 
     @property
     def mean_document_perplexity(self) -> float | None:

@@ -62,7 +62,10 @@ class Scoring:
         return False
 
     def _batch(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
-        """Return sums of each window [B, 5] and of each position [T, 5]."""
+        """Return sums of each window [B, 5] and of each position [T, 5].
+
+        A window's sums are scaled where it counts as another number of tokens than it scores.
+        """
         windows = [self.windows[i] for i in chosen]
         width = max(window.length for window in windows)
         inputs = torch.zeros(len(windows), width, dtype=torch.int64)
@@ -70,6 +73,8 @@ class Scoring:
         for row, window in enumerate(windows):
             ids = self.documents[window.document].ids
             inputs[row, : window.length] = ids[window.start : window.stop]
+            if window.first_id is not None:
+                inputs[row, 0] = window.first_id
             first = window.length - window.scored
             target[row, first : window.length] = ids[window.start + 1 + first : window.stop + 1]
         inputs, target = inputs.to(self.device), target.to(self.device)
@@ -82,7 +87,10 @@ class Scoring:
             columns += [(ranks == 0).double(), reciprocal_rank(ranks)]
         sums = torch.stack(columns, -1)
         sums = F.pad(sums, (0, 5 - sums.shape[-1]))  # [B, T, 5]
-        return sums.sum(1), sums.sum(0)
+        shares = [(w.counted_as or w.scored) / w.scored for w in windows]
+        rows = sums.sum(1) * sums.new_tensor(shares)[:, None]
+        rows[:, TOKENS].round_()
+        return rows, sums.sum(0)
 
     def _keep(self, chosen: list[int], rows: Tensor, positions: Tensor) -> int:
         """Add a batch's sums, and return how many tokens it scored."""
@@ -121,7 +129,7 @@ class Scoring:
         self, sums: Tensor, n_bytes: int | None = None, words: int | None = None
     ) -> PerplexityReport:
         nll_sum, squares, tokens, top1, reciprocal = sums.tolist()
-        ranks = (int(top1), reciprocal) if self.rank else (None, None)
+        ranks = (round(top1), reciprocal) if self.rank else (None, None)
         return PerplexityReport(nll_sum, int(tokens), n_bytes, words, squares, *ranks)
 
 

@@ -3,3 +3,4 @@
 from .counts import *
 from .inputs import *
 from .language_model import *
+from .recipes import *
