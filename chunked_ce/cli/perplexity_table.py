@@ -20,7 +20,11 @@ def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> 
     """
     error = report.mean_nll_stderr
     rows = [
-        ("perplexity", f"{report.perplexity:.4f}", f"per token, {counted(report.tokens, 'token')}"),
+        (
+            "perplexity",
+            f"{report.perplexity:.4f}",
+            f"per token, {counted(report.tokens, 'token')}{_spread(report.perplexity_stderr)}",
+        ),
         ("mean NLL", f"{report.mean_nll:.4f}", "nats per token" + _spread(error)),
         ("bits per token", f"{report.bits_per_token:.4f}", ""),
     ]
