@@ -53,6 +53,10 @@ def add_command(subparsers: Any) -> None:
         help="token before each file, unscored; default: auto, the tokenizer's way")  # fmt: skip
     add("--eos", type=_special_token, default=False, metavar="yes|no|ID",
         help="token after each file, scored; default: no")  # fmt: skip
+    add("--after", metavar="MARKER",
+        help="score only what follows MARKER in each file; the rest is context")  # fmt: skip
+    add("--group-by", choices=("folder", "file"),
+        help="report each group of files, and the mean over groups")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", metavar="DTYPE",
         help="bf16, fp16, fp32, fp64; default: auto, as it was saved")  # fmt: skip
     add("--device", help="default: cuda where there is a GPU, else cpu")
@@ -121,6 +125,8 @@ def _evaluate(
             stride=args.stride,
             full_last_window=args.full_last_window,
             recipe=args.recipe,
+            after=args.after,
+            groups=_groups(args),
             batch_size=args.batch_size,
             bos=args.bos,
             eos=args.eos,
@@ -132,6 +138,13 @@ def _evaluate(
         )
     except ValueError as error:
         raise UsageError(_in_words_of_the_command(str(error), args.text)) from error
+
+
+def _groups(args: argparse.Namespace) -> list[str] | None:
+    """Return the group of each file, if they are grouped."""
+    if args.group_by == "folder":
+        return [str(STANDARD if path == STANDARD else path.parent) for path in args.text]
+    return None if args.group_by is None else [str(path) for path in args.text]
 
 
 def _in_words_of_the_command(message: str, files: list[Path]) -> str:

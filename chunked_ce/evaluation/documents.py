@@ -23,6 +23,8 @@ class Document(NamedTuple):
     ids: Tensor  # int64 [T] on the CPU, BOS and EOS included
     n_bytes: int | None  # UTF-8 bytes and words of the scored text
     words: int | None
+    added: tuple[int, int] = (0, 0)  # how many of its ids were put before and after its own
+    scored: Tensor | None = None  # bool [T], where not all tokens are
 
 
 class Source(NamedTuple):
@@ -41,6 +43,7 @@ class Prepared(NamedTuple):
     documents: list[Document]
     windows: list[Window]
     settings: dict[str, Any]
+    joins: str | None = None  # the recipe that made one document of all
 
 
 def from_ids(
@@ -56,7 +59,7 @@ def from_ids(
         before, after = _ends_to_add(row.tolist(), bos, eos)
         ids = torch.cat([torch.tensor(before), row, torch.tensor(after)]).long()
         checks.enough_tokens(i, len(row), len(ids))
-        documents.append(Document(ids, None, None))
+        documents.append(Document(ids, None, None, (len(before), len(after))))
     _warn_of_ends([row.tolist() for row in rows], bos, eos)
     return documents
 
@@ -94,7 +97,8 @@ def _from_text(
         end = token_text(eos, tokenizer)
         if scored.endswith(end):
             n_bytes, scored = n_bytes - len(end.encode()), scored.removesuffix(end)
-    return Document(torch.tensor(ids), n_bytes, len(scored.split()))
+    added = len(before), len(after)
+    return Document(torch.tensor(ids), n_bytes, len(scored.split()), added)
 
 
 def _ends_to_add(own: list[int], bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:

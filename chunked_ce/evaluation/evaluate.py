@@ -21,10 +21,11 @@ from ..distributed.checks import process_group
 from . import checks
 from .documents import Prepared, Source, bos_id, eos_id, from_ids, from_text
 from .language_model import device_of, evaluating, examine
+from .parts import Parts, restrict, scoring_windows
 from .progress import describe_text, describe_windows
 from .recipe_plan import plan_recipe
 from .report import EvaluationInterrupted, EvaluationReport
-from .scoring import Scoring
+from .scoring import Scoring, Wanted
 from .windows import batches, sliding_windows
 
 
@@ -40,6 +41,10 @@ def evaluate_perplexity(
     stride: int | None = None,
     full_last_window: bool = False,
     recipe: str | None = None,
+    mask: Any = None,
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+    after: str | None = None,
+    groups: Sequence[str] | None = None,
     batch_size: int = 8,
     bos: bool | int | None = None,
     eos: bool | int = False,
@@ -74,6 +79,14 @@ def evaluate_perplexity(
         recipe: name of a tool whose windows, BOS, joins and counts are used, so that the
             perplexity is that tool's: "gptq-2048", "llama.cpp-512", "hf-stride" or
             "lm-eval-rolling". An argument that contradicts it is an error.
+        mask: for `input_ids`, a bool for each token, in the shape of `input_ids` or a sequence for
+            each document: True where it is scored. The others are context.
+        spans: for `text`, a list of (start, stop) for each document, in characters: a token is
+            scored if it starts within one of them.
+        after: for `text`, a marker: what follows its first occurrence in each document is scored,
+            such as an answer. A token that starts within the marker is not.
+        groups: a name for each document, such as its language or its source; the report has
+            measures of each group.
         batch_size: how many windows the model is shown at a time.
         bos: id put before each document: context, not scored. True for the tokenizer's or the
             model's, False for none; None does as the tokenizer does, and for `input_ids` none.
@@ -121,11 +134,14 @@ def evaluate_perplexity(
     where = checks.device(device_of(model) if device is None else device)
     group = None if group is None else process_group(group)
     batch_size = checks.at_least_one("batch_size", batch_size)
+    checks.one_part(mask, spans, after, text, recipe)
     describe_text(text, shown=progress)
     source = Source(model, tokenizer, text, input_ids, attention_mask)
-    planner = _plan if recipe is None else partial(plan_recipe, recipe)
+    parts = Parts(mask, spans, after)
+    planner = partial(_plan, parts) if recipe is None else partial(plan_recipe, recipe)
     plan = planner(source, context_length, stride, full_last_window, bos, eos)
     ids = [document.ids for document in plan.documents]
+    groups = checks.document_groups(groups, len(ids), plan.joins)
     checks.ids_known("document", ids, model, None)
     describe_windows(ids, len(plan.windows), shown=progress)
     with evaluating(model):
@@ -133,7 +149,8 @@ def evaluate_perplexity(
         scoring = Scoring(examined, plan.documents, plan.windows, where, rank, backend)
         interrupted = scoring.run(batches(plan.windows, batch_size), group, progress)
     settings = plan.settings | dict(partial=interrupted)
-    return _complete(scoring.report(per_document, per_position, per_window, **settings))
+    wanted = Wanted(per_document, per_position, per_window, groups)
+    return _complete(scoring.report(wanted, **settings))
 
 
 def _complete(report: EvaluationReport) -> EvaluationReport:
@@ -144,6 +161,7 @@ def _complete(report: EvaluationReport) -> EvaluationReport:
 
 
 def _plan(
+    parts: Parts,
     source: Source,
     context_length: int | None,
     stride: int | None,
@@ -161,8 +179,9 @@ def _plan(
         documents = from_text(source.text, tokenizer, before, after)
     else:
         documents = from_ids(source.input_ids, source.attention_mask, before, after)
+    documents = restrict(documents, parts, source, after)
     settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
     lengths = [len(document.ids) for document in documents]
-    windows = sliding_windows(lengths, context_length, **settings)
+    windows = scoring_windows(sliding_windows(lengths, context_length, **settings), documents)
     settings |= dict(context_length=context_length, bos=before, eos=after)
     return Prepared(documents, windows, settings)

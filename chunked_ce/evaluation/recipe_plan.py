@@ -45,7 +45,7 @@ def plan_recipe(
     begins = before is not None and int(documents[0].ids[0]) == before
     settings: dict[str, Any] = dict(context_length=size, stride=step, full_last_window=rolling)
     settings |= dict(bos=before if begins else None, eos=None, recipe=name)
-    return Prepared(documents, windows, settings)
+    return Prepared(documents, windows, settings, None if recipe.joined_by is None else name)
 
 
 def _windows(recipe: Recipe, ids: Tensor, size: int, step: int, bos: int | None) -> list[Window]:
