@@ -3,3 +3,5 @@
 from .counts import *
 from .inputs import *
 from .language_model import *
+from .parts import *
+from .recipes import *
