@@ -196,7 +196,11 @@ def linear_kl_div(
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
-    return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
+    if not fused:
+        return reduction_spec.reduce(losses.view(input.shape[:-1]))
+    if losses.numel() == 0 and reduction_spec.divisor is not None:  # the mean of nothing: NaN
+        return total + torch.zeros_like(total) / reduction_spec.divisor
+    return total
 
 
 def _rows_per_chunk(
