@@ -132,8 +132,8 @@ def test_module_as_weight():
 )
 def test_signature_leaves_unknown_out(function):
     """What help(), documentation and drop-in checks read."""
-    assert "unknown" not in inspect.signature(function).parameters
-    assert "input" in inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
+    assert parameters and "unknown" not in parameters
 
 
 def test_unknown_keywords_under_transforms():
