@@ -21,13 +21,9 @@ from .report import PerplexityReport
 @torch.no_grad()
 @checks.hides_unknown
 def perplexity(
-    input: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int | None = -100,
-    dim: int = -1,
+    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1,
     **unknown: NoReturn,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute the perplexity per token of one batch.
 
     exp(sum of NLL / number of targets that are not `ignore_index`).
