@@ -12,7 +12,9 @@ from torch.distributed import ProcessGroup
 from .. import checks
 from ..core.row_stats import TokenStats
 from ..ops import transforms
+from . import sharded_heads
 from .head_loss import LinearHead, as_weight, autocast, linear_loss, shared_arguments
+from .heads import is_sharded
 from .shift import next_tokens
 from .targets import AnyTarget
 
@@ -207,6 +209,8 @@ def linear_cross_entropy(
     """
     if unknown:
         checks.unknown_keywords(linear_cross_entropy, unknown)
+    if callable(linear_weight) and is_sharded(linear_weight):
+        return sharded_heads.call(linear_cross_entropy, locals())
     head, linear_weight, linear_bias = as_weight(linear_weight, linear_bias, input, logits_dtype)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
