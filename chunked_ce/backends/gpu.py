@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -51,8 +49,3 @@ def l2_bytes(device: torch.device) -> int:
         return 1 << 20
     properties = torch.get_device_module(device).get_device_properties(device)
     return int(getattr(properties, "L2_cache_size", 0)) or 16 << 20
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` current, because Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..kernels.scale import scale_kernel
 from ..kernels.token_grad import token_grad_kernel
 from ..kernels.token_stats import token_stats_kernel
 from . import gpu
-from .gpu import on_device
 from .strided_rows import (
     gradient_addresses,
     gradient_options,
@@ -204,16 +204,15 @@ def loss_and_gradient(
     dtype = compute_dtype(input.dtype)
     loss = torch.empty(target.numel(), dtype=dtype, device=input.device)
     weight = loss if token_weight is None else token_weight.reshape(-1).to(dtype).contiguous()
-    outputs = (loss, loss, loss) if stats is None else (loss, stats.lse, stats.logprob)
-    contiguous = input.stride(-1) == 1 and grad.stride(-1) == 1
+    of_rows = (loss, *((loss, loss) if stats is None else stats[:2]))
     for flat, (x, out) in strided_rows(input, grad):
         rows = x.shape[0] * x.shape[1]
-        plan = _one_pass(input, rows, head, contiguous, on_clusters)
+        plan = _one_pass(input, grad, rows, head, on_clusters)
         with on_device(input.device):
             loss_and_grad_kernel[(plan.programs,)](
                 **gradient_addresses(x, out),
                 target_ptr=target[flat],
-                out=arguments.RowOutputs(*[t[flat] for t in outputs]),
+                out=arguments.RowOutputs(*[t[flat] for t in of_rows]),
                 weight_ptr=weight[flat],
                 divisor_ptr=loss if divisor is None else divisor.to(dtype),
                 rows=rows,
@@ -221,8 +220,7 @@ def loss_and_gradient(
                 ignore_index=ignore_index,
                 smoothing=label_smoothing,
                 z_loss_weight=z_loss_weight,
-                softcap=1.0 if head.softcap is None else head.softcap,
-                logit_scale=head.logit_scale,
+                **_numbers(head),
                 OPTIONS=Options(
                     HAS_TOKEN_WEIGHT=token_weight is not None,
                     HAS_DIVISOR=divisor is not None,
@@ -261,22 +259,19 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
 def _tile(input: Tensor, columns: int, *, plain: bool) -> launch.Tile:
     """Return the tile of a kernel that streams rows of `columns` logits."""
     return launch.tile(
-        gpu.architecture(input.device),
-        columns,
-        input.element_size(),
-        contiguous=input.stride(-1) == 1,
-        plain=plain,
-    )
+        gpu.architecture(input.device), columns, input.element_size(),
+        contiguous=input.stride(-1) == 1, plain=plain,
+    )  # fmt: skip
 
 
 def _one_pass(
-    input: Tensor, rows: int, head: Head, contiguous: bool, on_clusters: bool
+    input: Tensor, grad: Tensor, rows: int, head: Head, on_clusters: bool
 ) -> launch.OnePass:
     return launch.one_pass(
         gpu.architecture(input.device),
         input.shape[-1],
         input.element_size(),
-        contiguous=contiguous,
+        contiguous=input.stride(-1) == 1 and grad.stride(-1) == 1,
         plain=head == IDENTITY,
         rows=rows,
         processors=gpu.processors(input.device),
@@ -285,14 +280,18 @@ def _one_pass(
     )
 
 
-def _numbers(head: Head, weights: ClassWeights) -> dict[str, float]:
-    return dict(
-        softcap=1.0 if head.softcap is None else head.softcap,
-        logit_scale=head.logit_scale,
-        prob_scale=weights.scale,
-        prob_shift=weights.shift,
-    )
+def _numbers(head: Head, weights: ClassWeights | None = None) -> dict[str, float]:
+    softcap = 1.0 if head.softcap is None else head.softcap
+    numbers = dict(softcap=softcap, logit_scale=head.logit_scale)
+    if weights is not None:
+        numbers |= dict(prob_scale=weights.scale, prob_shift=weights.shift)
+    return numbers
 
 
 def _head_options(head: Head) -> dict[str, bool]:
     return dict(HAS_SOFTCAP=head.softcap is not None, HAS_SCALE=head.logit_scale != 1.0)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` current, because Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

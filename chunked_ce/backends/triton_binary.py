@@ -10,8 +10,8 @@ from ..kernels import launch
 from ..kernels.arguments import BinaryOptions
 from ..kernels.binary import binary_kernel
 from . import gpu
-from .gpu import on_device
 from .strided_rows import Rows, strided_rows
+from .triton import on_device
 
 
 def loss_sum(

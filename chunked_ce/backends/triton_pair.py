@@ -13,8 +13,8 @@ from ..kernels import launch
 from ..kernels.arguments import PairOptions
 from ..kernels.pair import PairNumbers, pair_grad_kernel, pair_stats_kernel
 from . import gpu
-from .gpu import on_device
 from .strided_rows import Rows, strided_rows
+from .triton import on_device
 
 
 def pair_stats(

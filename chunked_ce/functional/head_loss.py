@@ -88,9 +88,11 @@ def _loss_of_head(
     return loss, stats_from_list(found, options.stats, labels.index) if options.stats else None
 
 
-def shared_arguments(
+def operands_and_options(
     input: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
+    head: AnyHead | None,
     ignore_index: int,
     vocab_size: int | None,
     softcap: float | None,
@@ -101,14 +103,15 @@ def shared_arguments(
     drop_ignored: bool | None,
     acc_dtype: torch.dtype,
     logits_dtype: torch.dtype | None,
-) -> Shared:
-    """Check the arguments that both operators share."""
+) -> tuple[Tensor, Tensor, Tensor | None, Shared]:
+    """Return input, weight and bias under autocast, and the arguments that both operators share."""
+    input, weight, bias = autocast(input, weight, bias, head)
     logits_dtype = checks.logits_dtype(logits_dtype, weight)
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
     tokens = input.numel() // input.shape[-1]
     default = default_rows(tokens, row_bytes, input.device.type)
-    return (
+    shared = (
         ignore_index,
         classes,
         checks.softcap(softcap),
@@ -119,6 +122,7 @@ def shared_arguments(
         checks.acc_dtype(acc_dtype, weight),
         logits_dtype,
     )
+    return input, weight, bias, shared
 
 
 def outputs_of_head(

@@ -13,7 +13,7 @@ from .. import checks
 from ..core.row_stats import TokenStats
 from ..ops import transforms
 from . import sharded_heads
-from .head_loss import LinearHead, as_weight, autocast, linear_loss, shared_arguments
+from .head_loss import LinearHead, as_weight, linear_loss, operands_and_options
 from .heads import is_sharded
 from .shift import next_tokens
 from .targets import AnyTarget
@@ -222,9 +222,8 @@ def linear_cross_entropy(
         input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
         z_loss_weight, spread_rest, token_weight, num_items, return_stats, group,
     )  # fmt: skip
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias, head)
-    shared = shared_arguments(
-        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
+    input, linear_weight, linear_bias, shared = operands_and_options(
+        input, linear_weight, linear_bias, head, ignore_index, vocab_size, softcap, logit_scale,
+        backend, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     return linear_loss(head, input, target, linear_weight, linear_bias, weight, options, shared)

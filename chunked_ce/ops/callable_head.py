@@ -152,7 +152,7 @@ def _loss(
         values, inplace = chunk.values()
         labels = calls.target[chunk.index]
         weight = None if token_weight is None else token_weight[chunk.index]
-        of_chunk = select_stats(of_rows, chunk.index)
+        of_chunk = None if of_rows is None else select_stats(of_rows, chunk.index)
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
                 calls.backend, values, labels, weight, divisor, *options, *shared,
@@ -164,7 +164,8 @@ def _loss(
             loss = backends.row_losses(
                 calls.backend, values, labels, options[0], options[1], *shared, stats=of_chunk
             )
-        keep_stats(of_rows, chunk.index, of_chunk)
+        if of_rows is not None:
+            keep_stats(of_rows, chunk.index, of_chunk)
         total += (loss if weight is None else apply_weight(loss, weight)).sum()
         del chunk, values  # before the next chunk of logits is made
     return total if divisor is None else total / divisor, sums.finish()

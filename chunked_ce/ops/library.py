@@ -111,7 +111,10 @@ def new_outputs(
 
 
 def new_stats(like: Tensor, rows: int, stats: Sequence[bool]) -> TokenStats | None:
-    """Return memory for the statistics [rows] that a loss returns, filled as for ignored rows."""
+    """Return memory for the statistics [rows] that a loss returns, filled as for ignored rows.
+
+    None if `stats` is empty.
+    """
     if not stats:
         return None
     floats = compute_dtype(like.dtype)
@@ -127,18 +130,14 @@ def new_stats(like: Tensor, rows: int, stats: Sequence[bool]) -> TokenStats | No
     )
 
 
-def select_stats(stats: TokenStats | None, index: slice | Tensor) -> TokenStats | None:
+def select_stats(stats: TokenStats, index: slice | Tensor) -> TokenStats:
     """Return the memory for a chunk of the rows: a view, or new memory that `keep_stats` copies."""
-    if stats is None:
-        return None
     return TokenStats(*(None if t is None else t[index] for t in stats))  # type: ignore[arg-type]
 
 
-def keep_stats(
-    stats: TokenStats | None, index: slice | Tensor, of_chunk: TokenStats | None
-) -> None:
+def keep_stats(stats: TokenStats, index: slice | Tensor, of_chunk: TokenStats | None) -> None:
     """Write a chunk's statistics back to its rows."""
-    if stats is None or of_chunk is None or isinstance(index, slice):
+    if of_chunk is None or isinstance(index, slice):
         return
     for t, chunk in zip(stats, of_chunk, strict=True):
         if t is not None and chunk is not None:

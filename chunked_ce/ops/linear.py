@@ -86,9 +86,9 @@ def _linear_loss(
     head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
-    of_rows = new_stats(input, target.numel(), stats)
+    of_rows = new_stats(input, target.numel(), stats) if stats else None
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, logits_dtype):
-        of_chunk = select_stats(of_rows, index)
+        of_chunk = None if of_rows is None else select_stats(of_rows, index)
         of_tokens = None if token_weight is None else token_weight[index]
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
@@ -102,11 +102,12 @@ def _linear_loss(
                 backend, logits, target[index], label_smoothing, z_loss_weight, ignore_index,
                 vocab_size, head, stats=of_chunk,
             )  # fmt: skip
-        keep_stats(of_rows, index, of_chunk)
+        if of_rows is not None:
+            keep_stats(of_rows, index, of_chunk)
         total += (loss if of_tokens is None else apply_weight(loss, of_tokens)).sum()
         del x, logits  # the last chunk ends before the gradients are rounded
     value = total if divisor is None else total / divisor
-    return value, *gradients.finish(), stats_list(of_rows)
+    return value, *gradients.finish(), [] if of_rows is None else stats_list(of_rows)
 
 
 def _linear_stats(
