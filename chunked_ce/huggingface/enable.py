@@ -22,10 +22,8 @@ from . import checks
 from .calls import Call, Deferring, positions
 from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
-from .head import Head
+from .head_forward import STATE, head_copied, head_forward
 from .loss import causal_lm_loss
-
-_STATE = "_chunked_ce"
 
 
 def enable(
@@ -64,7 +62,7 @@ def enable(
 
     Raises:
         TypeError: not a model of transformers, or a head that cannot be called on some of the
-            hidden states (sharded, dispatched, of integers).
+            hidden states (under tensor parallelism, of integers).
         ValueError: nothing would change (no output head, no labels, a loss of its own), or the
             model is enabled already.
 
@@ -86,7 +84,7 @@ def enable(
         >>> handle.disable()
     """
     model = checks.causal_lm(model)
-    checks.not_enabled(_STATE in vars(model))
+    checks.not_enabled(STATE in vars(model))
     head = checks.output_head(model)
     checks.calls_loss_function(model)
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -117,17 +115,18 @@ class Enabled:
             model, forward=MethodType(_model_forward(model), model),
             _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
+        self._kept: list[Any] = []  # heads whose weight FSDP2 would free
         self._enable_head(head)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
-        for name, value in {_STATE: self, **values}.items():
+        for name, value in {STATE: self, **values}.items():
             before = {name: vars(module)[name]} if name in vars(module) else {}
             self._changes.append((module, name, value, before))
             vars(module)[name] = value
 
     def _enable_head(self, head: nn.Module) -> None:
-        copied = MethodType(_head_copied, head)
-        self._change(head, forward=MethodType(_head_forward, head), __deepcopy__=copied)
+        copied = MethodType(head_copied, head)
+        self._change(head, forward=MethodType(head_forward, head), __deepcopy__=copied)
 
     def _enable_new_head(self) -> None:
         """Enable a head that took the place of the first: resized, or PEFT's modules_to_save."""
@@ -135,12 +134,24 @@ class Enabled:
         original = getattr(head, "original_module", None)
         heads = [head] if original is None else [original, *head.modules_to_save.values()]
         for each in heads:
-            if each is None or vars(each).get(_STATE) is self:
+            if each is None or vars(each).get(STATE) is self:
                 continue
             try:
                 self._enable_head(checks.deferrable_head(self._model, each))
             except TypeError as error:
                 self._warn(checks.new_head(error))
+
+    def _forward_before(self, head: nn.Module) -> Callable[..., Tensor] | None:
+        """Return the forward that the head itself had, as accelerate gives it one."""
+        for module, name, _, before in self._changes:
+            if module is head and name == "forward":
+                return before.get("forward")
+        return None
+
+    def _keep_gathered(self, head: Any) -> None:
+        """Let FSDP2 keep a head's weight until backward, which would gather it again at once."""
+        head.set_reshard_after_forward(False, recurse=False)
+        self._kept.append(head)
 
     def disable(self) -> None:
         """Set everything back. Does nothing the second time.
@@ -151,7 +162,9 @@ class Enabled:
             if vars(module).get(name) == value:
                 del vars(module)[name]
                 vars(module).update(before)
-        self._changes = []
+        for head in self._kept:
+            head.set_reshard_after_forward(True, recurse=False)
+        self._changes, self._kept = [], []
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A method pickles as its name, which the unpickled module would look up and not find.
@@ -170,7 +183,7 @@ class Enabled:
         weight = getattr(head, "weight", None)
         shape = "" if weight is None else f" {list(weight.shape)}"
         parts = [f"head {type(head).__name__}{shape} defers its logits {self._wanted}"]
-        if vars(head).get(_STATE) is not self:
+        if vars(head).get(STATE) is not self:
             parts = [f"the head was replaced by {type(head).__name__}{shape}"]
         parts.append(self._transforms())
         if self._label_smoothing:
@@ -229,7 +242,7 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: Enabled | None = vars(self).get(_STATE)
+        state: Enabled | None = vars(self).get(STATE)
         run = method if original is None else functools.partial(original, self)
         if state is None:
             return run(*args, **kwargs)
@@ -249,45 +262,3 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
     return forward
-
-
-def _head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | DeferredLogits:
-    state: Enabled | None = vars(self).get(_STATE)
-    plain = checks.is_linear(self)
-    sharded = checks.is_sharded(input, *self.parameters())
-    traced = not plain and torch.compiler.is_compiling()  # a tracer calls no head within a loss
-    if state is None or not state._deferring or sharded or traced:
-        computed: Tensor = type(self).forward(self, input, *args, **kwargs)
-        return computed
-    checks.no_group_of_its_own(self)
-    if plain:
-        return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
-
-    def call(hidden: Tensor) -> Tensor:
-        before, state._deferring = state._deferring, False  # so that a layer within it computes
-        try:
-            logits: Tensor = type(self).forward(self, hidden, *args, **kwargs)
-        finally:
-            state._deferring = before
-        return logits
-
-    call.out_features = self.out_features  # type: ignore[attr-defined]
-    given = (input, call, self.out_features, list(self.parameters()), state._on_use)
-    return DeferredLogits(Head.of_call(*given), input)
-
-
-def _head_copied(self: Any, memo: dict[int, Any]) -> Any:
-    """Make a deep copy: enabled within a copy of the model, plain if copied alone."""
-    state: Enabled = vars(self)[_STATE]
-    whole = id(state._model) in memo
-    changes = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
-    now = {name: vars(self).pop(name) for _, name, _, _ in changes if name in vars(self)}
-    for _, _, _, before in changes:
-        vars(self).update(before)
-    try:
-        twin = copy.deepcopy(self, memo)
-    finally:
-        vars(self).update(now)
-    if whole:
-        vars(twin)["__deepcopy__"] = MethodType(_head_copied, twin)
-    return twin

@@ -29,6 +29,18 @@ def address(tensor: Tensor) -> int:
         return 0
 
 
+def logits_of_a_token(
+    module: torch.nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor
+) -> int:
+    """Return how many logits a head makes of a token: its `out_features`, or counted."""
+    width = getattr(module, "out_features", None)
+    if type(width) is not int:
+        token = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
+        with torch.no_grad():
+            width = call(token).shape[-1]
+    return width
+
+
 class Head(NamedTuple):
     """Hold what deferred logits are computed from, and what must be unchanged by then."""
 
