@@ -21,7 +21,8 @@ NO_LABELS = (
     "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
     "computed and nothing is saved: pass labels to it. TrainingArguments' label_smoothing_factor "
     "takes the labels away: set it to 0 and call enable(model, label_smoothing=...). A Trainer's "
-    "compute_loss_func takes them away too: leave it out"
+    "compute_loss_func takes them away too: leave it out. A trainer that takes its loss from the "
+    "logits, as some of TRL's do, passes none: call enable(model, without_labels=True)"
 )
 
 
@@ -190,6 +191,14 @@ def head_unchanged(unchanged: bool) -> None:
             "had changed or been freed: read it before optimizer.step(), or call the model again "
             "under torch.no_grad() without labels"
         )
+
+
+def no_memory(kind: str) -> NoReturn:
+    """Refuse to show memory to a kernel. Autograd would not see what the kernel reads."""
+    raise RuntimeError(
+        f"{kind} has no memory for a kernel to read: pass outputs.logits.tensor(), which computes "
+        "the logits and lets autograd see their use"
+    )
 
 
 def gradient_of_logits(name: str, loss_taken: bool) -> None:
