@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .functional.linear_stats import linear_token_stats
     from .functional.logits import cross_entropy
     from .functional.logits_stats import token_stats
+    from .functional.multi_token import multi_token_cross_entropy
     from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "linear_kl_div",
     "linear_token_stats",
     "loglikelihood",
+    "multi_token_cross_entropy",
     "perplexity",
     "token_stats",
 ]
@@ -63,6 +65,7 @@ _MODULES = (  # the same as above, which type checkers read
     "functional.linear_stats",
     "functional.logits",
     "functional.logits_stats",
+    "functional.multi_token",
     "modules",
 )
 

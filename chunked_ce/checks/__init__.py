@@ -14,6 +14,7 @@ from .labels import *
 from .linear import *
 from .loss import *
 from .mistakes import *
+from .multi_token import *
 from .planner import *
 from .shift import shift as shift
 from .targets import *

@@ -61,6 +61,7 @@ def split_head(
     if transforms.is_active():
         checks.head_transform()
     checks.hidden_states(input)
+    checks.stateless_head(head, input)
     width = getattr(head, "out_features", None)
     if type(width) is not int:
         token = input.detach().reshape(-1, input.shape[-1])[:1]
