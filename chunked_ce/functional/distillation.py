@@ -13,7 +13,7 @@ from ..core.head import compute_dtype
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
 from ..ops.chunks import default_rows, padded_row_bytes
-from .linear import autocast
+from .head_loss import autocast
 
 FlatHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 

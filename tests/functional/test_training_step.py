@@ -187,7 +187,7 @@ def operators(device: str, drop_ignored: bool) -> None:
     divisor = lse.sum()
     for wanted in ([True] * 3, [False] * 3):
         linear_ops._linear_loss(
-            h, w, b, target, lse, divisor, 0.1, 1e-3, *shared, *chunks, wanted, True
+            h, w, b, target, lse, divisor, 0.1, 1e-3, *shared, *chunks, wanted, True, [True] * 3
         )
     linear_ops._linear_stats(h, w, b, target, *classes, *shared, *chunks, True, True, True, True)
     linear_ops._linear_stats_grad(h, w, b, target, *rows, *shared, *chunks, [True] * 3)
