@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .linear import autocast
 FlatHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 
 
+@checks.hides_unknown
 def kl_div(
     input: Tensor,
     teacher: Tensor,
@@ -30,6 +33,7 @@ def kl_div(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Return the divergence of a student from a teacher, both given by logits, streamed.
 
@@ -80,6 +84,8 @@ def kl_div(
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(kl_div, locals())
+    if unknown:
+        checks.unknown_keywords(kl_div, unknown)
     kind, beta, temperature = checks.divergence(kind, beta, temperature)
     checks.teacher_logits(input, teacher, target)
     checks.reduction(reduction)
@@ -97,6 +103,7 @@ def kl_div(
     return make_reduction(reduction, labels, skipped, token_weight, num_items, dtype).reduce(loss)
 
 
+@checks.hides_unknown
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -105,6 +112,10 @@ def linear_kl_div(
     *,
     linear_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
     kind: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -119,6 +130,7 @@ def linear_kl_div(
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Return the divergence of two models given by hidden states and heads, without their logits.
 
@@ -135,6 +147,10 @@ def linear_kl_div(
         teacher_weight: the teacher's head [V, another D]. The teacher gets no gradient.
         linear_bias: the student's bias [V], or None.
         teacher_bias: the teacher's bias [V], or None.
+        softcap: the student's logits x become softcap tanh(logit_scale x / softcap); None: no cap.
+        logit_scale: factor of the student's logits, before the cap.
+        teacher_softcap: the same of the teacher's logits.
+        teacher_logit_scale: the same of the teacher's logits.
         kind: "forward", "reverse" or "jsd"; see :func:`kl_div`.
         beta: the teacher's share of the mixture, from 0 to 1; used by "jsd" alone.
         temperature: what both models' logits are divided by, above 0.
@@ -172,7 +188,9 @@ def linear_kl_div(
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
-    kind, beta, temperature = checks.divergence(kind, beta, temperature)
+    if unknown:
+        checks.unknown_keywords(linear_kl_div, unknown)
+    divergence = checks.divergence(kind, beta, temperature)
     student, teacher = _flat_heads(
         (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
     )
@@ -191,7 +209,8 @@ def linear_kl_div(
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
         *student, *teacher, None if target is None else target.reshape(-1),
-        weights, ignore_index, kind, beta, temperature, ce_weight, classes,
+        weights, ignore_index, *divergence, ce_weight, classes,
+        *checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale),
         choose_backend(backend, input.device),
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),

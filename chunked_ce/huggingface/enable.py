@@ -74,18 +74,26 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
         >>> handle.disable()
     """
     model = checks.causal_lm(model)
+    head = refuse_others(model)
+    label_smoothing = loss_checks.label_smoothing(label_smoothing)
+    return Enabled(model, head, evaluation, label_smoothing)
+
+
+def refuse_others(model: nn.Module) -> nn.Module:
+    """Return the head of a model that can be enabled."""
     checks.not_enabled(_STATE in vars(model))
     head = checks.output_head(model)
     checks.calls_loss_function(model)
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
-    label_smoothing = loss_checks.label_smoothing(label_smoothing)
-    return Enabled(model, head, evaluation, label_smoothing)
+    return head
 
 
 class Enabled:
     """Hold what :func:`enable` changed, and undo it."""
+
+    _function, _no_labels = "enable", checks.NO_LABELS
 
     def __init__(
         self, model: nn.Module, head: nn.Module, evaluation: bool, label_smoothing: float
@@ -98,14 +106,20 @@ class Enabled:
         self._warned: set[str] = set()
         self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
-        loss: Callable[..., Tensor] = causal_lm_loss
-        if label_smoothing:
-            loss = functools.partial(causal_lm_loss, label_smoothing=label_smoothing)
         self._change(
             model, forward=MethodType(_model_forward(model), model),
-            _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
+            _loss_function=self._loss_of_model(), _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
         self._enable_head(head)
+
+    def _loss_of_model(self) -> Callable[..., Tensor]:
+        if self._label_smoothing:
+            return functools.partial(causal_lm_loss, label_smoothing=self._label_smoothing)
+        return causal_lm_loss
+
+    def _run(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model's own forward."""
+        return run(*args, **kwargs)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
         for name, value in {_STATE: self, **values}.items():
@@ -181,7 +195,7 @@ class Enabled:
     def _on_use(self) -> None:
         """Say once that the model itself uses its logits, so that nothing is saved."""
         if self._deferring and not torch.compiler.is_compiling():
-            self._warn(checks.LOGITS_WERE_MADE)
+            self._warn(checks.LOGITS_WERE_MADE.format(self._function))
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -195,7 +209,7 @@ class Enabled:
             if deferring:
                 self._enable_new_head()
             elif self._model.training and torch.is_grad_enabled() and not labelled:
-                self._warn(checks.NO_LABELS)
+                self._warn(self._no_labels)
         return deferring
 
     def _note_factors(self, outputs: Any) -> None:
@@ -229,7 +243,7 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         before, deferring = state._deferring, state._prepare(state._has_labels(args, kwargs))
         state._deferring = deferring
         try:
-            outputs = run(*args, **kwargs)
+            outputs = state._run(run, args, kwargs)
         finally:
             state._deferring = before
         if deferring:
