@@ -74,12 +74,12 @@ def test_equal_rows_give_exactly_zero(backend, device, kind):
 
 def test_small_and_large_shares_and_temperatures(backend, device):
     x, y, _ = pair(3, 77, device=device)
-    for beta in (1e-3, 0.999):
+    for beta in (0.03, 0.97):
         check(
             x, y, kind="jsd", beta=beta, reduction="none", upstream=torch.ones(3), backend=backend
         )
-    for kind in KINDS:  # nearly one class, nearly uniform
-        for temperature in (0.05, 100.0):
+    for kind in KINDS:  # nearly one class; far smoother than the logits
+        for temperature in (0.05, 10.0):
             check(x, y, kind=kind, temperature=temperature, backend=backend)
 
 
