@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import NOT_SPECIALIZED
-from .divergence import JSD, PairRow, Shares, class_slopes, class_terms, probabilities
+from .divergence import JSD, PairRow, Shares, bases, class_slopes, class_terms, probabilities
 from .online_softmax import LOG2_E, empty_sums
 from .rows import (
     Row,
@@ -121,8 +121,8 @@ def pair_sums(x, y, x_body, y_body, window, classes, scale, DTYPE: tl.constexpr,
 
 
 @triton.jit
-def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, shares, DTYPE: tl.constexpr,
-                    TILE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
+def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, shares,
+                    DTYPE: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
     """Return the loss and `student_kl`."""
     loss = tl.full([TILE.GROUPS], 0.0, DTYPE)
     student_kl = tl.full([TILE.GROUPS], 0.0, DTYPE)
@@ -170,7 +170,9 @@ def pair_stats_kernel(
     student, teacher = pair_sums(
         x_row, y_row, x_body, y_body, window, classes, inverse * LOG2_E, DTYPE, TILE, OPTIONS
     )
-    shift = (teacher.m - student.m) * inverse + tl.log(teacher.s / student.s)
+    base, teacher_base = bases(student.m, teacher.m)
+    above = (teacher.m - teacher_base) - (student.m - base)
+    shift = above * inverse + tl.log(teacher.s / student.s)
     row = PairRow(student.m, tl.log(student.s), teacher.m, tl.log(teacher.s), shift, shift)
     loss, student_kl = pair_divergence(
         x_row, y_row, x_body, y_body, window, classes, row, inverse, shares, DTYPE, TILE, OPTIONS

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.recipes import RECIPES
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import INTERRUPTED, UsageError
 from .files import STANDARD, check_files, read_text, write_text, write_whole
@@ -45,11 +46,17 @@ def add_command(subparsers: Any) -> None:
         help="step from one window to the next; default: the context")  # fmt: skip
     add("--full-last-window", action="store_true",
         help="let a file's last window reach back as far as the context allows")  # fmt: skip
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help="windows, BOS, joins and counts of another tool: " + ", ".join(RECIPES))  # fmt: skip
     add("--batch-size", type=int, default=8, metavar="WINDOWS", help="default: %(default)s")
     add("--bos", type=_special_token, default=None, metavar="auto|yes|no|ID",
         help="token before each file, unscored; default: auto, the tokenizer's way")  # fmt: skip
     add("--eos", type=_special_token, default=False, metavar="yes|no|ID",
         help="token after each file, scored; default: no")  # fmt: skip
+    add("--after", metavar="MARKER",
+        help="score only what follows MARKER in each file; the rest is context")  # fmt: skip
+    add("--group-by", choices=("folder", "file"),
+        help="report each group of files, and the mean over groups")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", metavar="DTYPE",
         help="bf16, fp16, fp32, fp64; default: auto, as it was saved")  # fmt: skip
     add("--device", help="default: cuda where there is a GPU, else cpu")
@@ -117,6 +124,9 @@ def _evaluate(
             context_length=args.context,
             stride=args.stride,
             full_last_window=args.full_last_window,
+            recipe=args.recipe,
+            after=args.after,
+            groups=_groups(args),
             batch_size=args.batch_size,
             bos=args.bos,
             eos=args.eos,
@@ -130,6 +140,13 @@ def _evaluate(
         raise UsageError(_in_words_of_the_command(str(error), args.text)) from error
 
 
+def _groups(args: argparse.Namespace) -> list[str] | None:
+    """Return the group of each file, if they are grouped."""
+    if args.group_by == "folder":
+        return [str(STANDARD if path == STANDARD else path.parent) for path in args.text]
+    return None if args.group_by is None else [str(path) for path in args.text]
+
+
 def _in_words_of_the_command(message: str, files: list[Path]) -> str:
     """Return the library's message with the files' names and the command's options."""
 
@@ -137,6 +154,9 @@ def _in_words_of_the_command(message: str, files: list[Path]) -> str:
         index = int(match[1])
         return f"--text: {files[index]}" if index < len(files) else match[0]
 
+    if ", but recipe " in message:
+        message = message.replace("context_length", "context")
+        message = re.sub(r"^\w+(?= is )", lambda m: "--" + m[0].replace("_", "-"), message)
     message = re.sub(r"^document (\d+)\b", file_name, message)
     return message.replace("bos=True", "--bos yes").replace("eos=True", "--eos yes")
 
@@ -145,7 +165,7 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
     import torch
 
     parameter = next(model.parameters())
-    settings = {
+    settings: dict[str, Any] = {
         "model": args.model,
         "text": [str(path) for path in args.text],
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -153,8 +173,10 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
         "torch": torch.__version__,
     }
     contents = settings | replace(report, per_window=None).to_dict()
-    for path, document in zip(args.text, contents["per_document"], strict=True):
-        document["file"] = str(path)
+    joined = report.documents_given != len(args.text)
+    names = [" + ".join(settings["text"])] if joined else settings["text"]
+    for name, document in zip(names, contents["per_document"], strict=True):
+        document["file"] = name
     for position, measures in enumerate(contents["per_position"], 1):
         measures["context_tokens"] = position
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"

@@ -82,10 +82,10 @@ def kl_div(
         >>> bool(chunked_ce.kl_div(student, student.detach()) == 0)
         True
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return transforms.call(kl_div, locals())
     if unknown:
         checks.unknown_keywords(kl_div, unknown)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return transforms.call(kl_div, locals())
     kind, beta, temperature = checks.divergence(kind, beta, temperature)
     checks.teacher_logits(input, teacher, target)
     checks.reduction(reduction)
@@ -186,10 +186,10 @@ def linear_kl_div(
         ... )
         >>> loss.backward()
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return transforms.call(linear_kl_div, locals())
     if unknown:
         checks.unknown_keywords(linear_kl_div, unknown)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return transforms.call(linear_kl_div, locals())
     divergence = checks.divergence(kind, beta, temperature)
     student, teacher = _flat_heads(
         (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
@@ -207,6 +207,8 @@ def linear_kl_div(
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
     fused = reduction != "none" and reduction_spec.allows_grad_in_forward(student[0].dtype)
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
+    losses: Tensor
+    total: Tensor
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
         *student, *teacher, None if target is None else target.reshape(-1),
         weights, ignore_index, *divergence, ce_weight, classes,
@@ -215,7 +217,11 @@ def linear_kl_div(
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
-    return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
+    if not fused:
+        return reduction_spec.reduce(losses.view(input.shape[:-1]))
+    if losses.numel() == 0 and reduction_spec.divisor is not None:  # the mean of nothing: NaN
+        return total + torch.zeros_like(total) / reduction_spec.divisor
+    return total
 
 
 def _rows_per_chunk(

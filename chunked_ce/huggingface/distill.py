@@ -18,6 +18,7 @@ from ..functional.distillation import kl_div, linear_kl_div
 from ..functional.logits import cross_entropy
 from . import checks
 from . import distillation_checks as pair_checks
+from .calls import Deferring
 from .deferred import DeferredLogits
 from .enable import Enabled, refuse_others
 from .head_product import HeadProduct
@@ -134,7 +135,7 @@ class Distilled(Enabled):
         self._teacher_logits: AnyLogits | None = None
         self._in_loss = False
         teacher.eval()
-        super().__init__(student, head, evaluation, 0.0)
+        super().__init__(student, head, Deferring(evaluation, without_labels=False), 0.0)
 
     def disable(self) -> None:
         """Set everything back, the teacher's mode too. Does nothing the second time."""
