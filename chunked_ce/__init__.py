@@ -24,16 +24,24 @@ if TYPE_CHECKING:
     from .functional.logits import cross_entropy
     from .functional.logits_stats import token_stats
     from .functional.multi_token import multi_token_cross_entropy
-    from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
+    from .modules import (
+        BCEWithLogitsLoss,
+        CrossEntropyLoss,
+        DistillationLoss,
+        LinearCrossEntropyLoss,
+        LinearDistillationLoss,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "DistillationLoss",
     "EvaluationInterrupted",
     "EvaluationReport",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "Loglikelihood",
     "Perplexity",
     "PerplexityReport",

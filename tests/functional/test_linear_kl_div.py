@@ -89,6 +89,57 @@ def test_weights_num_items_and_no_target(backend, device):
             assert worst < 3 * ULP[torch.float32]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_softcap_and_scale_of_each_model(backend, device, kind, reduction):
+    """Gemma 2's cap, Granite's factor: the two models' own, in one pass and in two."""
+    if backend == "triton" and kind != "forward":
+        pytest.skip("the interpreter is slow; the transforms are not in the kernels")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, w, b, tx, tw = models(dtype, device)
+        target = torch.randint(V, (N,), device=device)
+        target[::5] = -100
+        for cap, scale, teacher_cap, teacher_scale in ((3.0, 1.5, None, 0.25), (None, 0.3, 2.0, 1)):
+            given = dict(kind=kind, temperature=1.5, token_chunk_size=7, backend=backend)
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            ours = linear_kl_div(
+                *leaves[:2], tx, tw, linear_bias=leaves[2], target=target, reduction=reduction,
+                cross_entropy_weight=0.7, softcap=cap, logit_scale=scale,
+                teacher_softcap=teacher_cap, teacher_logit_scale=teacher_scale, **given,
+            )  # fmt: skip
+            truth = [t.double().clone().requires_grad_() for t in (x, w, b)]
+            z = oracle.logits(truth[0] @ truth[1].T + truth[2], cap, scale)
+            y = oracle.logits(tx.double() @ tw.double().T, teacher_cap, teacher_scale)
+            tokens = dict(target=target, reduction=reduction)
+            expected = oracle.kl_div(z, y, kind=kind, temperature=1.5, **tokens)
+            expected = expected + 0.7 * oracle.cross_entropy(z, **tokens)
+            step = 4 * ULP[dtype]  # the logits are rounded by the product and by the transforms
+            torch.testing.assert_close(ours.double(), expected, rtol=step, atol=step)
+            ours.sum().backward()
+            expected.sum().backward()
+            for a, b_ in zip(leaves, truth, strict=True):
+                worst = (a.grad.double() - b_.grad).abs().max() / b_.grad.abs().max()
+                assert worst < step
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(backend, device, kind, reduction):
+    shapes = ((5, 4), (11, 4), (11,), (5, 3), (11, 3))
+    x, w, b, tx, tw = (torch.randn(s, dtype=torch.float64, device=device) for s in shapes)
+    target = torch.tensor([1, -100, 3, 10, 0], device=device)
+
+    def loss(x, w, b):
+        return linear_kl_div(
+            x, w, tx, tw, linear_bias=b, kind=kind, beta=0.2, temperature=1.3, target=target,
+            reduction=reduction, cross_entropy_weight=0.5, softcap=4.0, teacher_softcap=2.0,
+            token_chunk_size=2, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in (x, w, b)])
+
+
 def test_padded_heads_and_batches():
     student, teacher = nn.Linear(8, 104, bias=False), nn.Linear(12, 120, bias=False)
     x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
@@ -146,6 +197,10 @@ X, W, TX, TW = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, 5), torch.ze
             "there is no target",
         ),
         ((X, W, TX, TW), dict(beta=-1), "beta is -1.0"),
+        ((X, W, TX, TW), dict(softcap=0), "softcap is 0.0, expected a number above 0"),
+        ((X, W, TX, TW), dict(teacher_softcap=-1), "teacher_softcap is -1.0"),
+        ((X, W, TX, TW), dict(teacher_logit_scale="2"), "teacher_logit_scale must be a number"),
+        ((X, W, TX, TW), dict(teacher_head=TW), "did you mean teacher_weight"),
         ((X, W, TX, TW), dict(target=torch.zeros(2, dtype=torch.long)), "target has shape"),
         ((X, W, TX.bfloat16(), TW), {}, "dtype"),
         ((X, W.T, TX, TW), {}, r"linear_weight of shape \[4, 7\] takes hidden states of 7"),
