@@ -148,7 +148,7 @@ def evaluate_perplexity(
         examined = examine(model, "document", ids, plan.settings["context_length"], where, backend)
         scoring = Scoring(examined, plan.documents, plan.windows, where, rank, backend)
         interrupted = scoring.run(batches(plan.windows, batch_size), group, progress)
-    settings = plan.settings | dict(partial=interrupted)
+    settings = plan.settings | dict(partial=interrupted, after=after)
     wanted = Wanted(per_document, per_position, per_window, groups)
     return _complete(scoring.report(wanted, **settings))
 
