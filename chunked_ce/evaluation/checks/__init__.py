@@ -1,5 +1,8 @@
 """Every message that a mistake in an evaluation can produce."""
 
+from ...checks import hides_unknown as hides_unknown
+from ...checks import known_options as known_options
+from ...checks import unknown_keywords as unknown_keywords
 from .counts import *
 from .inputs import *
 from .language_model import *
