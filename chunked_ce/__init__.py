@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checks import explain_loss
     from .core.row_stats import TokenStats
+    from .evaluation.comparison import compare_models
+    from .evaluation.comparison_report import (
+        Comparison,
+        ComparisonInterrupted,
+        ComparisonReport,
+        Estimate,
+        TokenComparison,
+    )
     from .evaluation.evaluate import evaluate_perplexity
     from .evaluation.likelihood import Loglikelihood, loglikelihood
     from .evaluation.meter import Perplexity, perplexity
@@ -29,15 +37,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "Comparison",
+    "ComparisonInterrupted",
+    "ComparisonReport",
     "CrossEntropyLoss",
+    "Estimate",
     "EvaluationInterrupted",
     "EvaluationReport",
     "LinearCrossEntropyLoss",
     "Loglikelihood",
     "Perplexity",
     "PerplexityReport",
+    "TokenComparison",
     "TokenStats",
     "binary_cross_entropy_with_logits",
+    "compare_models",
     "cross_entropy",
     "evaluate_perplexity",
     "explain_loss",
@@ -53,6 +67,8 @@ __all__ = [
 _MODULES = (  # the same as above, which type checkers read
     "checks",
     "core.row_stats",
+    "evaluation.comparison",
+    "evaluation.comparison_report",
     "evaluation.evaluate",
     "evaluation.likelihood",
     "evaluation.meter",

@@ -119,7 +119,7 @@ def evaluate_perplexity(
     batch_size = checks.at_least_one("batch_size", batch_size)
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
     describe_text(text, shown=progress)
-    documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
+    documents = documents_of(model, tokenizer, text, input_ids, attention_mask, before, after)
     ids = [document.ids for document in documents]
     settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
     windows = sliding_windows([len(document) for document in ids], context_length, **settings)
@@ -139,7 +139,7 @@ def _complete(report: EvaluationReport) -> EvaluationReport:
     return report
 
 
-def _documents(
+def documents_of(
     model: Any,
     tokenizer: Any,
     text: str | Sequence[str] | None,

@@ -13,7 +13,7 @@ from ..distributed.collectives import all_reduce, rank_and_size
 from .documents import Document
 from .language_model import LanguageModel
 from .nll_sums import reciprocal_rank
-from .progress import perplexity_bar
+from .progress import running_perplexity, token_bar
 from .report import EvaluationReport, PerplexityReport
 from .windows import Window
 
@@ -48,7 +48,7 @@ class Scoring:
         turns = range(this_rank, -(-len(plan) // size) * size, size)
         tokens = sum(self.windows[i].scored for chosen in plan[this_rank::size] for i in chosen)
         try:
-            with perplexity_bar(tokens, progress and this_rank == 0) as advance:
+            with token_bar(tokens, progress and this_rank == 0, running_perplexity) as advance:
                 for turn in turns:
                     sums = self._batch(plan[turn % len(plan)])
                     if turn < len(plan):
@@ -63,15 +63,7 @@ class Scoring:
 
     def _batch(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """Return sums of each window [B, 5] and of each position [T, 5]."""
-        windows = [self.windows[i] for i in chosen]
-        width = max(window.length for window in windows)
-        inputs = torch.zeros(len(windows), width, dtype=torch.int64)
-        target = torch.full_like(inputs, IGNORE)
-        for row, window in enumerate(windows):
-            ids = self.documents[window.document].ids
-            inputs[row, : window.length] = ids[window.start : window.stop]
-            first = window.length - window.scored
-            target[row, first : window.length] = ids[window.start + 1 + first : window.stop + 1]
+        inputs, target = padded(self.documents, [self.windows[i] for i in chosen])
         inputs, target = inputs.to(self.device), target.to(self.device)
         stats = self.model.token_stats(inputs, target, rank=self.rank, backend=self.backend)
         nll = -stats.logprob.to(self.device, torch.float64)
@@ -123,6 +115,18 @@ class Scoring:
         nll_sum, squares, tokens, top1, reciprocal = sums.tolist()
         ranks = (int(top1), reciprocal) if self.rank else (None, None)
         return PerplexityReport(nll_sum, int(tokens), n_bytes, words, squares, *ranks)
+
+
+def padded(documents: Sequence[Document], windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets [B, T] of windows, padded on the right."""
+    inputs = torch.zeros(len(windows), max(w.length for w in windows), dtype=torch.int64)
+    target = torch.full_like(inputs, IGNORE)
+    for row, window in enumerate(windows):
+        ids = documents[window.document].ids
+        inputs[row, : window.length] = ids[window.start : window.stop]
+        first = window.length - window.scored
+        target[row, first : window.length] = ids[window.start + 1 + first : window.stop + 1]
+    return inputs, target
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:
