@@ -131,7 +131,7 @@ def compare_models(
     with evaluating(model), evaluating(base):
         examined = _examine((model, base), ids, context_length, where, backend, take_turns)
         tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-        sizes = [one.vocab_size for one in examined]
+        sizes = examined[0].vocab_size, examined[1].vocab_size
         classes = checks.shared_classes(vocab_size, *sizes, tokens, max(int(d.max()) for d in ids))
         scoring = PairScoring(*examined, documents, windows, where, classes, backend, take_turns)
         interrupted = scoring.run(batches(windows, batch_size), group, progress)
@@ -174,14 +174,14 @@ def _examine(
     devices: tuple[torch.device, torch.device],
     backend: str,
     take_turns: bool,
-) -> list[LanguageModel]:
+) -> tuple[LanguageModel, LanguageModel]:
     """Try both models on a few tokens."""
     examined = []
     names: tuple[AbstractContextManager[None], ...] = (nullcontext(), checks.naming("base"))
     for model, device, named in zip(models, devices, names, strict=True):
         with named, on_device(model, device) if take_turns else nullcontext():
             examined.append(examine(model, "document", ids, context_length, device, backend))
-    return examined
+    return examined[0], examined[1]
 
 
 def _report(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .report import counted, for_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Estimate(NamedTuple):
@@ -111,6 +111,7 @@ class ComparisonReport(Comparison):
     Only in a partial report are `windows_scored` fewer than `windows`.
     """
 
+    per_token: TokenComparison
     context_length: int = 0
     stride: int = 0
     full_last_window: bool = False
@@ -128,7 +129,6 @@ class ComparisonReport(Comparison):
     partial: bool = False  # interrupted: some windows are not in it
     per_document: tuple[Comparison, ...] | None = None
     per_group: Mapping[str, Comparison] | None = None
-    per_token: TokenComparison = field(default_factory=lambda: _no_tokens())
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
@@ -147,8 +147,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _no_tokens() -> TokenComparison:
-    index, number = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-    return TokenComparison(index, index, number, number, number, index.bool())

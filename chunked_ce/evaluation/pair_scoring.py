@@ -106,9 +106,7 @@ class PairScoring:
                     break
         return kept
 
-    def _present(
-        self, model: LanguageModel, device: torch.device
-    ) -> AbstractContextManager[None]:
+    def _present(self, model: LanguageModel, device: torch.device) -> AbstractContextManager[None]:
         return on_device(model.model, device) if self.take_turns else nullcontext()
 
     def _batch(self, chosen: list[int]) -> Batch:
@@ -139,8 +137,8 @@ class PairScoring:
         options: dict[str, Any] = dict(vocab_size=self.classes, backend=self.backend)
         of_model = token_stats(z, target, argmax=True, **options)
         of_base = token_stats(y, target, argmax=True, **options)
-        assert of_model.argmax is not None
-        same = of_model.argmax == of_base.argmax
+        assert of_model.argmax is not None and of_base.argmax is not None
+        same = of_model.argmax.eq(of_base.argmax)
         kl = kl_div(z, y, reduction="none", **options)
         columns = (kl, of_model.logprob, of_base.logprob, same, torch.ones_like(kl))
         return torch.stack([column.double() for column in columns], -1)

@@ -80,7 +80,9 @@ def groups(value: Any, documents: int) -> list[str] | None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != documents:
         found = f"{len(value)}" if hasattr(value, "__len__") else type(value).__name__
-        raise ValueError(f"groups must name the group of each of {documents} documents, got {found}")
+        raise ValueError(
+            f"groups must name the group of each of {documents} documents, got {found}"
+        )
     return [str(name) for name in value]
 
 
