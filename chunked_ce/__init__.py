@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         Comparison,
         ComparisonInterrupted,
         ComparisonReport,
-        Estimate,
+        Measure,
         TokenComparison,
     )
     from .evaluation.evaluate import evaluate_perplexity
@@ -41,7 +41,7 @@ __all__ = [
     "ComparisonInterrupted",
     "ComparisonReport",
     "CrossEntropyLoss",
-    "Estimate",
+    "Measure",
     "EvaluationInterrupted",
     "EvaluationReport",
     "LinearCrossEntropyLoss",

@@ -75,15 +75,18 @@ def run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     from .comparison_table import table
 
+    own, of_base = (
+        f"{name} ({_dtype(model)})"
+        for name, (model, _) in zip((args.model, args.base), models, strict=True)
+    )
     to_stdout = args.json == STANDARD
-    shown = table(report, args.model, args.base, args.text)
-    print(shown, file=sys.stderr if to_stdout else sys.stdout)
+    print(table(report, own, of_base, args.text), file=sys.stderr if to_stdout else sys.stdout)
     if args.json:
         write_text(args.json, "--json", _as_json(report, args, models))
     if args.plot and report.tokens:
         from .comparison_plot import draw
 
-        write_whole(args.plot, "--plot", lambda path: draw(report, args.model, args.base, path))
+        write_whole(args.plot, "--plot", lambda path: draw(report, own, of_base, path))
     return INTERRUPTED if report.partial else 0
 
 
@@ -121,7 +124,7 @@ def _compare(
             bos=args.bos,
             eos=args.eos,
             vocab_size=args.vocab_size,
-            groups=folders(args.text),
+            groups=folders_of(args.text),
             per_document=True,
             seed=args.seed,
             take_turns=args.take_turns,
@@ -137,7 +140,7 @@ def _compare(
         raise UsageError(in_words_of_the_command(message, args.text)) from error
 
 
-def folders(files: list[Path]) -> list[str] | None:
+def folders_of(files: list[Path]) -> list[str] | None:
     """Return the folder of each file, or None if they are in one."""
     names = ["-" if path == STANDARD else str(path.parent) for path in files]
     return names if len(set(names)) > 1 else None
@@ -148,17 +151,22 @@ def _as_json(
 ) -> str:
     import torch
 
-    own, of_base = (next(model.parameters()) for model, _ in models)
+    from .local_model import usable_device
+
     settings = {
         "model": args.model,
         "base": args.base,
         "text": [str(path) for path in args.text],
-        "dtype": str(own.dtype).removeprefix("torch."),
-        "base_dtype": str(of_base.dtype).removeprefix("torch."),
-        "device": str(own.device),
+        "dtype": _dtype(models[0][0]),
+        "base_dtype": _dtype(models[1][0]),
+        "device": str(usable_device(args.device)),
         "torch": torch.__version__,
     }
     contents = settings | report.to_dict()
     for path, document in zip(args.text, contents["per_document"], strict=True):
         document["file"] = str(path)
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"
+
+
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -29,7 +29,8 @@ def draw(report: ComparisonReport, name: str, base_name: str, path: Path) -> Non
     _draw_tokens(right, report)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        for handle in axes.legend(markerscale=2).legend_handles:
+            handle.set_alpha(max(handle.get_alpha() or 1.0, 0.4))
     partial = " (partial: interrupted)" if report.partial else ""
     names = ["/".join(Path(n).parts[-2:]) for n in (name, base_name)]
     title = f"{names[0]} against {names[1]}: mean KL {report.mean_kl.value:.4g} nats per token, "
@@ -57,7 +58,8 @@ def _draw_distribution(axes: Any, report: ComparisonReport) -> None:
         if math.isfinite(value):
             axes.axvline(max(value, low), color="black", ls=style, label=f"{what}, {value:.3g}")
     axes.set_xscale("log")
-    axes.set(xlabel="KL(base‖model) of a token (nats)", ylabel="tokens (%)")
+    few = f", {LOWEST_KL:g} or less on the left" if bool((values <= LOWEST_KL).any()) else ""
+    axes.set(xlabel=f"KL(base‖model) of a token (nats{few})", ylabel="tokens (%)")
 
 
 def _draw_positions(axes: Any, report: ComparisonReport) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..evaluation.comparison_report import Comparison, ComparisonReport, Estimate
+from ..evaluation.comparison_report import Comparison, ComparisonReport, Measure
 from ..evaluation.report import counted
 from .text_table import aligned, some_of
 
@@ -26,7 +26,7 @@ def table(report: ComparisonReport, name: str, base_name: str, files: Sequence[o
         name, base_name: of the models.
         files: names of the documents, in their order; without them no file has a line.
     """
-    lines = [_heading(report, name, base_name), "", *aligned(list(_measures(report))), "", _NOTE]
+    lines = [_heading(report, name, base_name), "", *_measures(report), "", _NOTE]
     if len(files) > 1 and report.per_document is not None:
         names = [str(file) for file in files]
         lines += ["", *_parts("file", zip(names, report.per_document, strict=True))]
@@ -35,23 +35,28 @@ def table(report: ComparisonReport, name: str, base_name: str, files: Sequence[o
     return "\n".join(lines)
 
 
-def _measures(report: Comparison) -> Iterator[list[str]]:
-    yield ["", "", "± tokens", "± documents", ""]
-    yield _row("mean KL(base‖model)", report.mean_kl, "nats per token")
+def _measures(report: Comparison) -> Iterator[str]:
+    rows = [["", "", "± tokens", "± documents"]]
+    units = [""]
+
+    def add(name: str, measure: Measure, unit: str = "", factor: float = 1.0) -> None:
+        numbers = ("" if number is None else _number(number * factor) for number in measure)
+        rows.append([name, *numbers])
+        units.append(unit)
+
+    add("mean KL(base‖model)", report.mean_kl, "nats per token")
     for share, name in _QUANTILES.items():
-        yield [f"  {name}", _number(report.kl_quantiles[share]), "", "", ""]
-    yield _row("same top token", report.same_top, "% of tokens", _PERCENT)
-    yield _row("perplexity", report.perplexity, "per token")
-    yield _row("perplexity of the base", report.base_perplexity, "per token")
-    yield _row("log of their ratio", report.log_perplexity_ratio, "nats per token, paired")
-    yield _row("correlation of log-probabilities", report.correlation, "")
-    yield _row("mean Δp", report.mean_delta_p, "% of probability", _PERCENT)
-    yield _row("RMS Δp", report.rms_delta_p, "% of probability", _PERCENT)
-
-
-def _row(name: str, estimate: Estimate, unit: str, factor: float = 1.0) -> list[str]:
-    cells = ["" if number is None else _number(number * factor) for number in estimate]
-    return [name, *cells, unit]
+        add(f"  {name}", Measure(report.kl_quantiles[share]))
+    add("same top token", report.same_top, "% of tokens", _PERCENT)
+    add("perplexity", report.perplexity, "per token")
+    add("perplexity of the base", report.base_perplexity, "per token")
+    add("log of their ratio", report.log_perplexity_ratio, "nats per token, paired")
+    add("correlation of log-probabilities", report.correlation)
+    add("mean Δp", report.mean_delta_p, "% of probability", _PERCENT)
+    add("RMS Δp", report.rms_delta_p, "% of probability", _PERCENT)
+    lines = list(aligned(rows))
+    width = max(map(len, lines))
+    return (f"{line:{width}}  {unit}".rstrip() for line, unit in zip(lines, units, strict=True))
 
 
 def _parts(what: str, parts: Iterable[tuple[str, Comparison]]) -> Iterator[str]:

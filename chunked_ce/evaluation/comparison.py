@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..checks import backend_name, flags
-from ..checks.values import integer
 from ..distributed.checks import process_group
 from . import checks
 from .comparison_estimates import compare_tokens
@@ -117,8 +116,8 @@ def compare_models(
     context_length = checks.shared_context(context_length, model, base, tokenizer)
     stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
-    seed = integer("seed", seed, "an int")
-    resamples = checks.at_least_one("resamples", resamples)
+    seed = checks.seed(seed)
+    resamples = checks.resamples(resamples)
     before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
     describe_text(text, shown=progress)
     documents = documents_of(model, tokenizer, text, input_ids, attention_mask, before, after)
@@ -157,9 +156,6 @@ def _check_base(
 ) -> None:
     """Check that the base reads the same tokens."""
     if base_tokenizer is not None:
-        with checks.naming("base_tokenizer"):
-            checks.check_tokenizer(tokenizer)
-            checks.check_tokenizer(base_tokenizer)
         checks.same_tokenizer(tokenizer, base_tokenizer, [text] if isinstance(text, str) else text)
     with checks.naming("base"):
         if tokenizer is not None:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .comparison_report import Comparison, Estimate, TokenComparison
+from .comparison_report import Comparison, Measure, TokenComparison
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
 _COUNTS = 10_000_000
@@ -37,7 +37,7 @@ def compare_tokens(tokens: TokenComparison, seed: int, resamples: int) -> Compar
     if documents > 1:
         resampled = _measures(_named(_resampled(by_document, seed, resamples)))
     estimates = {
-        name: Estimate(
+        name: Measure(
             value.item(),
             None if name not in errors else _known(errors[name]),
             None if resampled is None else _known(resampled[name].std()),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Estimate(NamedTuple):
+class Measure(NamedTuple):
     """A value with two standard errors; None where there is none.
 
     `stderr` is of the tokens, as if they were independent. `document_stderr` is of documents that
@@ -69,14 +69,14 @@ class Comparison:
 
     tokens: int
     documents: int
-    mean_kl: Estimate
-    same_top: Estimate
-    perplexity: Estimate
-    base_perplexity: Estimate
-    log_perplexity_ratio: Estimate
-    correlation: Estimate
-    mean_delta_p: Estimate
-    rms_delta_p: Estimate
+    mean_kl: Measure
+    same_top: Measure
+    perplexity: Measure
+    base_perplexity: Measure
+    log_perplexity_ratio: Measure
+    correlation: Measure
+    mean_delta_p: Measure
+    rms_delta_p: Measure
     kl_quantiles: Mapping[float, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class ComparisonInterrupted(KeyboardInterrupt):
 def _plain(value: Any) -> Any:
     if isinstance(value, Comparison):
         return value.to_dict()
-    if isinstance(value, Estimate):
+    if isinstance(value, Measure):
         return value._asdict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

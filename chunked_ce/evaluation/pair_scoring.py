@@ -10,6 +10,7 @@ on the host, and the base's head stays on the device while the other model runs.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -62,12 +63,13 @@ class PairScoring:
         """Return whether it was interrupted. All ranks run as many batches: sharded models wait."""
         this_rank, size = (0, 1) if group is None else rank_and_size(group)
         plan = [part for chosen in plan for part in self._parts(chosen)]
-        turns = iter(range(this_rank, -(-len(plan) // size) * size, size))
+        turns = deque(range(this_rank, -(-len(plan) // size) * size, size))
         tokens = sum(self.windows[i].scored for chosen in plan[this_rank::size] for i in chosen)
         so_far = self.table.new_zeros(5)
         try:
             with token_bar(tokens, progress and this_rank == 0, running_kl) as advance:
-                while kept := self._turn_of_base(turns, plan):
+                while turns:
+                    kept = self._turn_of_base(turns, plan)
                     with self._present(self.model, self.device):
                         for counts, batch, rows in kept:
                             values = self._compare(batch, rows)
@@ -89,12 +91,13 @@ class PairScoring:
         return [chosen[i : i + most] for i in range(0, len(chosen), most)]
 
     def _turn_of_base(
-        self, turns: Iterator[int], plan: list[list[int]]
+        self, turns: deque[int], plan: list[list[int]]
     ) -> list[tuple[bool, Batch, LogitRows]]:
         """Return (whether it counts, batch, the base's rows) of some batches, or of one."""
         kept, size = [], 0
         with self._present(self.base, self.base_device):
-            for turn in turns:
+            while turns:
+                turn = turns.popleft()
                 batch = self._batch(plan[turn % len(plan)])
                 rows = self._rows(self.base, batch, self.base_device)
                 if self.take_turns:
@@ -160,13 +163,16 @@ def running_kl(sums: Tensor) -> dict[str, str]:
 def on_device(model: Any, device: torch.device) -> Iterator[None]:
     """Have a module on `device` for a while; afterwards its tensors are those it had before."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = [(p, p.data) for module in modules for p in module.parameters(recurse=False)]
-    buffers = [(module, dict(module._buffers)) for module in modules]
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
+    data = [
+        (p, p.data) for _, parameters, _ in before for p in parameters.values() if p is not None
+    ]
     try:
         checks.moved(lambda: model.to(device) if modules else None, device)
         yield
     finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for module, before in buffers:
-            module._buffers.update(before)
+        for parameter, values in data:  # most devices change the values and keep the parameter
+            parameter.data = values
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)

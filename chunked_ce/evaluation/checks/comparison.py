@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...checks.values import integer
+from .inputs import check_tokenizer
 from .language_model import context_length, longest_context
 
 
@@ -31,8 +32,14 @@ def shared_context(value: Any, model: Any, base: Any, tokenizer: Any) -> int:
         return context_length(length, base, tokenizer)
 
 
-def same_tokenizer(tokenizer: Any, base_tokenizer: Any, texts: Sequence[str]) -> None:
+def same_tokenizer(tokenizer: Any, base_tokenizer: Any, texts: Sequence[str] | None) -> None:
     """Check that the two give the same ids; either may have tokens that the other lacks."""
+    if texts is None:
+        raise TypeError(
+            "base_tokenizer goes with text, but input_ids were given: they are tokens already"
+        )
+    with naming("base_tokenizer"):
+        check_tokenizer(base_tokenizer)
     own, others = (dict(t.get_vocab()) for t in (tokenizer, base_tokenizer))
     moved = sorted(token for token, i in own.items() if others.get(token, i) != i)
     if moved:
@@ -48,8 +55,8 @@ def same_tokenizer(tokenizer: Any, base_tokenizer: Any, texts: Sequence[str]) ->
         )
         if ids != of_base:
             raise ValueError(
-                f"tokenizers differ: document {i} has {len(ids)} tokens in the model's and "
-                f"{len(of_base)} in the base's, or others: compare models with one tokenizer"
+                f"document {i} has other token ids in the base's tokenizer: {len(ids)} tokens in "
+                f"the model's and {len(of_base)} in the base's; compare models with one tokenizer"
             )
 
 
@@ -73,6 +80,20 @@ def shared_classes(
             f"pass vocab_size={most} to compare the classes that both have"
         )
     return most
+
+
+def seed(value: Any) -> int:
+    number = integer("seed", value, "an int")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"seed is {number}, expected at least 0 and less than 2^63")
+    return number
+
+
+def resamples(value: Any) -> int:
+    number = integer("resamples", value, "an int")
+    if number < 2:
+        raise ValueError(f"resamples is {number}, expected at least 2: 1000 are usual")
+    return number
 
 
 def groups(value: Any, documents: int) -> list[str] | None:
