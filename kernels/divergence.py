@@ -14,6 +14,9 @@ from .online_softmax import LOG2_E, minus_expm1
 FORWARD, REVERSE, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
+FAR_APART = tl.constexpr(16.0)  # maxima that differ by more: z and y are taken from them
+
+
 class PairRow(NamedTuple):
     """The numbers of a pair of rows, in the dtype of the computation."""
 
@@ -39,11 +42,19 @@ def probability(z, max, log_sum, inverse):
 
 
 @triton.jit
+def bases(max, teacher_max):
+    """Return what z and y are less by in d, so that an offset of one row costs no digits."""
+    apart = tl.abs(teacher_max - max) > FAR_APART
+    return tl.where(apart, max, 0.0), tl.where(apart, teacher_max, 0.0)
+
+
+@triton.jit
 def probabilities(z, y, row, inverse):
     """Return the Probabilities of logits; inverse: 1 / temperature."""
     p = probability(z, row.max, row.log_sum, inverse)
     q = probability(y, row.teacher_max, row.teacher_log_sum, inverse)
-    return Probabilities(p, q, (y - z) * inverse - row.shift)
+    z_base, y_base = bases(row.max, row.teacher_max)
+    return Probabilities(p, q, ((y - y_base) - (z - z_base)) * inverse - row.shift)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import NOT_SPECIALIZED
-from .divergence import JSD, PairRow, class_slopes, class_terms, probabilities
+from .divergence import JSD, PairRow, bases, class_slopes, class_terms, probabilities
 from .online_softmax import LOG2_E, empty_sums
 from .rows import (
     Row,
@@ -164,7 +164,9 @@ def pair_stats_kernel(
     student, teacher = pair_sums(
         x_row, y_row, x_body, y_body, window, classes, inverse * LOG2_E, DTYPE, TILE, OPTIONS
     )
-    shift = (teacher.m - student.m) * inverse + tl.log(teacher.s / student.s)
+    base, teacher_base = bases(student.m, teacher.m)
+    above = (teacher.m - teacher_base) - (student.m - base)
+    shift = above * inverse + tl.log(teacher.s / student.s)
     row = PairRow(student.m, tl.log(student.s), teacher.m, tl.log(teacher.s), shift, shift)
     loss, student_kl = pair_divergence(
         x_row, y_row, x_body, y_body, window, classes, row, inverse, share, DTYPE, TILE, OPTIONS

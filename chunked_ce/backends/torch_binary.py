@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..core.head import compute_dtype
+from ..core.head import compute_dtype, sum_dtype
 from .torch_blocks import blocks
 
 
@@ -24,7 +24,7 @@ def loss_sum(
     left_out: Tensor | None,  # [rows, K]
 ) -> Tensor:
     """Return the sum [] of all losses but those left out."""
-    sum = torch.zeros((), dtype=torch.float64, device=input.device)
+    sum = torch.zeros((), dtype=sum_dtype(input.device), device=input.device)
     for rows, columns, (x, *terms) in blocks(input.shape[-1], input, labels, weight, pos_weight):
         loss = _losses(x, *terms)
         if left_out is not None:

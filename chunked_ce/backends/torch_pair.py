@@ -16,7 +16,7 @@ from ..core.divergence import (
     log_probs,
     shift_of,
 )
-from ..core.head import compute_dtype
+from ..core.head import compute_dtype, sum_dtype
 from .torch_blocks import blocks
 
 
@@ -30,15 +30,14 @@ def pair_stats(
     """Return the statistics of every pair of rows, flat."""
     dtype, rows = compute_dtype(input.dtype), input.shape[:-1].numel()
     maxima = torch.full((2, rows), -torch.inf, dtype=dtype, device=input.device)
-    sums = torch.zeros(2, rows, dtype=torch.float64, device=input.device)
+    sums = torch.zeros(2, rows, dtype=sum_dtype(input.device), device=input.device)
     for flat, _, views in blocks(vocab_size, input, teacher):
         for view, most, sum in zip(views, maxima, sums, strict=True):
             _add_exponentials(view.to(dtype), most[flat], sum[flat], how.temperature)
-    (most, of_teacher), (log_sum, teacher_log_sum) = maxima.double(), sums.log()
+    (most, of_teacher), (log_sum, teacher_log_sum) = maxima, sums.log()
     norms = (most, log_sum, of_teacher, teacher_log_sum)
     shift = shift_of(*norms, temperature=how.temperature)
-    zeros = (torch.zeros(rows, dtype=torch.float64, device=input.device) for _ in range(2))
-    stats = PairStats(*zeros, *(n.to(dtype) for n in (*norms, shift)))
+    stats = PairStats(*torch.zeros_like(sums), *(n.to(dtype) for n in (*norms, shift)))
     for flat, _, views in blocks(vocab_size, input, teacher):
         terms = class_terms(_log_probs(views, stats, flat, how), how)
         stats.loss[flat] += terms[0].sum(1)

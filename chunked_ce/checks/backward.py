@@ -33,6 +33,13 @@ def no_transforms(function: str, active: bool) -> None:
         )
 
 
+def functionalized() -> None:
+    raise NotImplementedError(
+        "torch.func.functionalize cannot see into chunked_ce's losses: leave it out, because "
+        "torch.compile and torch.export functionalize by themselves"
+    )
+
+
 def compiled_transform() -> None:
     raise NotImplementedError(
         "torch.compile cannot trace chunked_ce's gradient inside a transform of torch.func: "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .values import LOGIT_DTYPES, same_device, shape
+from .values import LOGIT_DTYPES, is_dtensor, same_device, shape
 
 
 def head_arguments(head: Any, bias: object, logits_dtype: object, *, plain: bool) -> None:
@@ -57,3 +57,46 @@ def head_without_gradient() -> NoReturn:
         "input requires a gradient, but the head's logits do not depend on it differentiably: "
         "let the head run with gradients, or call this under torch.no_grad()"
     )
+
+
+def is_fully_sharded(module: object) -> bool:
+    """Return whether FSDP2's `fully_shard` was called on the module."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def no_hooks_but_fsdp(head: nn.Module) -> None:
+    """Refuse hooks that would see the loss of all chunks where they expect logits."""
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    others = [h for h in hooks if not getattr(h, "__module__", "").startswith("torch.distributed.")]
+    if others:
+        raise TypeError(
+            "the head is a group of its own under FSDP2 and has other forward hooks: register them "
+            "on a module within the head, or leave the head in the model's group"
+        )
+
+
+def head_of_fsdp(within: bool) -> None:
+    """Refuse a call of a function that calls a module of FSDP2, whose gradient would be lost."""
+    if within:
+        raise TypeError(
+            "the head calls a module that fully_shard made a group of its own, which would be "
+            "gathered for each chunk, and its gradient lost: pass that module itself, or call "
+            "fully_shard on the whole head"
+        )
+
+
+def replicated_operands(operands: dict[str, Any]) -> dict[str, Any]:
+    """Return the local tensors of DTensors that every rank holds whole, beside a sharded head."""
+    for name, value in operands.items():
+        if is_dtensor(value) and not all(p.is_replicate() for p in value.placements):
+            raise ValueError(
+                f"{name} is a DTensor with placements {value.placements}, expected Replicate() "
+                "beside a head of DTensors: redistribute it"
+            )
+    if not is_dtensor(operands["input"]):
+        raise TypeError(
+            "the head's parameters are DTensors, but input is a plain tensor: under FSDP2 call "
+            "this in the forward of the module that owns the head, or call fully_shard(head) too; "
+            "under tensor parallelism pass DTensor.from_local(input, mesh, [Replicate()])"
+        )
+    return {n: v.to_local() if is_dtensor(v) else v for n, v in operands.items()}

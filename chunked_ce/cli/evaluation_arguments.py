@@ -43,6 +43,9 @@ def in_words_of_the_command(message: str, files: list[Path]) -> str:
         index = int(match[1])
         return f"--text: {files[index]}" if index < len(files) else match[0]
 
+    if ", but recipe " in message:
+        message = message.replace("context_length", "context")
+        message = re.sub(r"^\w+(?= is )", lambda m: "--" + m[0].replace("_", "-"), message)
     message = re.sub(r"^document (\d+)\b", file_name, message)
     return message.replace("bos=True", "--bos yes").replace("eos=True", "--eos yes")
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.recipes import RECIPES
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import INTERRUPTED, UsageError
 from .evaluation_arguments import (
@@ -34,6 +35,12 @@ def add_command(subparsers: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a Hugging Face causal LM and its tokenizer")
     add_text_arguments(add)
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help="windows, BOS, joins and counts of another tool: " + ", ".join(RECIPES))  # fmt: skip
+    add("--after", metavar="MARKER",
+        help="score only what follows MARKER in each file; the rest is context")  # fmt: skip
+    add("--group-by", choices=("folder", "file"),
+        help="report each group of files, and the mean over groups")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", metavar="DTYPE",
         help="bf16, fp16, fp32, fp64; default: auto, as it was saved")  # fmt: skip
     add("--device", help="default: cuda where there is a GPU, else cpu")
@@ -96,6 +103,9 @@ def _evaluate(
             context_length=args.context,
             stride=args.stride,
             full_last_window=args.full_last_window,
+            recipe=args.recipe,
+            after=args.after,
+            groups=_groups(args),
             batch_size=args.batch_size,
             bos=args.bos,
             eos=args.eos,
@@ -109,11 +119,18 @@ def _evaluate(
         raise UsageError(in_words_of_the_command(str(error), args.text)) from error
 
 
+def _groups(args: argparse.Namespace) -> list[str] | None:
+    """Return the group of each file, if they are grouped."""
+    if args.group_by == "folder":
+        return [str(STANDARD if path == STANDARD else path.parent) for path in args.text]
+    return None if args.group_by is None else [str(path) for path in args.text]
+
+
 def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> str:
     import torch
 
     parameter = next(model.parameters())
-    settings = {
+    settings: dict[str, Any] = {
         "model": args.model,
         "text": [str(path) for path in args.text],
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -121,8 +138,10 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
         "torch": torch.__version__,
     }
     contents = settings | replace(report, per_window=None).to_dict()
-    for path, document in zip(args.text, contents["per_document"], strict=True):
-        document["file"] = str(path)
+    joined = report.documents_given != len(args.text)
+    names = [" + ".join(settings["text"])] if joined else settings["text"]
+    for name, document in zip(names, contents["per_document"], strict=True):
+        document["file"] = name
     for position, measures in enumerate(contents["per_position"], 1):
         measures["context_tokens"] = position
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"

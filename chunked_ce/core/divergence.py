@@ -9,6 +9,10 @@ With p = softmax(z / T) of the student, q = softmax(y / T) of the teacher and d 
 with the mixture m = beta q + (1 - beta) p (Agarwal et al., arXiv:2306.13649). Each class adds
 f(d) = d - 1 + exp(-d) and not d: -1 + exp(-d) sums to 0 over a row, and f is never below 0. So
 nothing cancels, and the divergence of two nearly equal rows keeps its digits.
+
+d is the difference of the logits less that of their lse, which keeps the digits of equal logits.
+Where one row lies far above the other, each is taken from its own maximum first: a common offset
+of one row costs no digits.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("forward", "reverse", "jsd")
+FAR_APART = 16.0  # maxima that differ by more: z and y are taken from them
 _SERIES = tuple(1.0 / factorial(n) for n in range(2, 14))
 
 
@@ -40,7 +45,7 @@ class PairStats(NamedTuple):
     log_sum: Tensor  # log Σ exp((z - max) / T)
     teacher_max: Tensor
     teacher_log_sum: Tensor
-    shift: Tensor  # lse of y / T less that of z / T
+    shift: Tensor  # lse of y / T less that of z / T, both of logits less their bases
 
 
 class LogProbs(NamedTuple):
@@ -51,11 +56,20 @@ class LogProbs(NamedTuple):
     d: Tensor
 
 
+def bases(max: Tensor, teacher_max: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what z and what y are less by, before d is made of them."""
+    apart = (teacher_max - max).abs() > FAR_APART
+    return max.masked_fill(~apart, 0.0), teacher_max.masked_fill(~apart, 0.0)
+
+
 def shift_of(
     max: Tensor, log_sum: Tensor, teacher_max: Tensor, teacher_log_sum: Tensor, temperature: float
 ) -> Tensor:
-    """Return `PairStats.shift` from numbers in fp64."""
-    return (teacher_max - max) / temperature + (teacher_log_sum - log_sum)
+    """Return `PairStats.shift` in the dtype of sums, which is wider than that of maxima."""
+    base, teacher_base = bases(max, teacher_max)
+    wide = log_sum.dtype
+    above = (teacher_max.to(wide) - teacher_base) - (max.to(wide) - base)
+    return above / temperature + (teacher_log_sum - log_sum)
 
 
 def log_probs(
@@ -64,10 +78,11 @@ def log_probs(
     stats: PairStats,  # [R, 1] each
     temperature: float,
 ) -> LogProbs:
+    base, teacher_base = bases(stats.max, stats.teacher_max)
     return LogProbs(
         (z - stats.max) / temperature - stats.log_sum,
         (y - stats.teacher_max) / temperature - stats.teacher_log_sum,
-        (y - z) / temperature - stats.shift,
+        ((y - teacher_base) - (z - base)) / temperature - stats.shift,
     )
 
 

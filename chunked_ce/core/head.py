@@ -13,6 +13,12 @@ compute_dtype = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }.__getitem__
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over many rows or classes: the widest that the device has."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 class Head(NamedTuple):

@@ -18,15 +18,17 @@ from ..distributed.checks import process_group
 from . import checks
 from .comparison_estimates import compare_tokens
 from .comparison_report import ComparisonInterrupted, ComparisonReport, TokenComparison
-from .documents import Document, bos_id, eos_id
-from .evaluate import documents_of
+from .documents import Source
+from .evaluate import plan_windows
 from .language_model import LanguageModel, device_of, evaluating, examine
 from .pair_scoring import BASE_LOGPROB, KL, LOGPROB, SAME_TOP, SCORED, PairScoring, on_device
+from .parts import Parts
 from .progress import describe_text, describe_windows
-from .windows import Window, batches, sliding_windows
+from .windows import Window, batches
 
 
 @torch.no_grad()
+@checks.hides_unknown
 def compare_models(
     model: Any,
     base: Any,
@@ -52,6 +54,7 @@ def compare_models(
     progress: bool = False,
     group: Any = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> ComparisonReport:
     """Measure how far a model is from a base: KL divergence, same top token, paired perplexity.
 
@@ -103,6 +106,8 @@ def compare_models(
     >>> f"{report.perplexity.value:.1f} against {report.base_perplexity.value:.1f}"
     '8.0 against 16.0'
     """
+    if unknown:
+        checks.unknown_keywords(compare_models, unknown)
     flags(
         full_last_window=full_last_window, per_document=per_document, progress=progress,
         take_turns=take_turns,
@@ -114,28 +119,27 @@ def compare_models(
     where = _devices(model, base, device)
     group = None if group is None else process_group(group)
     context_length = checks.shared_context(context_length, model, base, tokenizer)
-    stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
     seed = checks.seed(seed)
     resamples = checks.resamples(resamples)
-    before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
     describe_text(text, shown=progress)
-    documents = documents_of(model, tokenizer, text, input_ids, attention_mask, before, after)
-    _check_base(base, base_tokenizer, tokenizer, text, documents)
-    groups = checks.groups(groups, len(documents))
-    ids = [document.ids for document in documents]
-    settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
-    windows = sliding_windows([len(document) for document in ids], context_length, **settings)
-    describe_windows(ids, len(windows), shown=progress)
+    source = Source(model, tokenizer, text, input_ids, attention_mask)
+    plan = plan_windows(Parts(), source, context_length, stride, full_last_window, bos, eos)
+    ids = [document.ids for document in plan.documents]
+    checks.ids_known("document", ids, model, None)
+    _check_base(base, base_tokenizer, source, ids)
+    groups = checks.document_groups(groups, len(ids), None)
+    describe_windows(ids, len(plan.windows), shown=progress)
     with evaluating(model), evaluating(base):
         examined = _examine((model, base), ids, context_length, where, backend, take_turns)
         tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
         sizes = examined[0].vocab_size, examined[1].vocab_size
         classes = checks.shared_classes(vocab_size, *sizes, tokens, max(int(d.max()) for d in ids))
-        scoring = PairScoring(*examined, documents, windows, where, classes, backend, take_turns)
-        interrupted = scoring.run(batches(windows, batch_size), group, progress)
-    settings |= dict(context_length=context_length, bos=before, eos=after, partial=interrupted)
-    settings |= dict(seed=seed, resamples=resamples, took_turns=take_turns, vocab_size=classes)
+        prepared = plan.documents, plan.windows
+        scoring = PairScoring(*examined, *prepared, where, classes, backend, take_turns)
+        interrupted = scoring.run(batches(plan.windows, batch_size), group, progress)
+    settings = plan.settings | dict(partial=interrupted, took_turns=take_turns)
+    settings |= dict(seed=seed, resamples=resamples, vocab_size=classes)
     report = _report(scoring, groups, per_document, settings)
     if interrupted:
         raise ComparisonInterrupted(report)
@@ -151,16 +155,15 @@ def _devices(model: Any, base: Any, device: Any) -> tuple[torch.device, torch.de
     return checks.device(own), checks.device(of_base)
 
 
-def _check_base(
-    base: Any, base_tokenizer: Any, tokenizer: Any, text: Any, documents: list[Document]
-) -> None:
+def _check_base(base: Any, base_tokenizer: Any, source: Source, ids: list[Tensor]) -> None:
     """Check that the base reads the same tokens."""
+    tokenizer, text = source.tokenizer, source.text
     if base_tokenizer is not None:
         checks.same_tokenizer(tokenizer, base_tokenizer, [text] if isinstance(text, str) else text)
     with checks.naming("base"):
         if tokenizer is not None:
             checks.vocabularies(base, tokenizer)
-        checks.ids_known("document", [document.ids for document in documents], base, None)
+        checks.ids_known("document", ids, base, None)
 
 
 def _examine(

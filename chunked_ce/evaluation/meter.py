@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ from .report import PerplexityReport
 
 
 @torch.no_grad()
+@checks.hides_unknown
 def perplexity(
-    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1
-) -> Tensor:
+    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1,
+    **unknown: NoReturn,
+) -> Tensor:  # fmt: skip
     """Compute the perplexity per token of one batch.
 
     exp(sum of NLL / number of targets that are not `ignore_index`).
@@ -45,6 +47,8 @@ def perplexity(
     >>> f"{perplexity(torch.zeros(3, 16), torch.tensor([1, 2, -100])):.1f}"
     '16.0'
     """
+    if unknown:
+        checks.unknown_keywords(perplexity, unknown)
     ignore_index = checks.meter_ignore_index(ignore_index)
     return perplexity_of(batch_sums(input, target, ignore_index, dim, rank=False))
 
@@ -85,7 +89,9 @@ class Perplexity:
     _COUNTS = ("tokens", "top1", "bytes", "words")
     _ON_HOST = ("bytes", "words")
 
-    def __init__(self, *, ignore_index: int | None = -100) -> None:
+    @checks.hides_unknown
+    def __init__(self, *, ignore_index: int | None = -100, **unknown: NoReturn) -> None:
+        checks.known_options("Perplexity", unknown, ("ignore_index",))
         self.ignore_index = checks.meter_ignore_index(ignore_index)
         self.reset()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .linear import autocast
 FlatHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 
 
+@checks.hides_unknown
 def kl_div(
     input: Tensor,
     teacher: Tensor,
@@ -30,6 +33,7 @@ def kl_div(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Return the divergence of a student from a teacher, both given by logits, streamed.
 
@@ -78,6 +82,8 @@ def kl_div(
         >>> bool(chunked_ce.kl_div(student, student.detach()) == 0)
         True
     """
+    if unknown:
+        checks.unknown_keywords(kl_div, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(kl_div, locals())
     kind, beta, temperature = checks.divergence(kind, beta, temperature)
@@ -97,6 +103,7 @@ def kl_div(
     return make_reduction(reduction, labels, skipped, token_weight, num_items, dtype).reduce(loss)
 
 
+@checks.hides_unknown
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -119,6 +126,7 @@ def linear_kl_div(
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Return the divergence of two models given by hidden states and heads, without their logits.
 
@@ -170,6 +178,8 @@ def linear_kl_div(
         ... )
         >>> loss.backward()
     """
+    if unknown:
+        checks.unknown_keywords(linear_kl_div, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
     kind, beta, temperature = checks.divergence(kind, beta, temperature)
@@ -189,6 +199,8 @@ def linear_kl_div(
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
     fused = reduction != "none" and reduction_spec.allows_grad_in_forward(student[0].dtype)
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
+    losses: Tensor
+    total: Tensor
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
         *student, *teacher, None if target is None else target.reshape(-1),
         weights, ignore_index, kind, beta, temperature, ce_weight, classes,
@@ -196,7 +208,11 @@ def linear_kl_div(
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
-    return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
+    if not fused:
+        return reduction_spec.reduce(losses.view(input.shape[:-1]))
+    if losses.numel() == 0 and reduction_spec.divisor is not None:  # the mean of nothing: NaN
+        return total + torch.zeros_like(total) / reduction_spec.divisor
+    return total
 
 
 def _rows_per_chunk(

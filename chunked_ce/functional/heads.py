@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..checks.loss import LossOptions
+from ..checks.values import is_dtensor
 from ..core.reduction import Reduction
 from ..ops import transforms
 from ..ops.callable_head import head_loss, head_stats
@@ -28,6 +29,21 @@ def plain_linear(head: object) -> nn.Linear | None:
     given = (head.weight,) if head.bias is None else (head.weight, head.bias)
     plain = all(type(t) in (Tensor, nn.Parameter) for t in given)
     return head if plain and not any(hooks) else None
+
+
+def is_sharded(head: object) -> bool:
+    """Return whether a head must be gathered before it is called on chunks.
+
+    Tensor parallelism that converts the head's inputs in hooks gathers its logits instead.
+    """
+    if not isinstance(head, nn.Module):
+        return False
+    itself, *within = head.modules()
+    checks.head_of_fsdp(any(map(checks.is_fully_sharded, within)))
+    if checks.is_fully_sharded(itself):
+        return True
+    converted = any(module._forward_pre_hooks for module in (itself, *within))
+    return not converted and any(map(is_dtensor, head.parameters()))
 
 
 def split_head(

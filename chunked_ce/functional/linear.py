@@ -16,8 +16,8 @@ from ..ops import transforms
 from ..ops.chunks import default_rows, padded_row_bytes
 from ..ops.head_calls import AnyHead
 from ..ops.library import Classes, Outputs, flat_classes, in_target_shape
-from . import several_heads
-from .heads import loss_of_called_head, outputs_of_called_head, split_head
+from . import several_heads, sharded_heads
+from .heads import is_sharded, loss_of_called_head, outputs_of_called_head, split_head
 from .shift import next_tokens
 from .targets import AnyTarget, Target, describe_target, wanted_of
 
@@ -141,10 +141,9 @@ def linear_cross_entropy(
     """
     if unknown:
         checks.unknown_keywords(linear_cross_entropy, unknown)
-    head = None
-    if callable(linear_weight):
-        parts = split_head(linear_weight, linear_bias, input, logits_dtype)
-        head, linear_weight, linear_bias = parts
+    if callable(linear_weight) and is_sharded(linear_weight):
+        return sharded_heads.call(linear_cross_entropy, locals())
+    head, linear_weight, linear_bias = as_weight(linear_weight, linear_bias, input, logits_dtype)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_cross_entropy, locals())
     checks.linear_input(input, linear_weight, linear_bias, target, dims=True)
@@ -161,6 +160,15 @@ def linear_cross_entropy(
         chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     return _loss(head, input, target, linear_weight, linear_bias, weight, options, shared)
+
+
+def as_weight(
+    head: LinearHead, bias: Tensor | None, input: Tensor, logits_dtype: torch.dtype | None
+) -> tuple[AnyHead | None, Tensor, Tensor | None]:
+    """Return (head that is called, weight, bias); no head where the weight says all."""
+    if callable(head):
+        return split_head(head, bias, input, logits_dtype)
+    return None, head, bias
 
 
 def _loss(

@@ -11,8 +11,9 @@ from .. import checks
 from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.library import Classes
-from .heads import split_head
-from .linear import LinearHead, autocast, outputs_of_head, shared_arguments
+from . import sharded_heads
+from .heads import is_sharded
+from .linear import LinearHead, as_weight, autocast, outputs_of_head, shared_arguments
 from .shift import ROWS, next_tokens
 
 
@@ -111,10 +112,9 @@ def linear_token_stats(
     """
     if unknown:
         checks.unknown_keywords(linear_token_stats, unknown)
-    head = None
-    if callable(linear_weight):
-        parts = split_head(linear_weight, linear_bias, input, logits_dtype)
-        head, linear_weight, linear_bias = parts
+    if callable(linear_weight) and is_sharded(linear_weight):
+        return sharded_heads.call(linear_token_stats, locals())
+    head, linear_weight, linear_bias = as_weight(linear_weight, linear_bias, input, logits_dtype)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_token_stats, locals(), ROWS if cu_seqlens is None else ())
     checks.target_indices(target)

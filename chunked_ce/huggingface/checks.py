@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..checks.heads import is_fully_sharded
 from ..checks.values import LOGIT_DTYPES, integer, is_dtensor, shape
 
 LOGITS_WERE_MADE = (
@@ -20,7 +21,8 @@ NO_LABELS = (
     "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
     "computed and nothing is saved: pass labels to it. TrainingArguments' label_smoothing_factor "
     "takes the labels away: set it to 0 and call enable(model, label_smoothing=...). A Trainer's "
-    "compute_loss_func takes them away too: leave it out"
+    "compute_loss_func takes them away too: leave it out. A trainer that takes its loss from the "
+    "logits, as some of TRL's do, passes none: call enable(model, without_labels=True)"
 )
 
 
@@ -100,34 +102,31 @@ def deferrable_head(model: Any, head: Any) -> nn.Module:
     """A module that the model calls for its logits, and that others may call on some tokens."""
     kind = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
     otherwise = "or set model.loss_function = chunked_ce.huggingface.causal_lm_loss"
-    if not isinstance(head, nn.Module) or type(getattr(head, "out_features", None)) is not int:
+    if not isinstance(head, nn.Module):
         raise TypeError(
-            f"the output head is {kind}, expected a module with out_features: give it that number "
-            f"of logits, {otherwise}"
-        )
-    if "forward" in vars(head):
-        raise TypeError(
-            "the output head's forward has been replaced on the instance (accelerate does that for "
-            f"a device_map over several devices): put the model on one device, {otherwise}"
+            f"the output head is {kind}, expected a module: wrap it in one, {otherwise}"
         )
     if is_linear(head) and head.weight.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"the output head's weight has dtype {head.weight.dtype}, expected a floating one: "
             f"keep the head out of quantization, {otherwise}"
         )
-    no_group_of_its_own(head)
+    freed_after_forward(head)
     _one_piece(model, head, otherwise)
     return head
 
 
-def no_group_of_its_own(head: nn.Module) -> None:
-    """Refuse a head that FSDP2 frees after its forward, before the loss."""
-    if _fully_sharded(head) and _resharded_after_forward(head):
+def freed_after_forward(head: nn.Module) -> bool:
+    """Return whether FSDP2 frees the head's weight before the loss, unless told to keep it."""
+    if not is_fully_sharded(head) or not _resharded_after_forward(head):
+        return False
+    if not hasattr(head, "set_reshard_after_forward"):
         raise TypeError(
-            "the output head is a group of its own under FSDP2, whose weight is gone when the loss "
-            "needs it: call fully_shard(head, reshard_after_forward=False), or call fully_shard on "
-            "the layers and on the model, but not on the head"
+            "the output head is a group of its own under FSDP2, and this torch cannot keep its "
+            "weight until the loss: call fully_shard(head, reshard_after_forward=False), or call "
+            "fully_shard on the layers and on the model, but not on the head"
         )
+    return True
 
 
 def _resharded_after_forward(head: Any) -> bool:
@@ -142,13 +141,9 @@ def _resharded_after_forward(head: Any) -> bool:
     return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
 
 
-def _fully_sharded(module: nn.Module) -> bool:
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-
-
 def _one_piece(model: Any, head: nn.Module, otherwise: str) -> None:
     # FSDP2 gathers it in the model's forward.
-    sharded = is_sharded(*head.parameters()) and not _fully_sharded(model)
+    sharded = is_sharded(*head.parameters()) and not is_fully_sharded(model)
     if sharded or (getattr(model, "_tp_size", None) or 1) > 1:
         raise TypeError(
             "the output head's weight is sharded over devices (tensor parallelism): use "
@@ -196,6 +191,14 @@ def head_unchanged(unchanged: bool) -> None:
             "had changed or been freed: read it before optimizer.step(), or call the model again "
             "under torch.no_grad() without labels"
         )
+
+
+def no_memory(kind: str) -> NoReturn:
+    """Refuse to show memory to a kernel. Autograd would not see what the kernel reads."""
+    raise RuntimeError(
+        f"{kind} has no memory for a kernel to read: pass outputs.logits.tensor(), which computes "
+        "the logits and lets autograd see their use"
+    )
 
 
 def gradient_of_logits(name: str, loss_taken: bool) -> None:

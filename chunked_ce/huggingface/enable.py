@@ -19,15 +19,20 @@ from torch import Tensor, nn
 
 from ..checks import loss as loss_checks
 from . import checks
+from .calls import Call, Deferring, positions
 from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
-from .head import Head
+from .head_forward import STATE, head_copied, head_forward
 from .loss import causal_lm_loss
 
-_STATE = "_chunked_ce"
 
-
-def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float = 0.0) -> Enabled:
+def enable(
+    model: nn.Module,
+    *,
+    evaluation: bool = False,
+    without_labels: bool = False,
+    label_smoothing: float = 0.0,
+) -> Enabled:
     """Make a causal language model of transformers train without its logits.
 
     While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
@@ -35,7 +40,7 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
     two. Without labels, in evaluation and in generation the model is as it was. `outputs.logits` is
     computed when something asks for it, which must be before `optimizer.step()`. A head put in the
     place of the first (resized, or PEFT's `modules_to_save`) defers too, or a warning says why not;
-    training without labels warns once.
+    training without labels warns once, unless `without_labels` is set.
 
     Args:
         model: a `PreTrainedModel` whose forward calls `self.loss_function`, or a PEFT model of one.
@@ -43,6 +48,11 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
         evaluation: whether to do the same in evaluation with labels: for a Trainer without
             `compute_metrics`. Without gradients `outputs.logits` is then a tensor that is computed
             when something is done to it, as `Trainer.predict` does.
+        without_labels: whether `outputs.logits` of a call without labels is :class:`DeferredLogits`
+            too, in training and evaluation, with gradients or without: for trainers that take
+            log-probabilities and entropies from the logits (TRL's `selective_log_softmax`), and for
+            their reference model. A call with `past_key_values`, as generation makes it, and a call
+            that torch.compile traces are as they were.
         label_smoothing: smooths the labels of the model's loss, as :func:`chunked_ce.cross_entropy`
             does. Use it in place of TrainingArguments' `label_smoothing_factor`, which takes the
             labels away. As there, the loss in evaluation is smoothed too.
@@ -52,7 +62,7 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
 
     Raises:
         TypeError: not a model of transformers, or a head that cannot be called on some of the
-            hidden states (sharded, dispatched, of integers).
+            hidden states (under tensor parallelism, of integers).
         ValueError: nothing would change (no output head, no labels, a loss of its own), or the
             model is enabled already.
 
@@ -74,29 +84,29 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
         >>> handle.disable()
     """
     model = checks.causal_lm(model)
-    checks.not_enabled(_STATE in vars(model))
+    checks.not_enabled(STATE in vars(model))
     head = checks.output_head(model)
     checks.calls_loss_function(model)
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
     label_smoothing = loss_checks.label_smoothing(label_smoothing)
-    return Enabled(model, head, evaluation, label_smoothing)
+    return Enabled(model, head, Deferring(evaluation, without_labels), label_smoothing)
 
 
 class Enabled:
     """Hold what :func:`enable` changed, and undo it."""
 
     def __init__(
-        self, model: nn.Module, head: nn.Module, evaluation: bool, label_smoothing: float
+        self, model: nn.Module, head: nn.Module, wanted: Deferring, label_smoothing: float
     ) -> None:
-        self._evaluation = evaluation
+        self._wanted = wanted
         self._label_smoothing = label_smoothing
         self._model = model
         self._factors: tuple[float, float | None] | None = None  # of the last step's logits
         self._deferring = False
         self._warned: set[str] = set()
-        self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
+        self._positions = positions(model)
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
         loss: Callable[..., Tensor] = causal_lm_loss
         if label_smoothing:
@@ -105,17 +115,18 @@ class Enabled:
             model, forward=MethodType(_model_forward(model), model),
             _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
+        self._kept: list[Any] = []  # heads whose weight FSDP2 would free
         self._enable_head(head)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
-        for name, value in {_STATE: self, **values}.items():
+        for name, value in {STATE: self, **values}.items():
             before = {name: vars(module)[name]} if name in vars(module) else {}
             self._changes.append((module, name, value, before))
             vars(module)[name] = value
 
     def _enable_head(self, head: nn.Module) -> None:
-        copied = MethodType(_head_copied, head)
-        self._change(head, forward=MethodType(_head_forward, head), __deepcopy__=copied)
+        copied = MethodType(head_copied, head)
+        self._change(head, forward=MethodType(head_forward, head), __deepcopy__=copied)
 
     def _enable_new_head(self) -> None:
         """Enable a head that took the place of the first: resized, or PEFT's modules_to_save."""
@@ -123,12 +134,24 @@ class Enabled:
         original = getattr(head, "original_module", None)
         heads = [head] if original is None else [original, *head.modules_to_save.values()]
         for each in heads:
-            if each is None or vars(each).get(_STATE) is self:
+            if each is None or vars(each).get(STATE) is self:
                 continue
             try:
                 self._enable_head(checks.deferrable_head(self._model, each))
             except TypeError as error:
                 self._warn(checks.new_head(error))
+
+    def _forward_before(self, head: nn.Module) -> Callable[..., Tensor] | None:
+        """Return the forward that the head itself had, as accelerate gives it one."""
+        for module, name, _, before in self._changes:
+            if module is head and name == "forward":
+                return before.get("forward")
+        return None
+
+    def _keep_gathered(self, head: Any) -> None:
+        """Let FSDP2 keep a head's weight until backward, which would gather it again at once."""
+        head.set_reshard_after_forward(False, recurse=False)
+        self._kept.append(head)
 
     def disable(self) -> None:
         """Set everything back. Does nothing the second time.
@@ -139,7 +162,9 @@ class Enabled:
             if vars(module).get(name) == value:
                 del vars(module)[name]
                 vars(module).update(before)
-        self._changes = []
+        for head in self._kept:
+            head.set_reshard_after_forward(True, recurse=False)
+        self._changes, self._kept = [], []
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A method pickles as its name, which the unpickled module would look up and not find.
@@ -157,9 +182,8 @@ class Enabled:
         head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
         weight = getattr(head, "weight", None)
         shape = "" if weight is None else f" {list(weight.shape)}"
-        when = "in training and evaluation" if self._evaluation else "in training"
-        parts = [f"head {type(head).__name__}{shape} defers its logits {when} with labels"]
-        if vars(head).get(_STATE) is not self:
+        parts = [f"head {type(head).__name__}{shape} defers its logits {self._wanted}"]
+        if vars(head).get(STATE) is not self:
             parts = [f"the head was replaced by {type(head).__name__}{shape}"]
         parts.append(self._transforms())
         if self._label_smoothing:
@@ -188,13 +212,14 @@ class Enabled:
             self._warned.add(message)
             warnings.warn(message, stacklevel=6)
 
-    def _prepare(self, labelled: bool) -> bool:
+    def _prepare(self, call: Call) -> bool:
         """Return whether a forward that begins may defer."""
-        deferring = (self._model.training or self._evaluation) and labelled
-        if not torch.compiler.is_compiling():
+        training, compiling = self._model.training, torch.compiler.is_compiling()
+        deferring = self._wanted.wants(call, training, compiling)
+        if not compiling:
             if deferring:
                 self._enable_new_head()
-            elif self._model.training and torch.is_grad_enabled() and not labelled:
+            elif training and torch.is_grad_enabled() and not self._wanted.without_labels:
                 self._warn(checks.NO_LABELS)
         return deferring
 
@@ -205,11 +230,6 @@ class Enabled:
             for value in values:
                 if isinstance(value, DeferredLogits):
                     self._factors = value.factors
-
-    def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if kwargs.get("labels") is not None:
-            return True
-        return len(args) > self._labels and args[self._labels] is not None
 
 
 def _model_forward(model: nn.Module) -> Callable[..., Any]:
@@ -222,11 +242,12 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: Enabled | None = vars(self).get(_STATE)
+        state: Enabled | None = vars(self).get(STATE)
         run = method if original is None else functools.partial(original, self)
         if state is None:
             return run(*args, **kwargs)
-        before, deferring = state._deferring, state._prepare(state._has_labels(args, kwargs))
+        call = Call(state._positions, args, kwargs)
+        before, deferring = state._deferring, state._prepare(call)
         state._deferring = deferring
         try:
             outputs = run(*args, **kwargs)
@@ -235,51 +256,9 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         if deferring:
             state._note_factors(outputs)
         evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return as_tensors(outputs) if deferring and evaluating else outputs
+        return as_tensors(outputs) if deferring and evaluating and call.has("labels") else outputs
 
     # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
     return forward
-
-
-def _head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | DeferredLogits:
-    state: Enabled | None = vars(self).get(_STATE)
-    plain = checks.is_linear(self)
-    sharded = checks.is_sharded(input, *self.parameters())
-    traced = not plain and torch.compiler.is_compiling()  # a tracer calls no head within a loss
-    if state is None or not state._deferring or sharded or traced:
-        computed: Tensor = type(self).forward(self, input, *args, **kwargs)
-        return computed
-    checks.no_group_of_its_own(self)
-    if plain:
-        return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
-
-    def call(hidden: Tensor) -> Tensor:
-        before, state._deferring = state._deferring, False  # so that a layer within it computes
-        try:
-            logits: Tensor = type(self).forward(self, hidden, *args, **kwargs)
-        finally:
-            state._deferring = before
-        return logits
-
-    call.out_features = self.out_features  # type: ignore[attr-defined]
-    given = (input, call, self.out_features, list(self.parameters()), state._on_use)
-    return DeferredLogits(Head.of_call(*given), input)
-
-
-def _head_copied(self: Any, memo: dict[int, Any]) -> Any:
-    """Make a deep copy: enabled within a copy of the model, plain if copied alone."""
-    state: Enabled = vars(self)[_STATE]
-    whole = id(state._model) in memo
-    changes = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
-    now = {name: vars(self).pop(name) for _, name, _, _ in changes if name in vars(self)}
-    for _, _, _, before in changes:
-        vars(self).update(before)
-    try:
-        twin = copy.deepcopy(self, memo)
-    finally:
-        vars(self).update(now)
-    if whole:
-        vars(twin)["__deepcopy__"] = MethodType(_head_copied, twin)
-    return twin

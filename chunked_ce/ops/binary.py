@@ -19,7 +19,7 @@ from .. import backends, checks
 from ..backends import cpu_binary
 from ..backends import torch_binary as binary_torch
 from ..core.class_logits import is_first_occurrence
-from ..core.head import compute_dtype
+from ..core.head import compute_dtype, sum_dtype
 from .library import library, no_double_backward
 
 _LABELS = "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
@@ -59,7 +59,7 @@ def _binary_loss(
     # Padding and repetitions move past the last class, where they leave nothing out.
     left_out = classes.masked_fill(~valid, x.shape[-1]).flatten(0, -2).int().sort(-1).values
     loss = run.loss_sum(x, None, w, None, left_out)
-    return loss + terms.masked_fill(~valid, 0.0).sum(dtype=torch.float64).to(loss.dtype)
+    return loss + terms.masked_fill(~valid, 0.0).sum(dtype=sum_dtype(loss.device)).to(loss.dtype)
 
 
 def _binary_grad(

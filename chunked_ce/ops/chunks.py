@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..checks.values import is_dtensor
 from ..core.head import compute_dtype
 from ..core.reduction import is_scored
 
@@ -223,7 +224,8 @@ def scale_gradients(
         elif upstream is None:
             scaled.append(grad)
         elif reuse:
-            rows = grad.detach() if grad.dim() > 1 else grad.detach().view(1, -1)
+            piece = grad.to_local() if is_dtensor(grad) else grad  # type: ignore[attr-defined]
+            rows = piece.detach() if piece.dim() > 1 else piece.detach().view(1, -1)
             torch.ops.chunked_ce.scale_(rows, upstream.to(grad.device), backend)
             scaled.append(grad)
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..checks.values import is_dtensor
 from ..core.head import Head
 from ..core.reduction import is_scored
 from .chunks import Index, chunk_indices
@@ -43,7 +44,7 @@ class HeadCalls:
         first = self._call(index, x)
         self._first = first if self.indices else None
         self.dtype = first.logits.dtype
-        self.parameters = leaves_of(first.logits, first.x)
+        self.parameters = leaves_of(first.logits, first.x, getattr(head, "gathered", ()))
         if self.with_grad and input.requires_grad and not first.logits.requires_grad:
             checks.head_without_gradient()
 
@@ -165,17 +166,29 @@ def _memory(t: Tensor) -> int:
     return address
 
 
-def leaves_of(logits: Tensor, x: Tensor) -> list[Tensor]:
-    """The tensors that want a gradient and that the logits were computed from, but `x`."""
+def leaves_of(logits: Tensor, x: Tensor, gathered: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Return the tensors that want a gradient and that the logits were computed from, but `x`.
+
+    Those that were `gathered` for all chunks are in the place of what they were gathered from.
+    """
     found: dict[int, Tensor] = {}
+    whole = {t.grad_fn: t for t in gathered if t.grad_fn is not None}
     seen, nodes = set(), [logits.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
+        checks.head_of_fsdp(node.name() == "RegisterPostBackwardFunctionBackward")
+        leaf = whole.get(node, getattr(node, "variable", None))
         if isinstance(leaf, Tensor) and leaf is not x:
+            checks.head_of_fsdp(_is_freed(leaf))
             found[id(leaf)] = leaf
-        nodes += [following for following, _ in node.next_functions]
+        if node not in whole:
+            nodes += [following for following, _ in node.next_functions]
     return list(found.values())
+
+
+def _is_freed(t: Tensor) -> bool:
+    """Return whether FSDP2 has freed a gathered weight after the head's call."""
+    return not is_dtensor(t) and t.numel() > 0 and not t.untyped_storage().size()

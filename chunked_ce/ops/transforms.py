@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .. import checks
@@ -42,6 +43,9 @@ def call(
         have these dimensions too. A batch of such arguments is one call. A batch of other arguments
         is one call per sample.
     """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == TransformType.Functionalize for level in stack):
+        checks.functionalized()
     # As `locals()` they hold more than the function's own.
     arguments = {name: arguments[name] for name in inspect.signature(function).parameters}
     invocation = _Call(function, arguments, rows)

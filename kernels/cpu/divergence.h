@@ -6,11 +6,20 @@
 /* The numbers of a pair of rows, [rows] in memory. */
 typedef struct {
     REAL max, log_sum, teacher_max, teacher_log_sum, shift, student_kl;
+    REAL base, teacher_base; /* what z and y are less by in d, so that an offset costs no digits */
 } KIND(PairRow);
 
 typedef struct {
     REAL p[BLOCK], q[BLOCK], d[BLOCK]; /* log q - log p */
 } KIND(PairBlock);
+
+static inline void KIND(set_bases)(KIND(PairRow) * row)
+{
+    const REAL above = row->teacher_max - row->max;
+    const int apart = above > FAR_APART || above < -FAR_APART;
+    row->base = apart ? row->max : 0;
+    row->teacher_base = apart ? row->teacher_max : 0;
+}
 
 /* f(d) = d - 1 + exp(-d) */
 static inline REAL KIND(excess)(REAL probability, REAL d, REAL other)
@@ -74,7 +83,7 @@ static void KIND(load_pair)(const Pair *job, const KIND(PairRow) * numbers, cons
     KIND(load)(y, job->teacher.dtype, job->teacher.stride[2], start, n, q);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        d[i] = (q[i] - p[i]) * inverse - r.shift;
+        d[i] = ((q[i] - r.teacher_base) - (p[i] - r.base)) * inverse - r.shift;
         p[i] = KIND(exp)((p[i] - r.max) * inverse - r.log_sum);
         q[i] = KIND(exp)((q[i] - r.teacher_max) * inverse - r.teacher_log_sum);
     }
@@ -146,7 +155,9 @@ static void KIND(put_statistics)(const Pair *job, int64_t row)
         const double log_sum = log(sum), teacher_log_sum = log(teacher_sum);
         r.max = (REAL)most, r.teacher_max = (REAL)teacher_most;
         r.log_sum = (REAL)log_sum, r.teacher_log_sum = (REAL)teacher_log_sum;
-        r.shift = (REAL)((teacher_most - most) / job->temperature + (teacher_log_sum - log_sum));
+        KIND(set_bases)(&r);
+        const double above = (teacher_most - (double)r.teacher_base) - (most - (double)r.base);
+        r.shift = (REAL)(above / job->temperature + (teacher_log_sum - log_sum));
         const char *x = row_start(&job->x, job->inner, row), *y = row_start(&job->teacher, job->inner, row);
         for (int64_t start = 0; start < job->vocab_size; start += BLOCK) {
             KIND(PairBlock) block;
@@ -172,11 +183,12 @@ static void KIND(put_pair_gradient)(const Pair *job, int64_t row)
     char *out = row_start(&job->grad, job->inner, row);
     const int ignored = job->ignored && job->ignored[row];
     const REAL weight = (REAL)(KIND(number)(job->upstream, row) / job->temperature);
-    const KIND(PairRow) r = {
+    KIND(PairRow) r = {
         (REAL)KIND(number)(job->max, row), (REAL)KIND(number)(job->log_sum, row),
         (REAL)KIND(number)(job->teacher_max, row), (REAL)KIND(number)(job->teacher_log_sum, row),
-        (REAL)KIND(number)(job->shift, row), (REAL)KIND(number)(job->student_kl, row),
+        (REAL)KIND(number)(job->shift, row), (REAL)KIND(number)(job->student_kl, row), 0, 0,
     };
+    KIND(set_bases)(&r);
     const int64_t scored = ignored ? 0 : job->vocab_size;
     KIND(PairBlock) block;
     for (int64_t start = 0; start < scored; start += BLOCK) {

@@ -6,6 +6,8 @@
 
 enum { FORWARD, REVERSE, JSD };
 
+#define FAR_APART 16 /* maxima that differ by more: z and y are taken from them */
+
 /* Statistics if `upstream` is NULL, else the gradient from them. real: as in Job, all [rows]. */
 typedef struct {
     Rows x, teacher, grad;

@@ -49,7 +49,21 @@ dist.all_reduce(mean)
 torch.testing.assert_close(mean, expected.detach(), rtol=1e-5, atol=0)
 """
 
-CHECKS = {"vocab_parallel_cross_entropy": OF_TENSOR_PARALLEL, "fully_shard": OF_FSDP}
+OF_HEAD = """
+torch.manual_seed(0)
+alone = Model()
+logits = alone.head(alone.body(tokens[:, :-1]))
+torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+for name, p in alone.named_parameters():
+    ours = dict(model.named_parameters())[name].grad.full_tensor()
+    torch.testing.assert_close(ours, p.grad, rtol=1e-5, atol=1e-7)
+"""
+
+CHECKS = {
+    "vocab_parallel_cross_entropy": OF_TENSOR_PARALLEL,
+    "LinearCrossEntropyLoss": OF_FSDP,
+    "self.head, labels, shift=True": OF_HEAD,
+}
 
 
 def test_each_program_has_its_check() -> None:

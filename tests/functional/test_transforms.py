@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, jvp, vjp, vmap
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    grad_and_value,
+    hessian,
+    jacrev,
+    jvp,
+    vjp,
+    vmap,
+)
 
 import chunked_ce as c
 from chunked_ce.distributed.losses import vocab_parallel_cross_entropy
@@ -117,6 +127,17 @@ def test_transform_loss(name, kind):
     before = a.clone()
     torch.testing.assert_close(TRANSFORMS[kind](ours, a), TRANSFORMS[kind](reference, a))
     assert torch.equal(a, before)
+
+
+@pytest.mark.parametrize("name", ["mean", "head"])
+def test_functionalize_error(name):
+    """torch has no rule for it; alone, and around another transform."""
+    ours, _, a = LOSSES[name]
+    for f in (ours, grad(ours)):
+        with pytest.raises(
+            NotImplementedError, match="functionalize cannot see into.*leave it out"
+        ):
+            functionalize(f)(a)
 
 
 def test_vmap_all_arguments():

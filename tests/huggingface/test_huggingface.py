@@ -1,6 +1,7 @@
 """Models of transformers with our loss: with their logits, and enabled to do without."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -218,14 +219,51 @@ def test_replaced_head():
 def test_replaced_head_that_cannot_defer_warns_once():
     model = build("Llama")
     enable(model)
-    model.lm_head = nn.Sequential(nn.Linear(16, VOCAB, bias=False))
-    with pytest.warns(
-        UserWarning, match="the head was replaced, and .*expected a module with out_features"
-    ):
+    model.lm_head, model._tp_size = nn.Linear(16, VOCAB, bias=False), 2
+    with pytest.warns(UserWarning, match="the head was replaced, and .*sharded over devices"):
         assert isinstance(model(**batch()).logits, torch.Tensor)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**batch())
+
+
+@pytest.mark.parametrize("width", ["counted", "said"])
+def test_head_without_out_features(width):
+    """The number of logits is counted on a token, unless the head says it."""
+    head = nn.Sequential(nn.Linear(16, VOCAB), nn.Tanh())
+    if width == "said":
+        head.out_features = VOCAB
+    expected, stock, _ = step(with_head(copy.deepcopy(head)))
+    model, calls = with_head(head), []
+    head[0].register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    with enable(model):
+        outputs = model(**batch())
+        assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.shape[-1] == VOCAB
+        assert calls[:-1] == ([1] if width == "counted" else [])  # and the loss's chunk
+        outputs.loss.backward()
+    torch.testing.assert_close(outputs.loss.detach(), expected)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, stock[n], rtol=1e-5, atol=1e-6)
+
+
+def test_head_whose_forward_was_replaced_on_the_instance():
+    """As accelerate's, which moves the hidden states to the head and its logits back."""
+    model, plain = build("Llama"), build("Llama")
+    forward = plain.lm_head.forward
+    plain.lm_head.forward = lambda hidden: 2.0 * forward(hidden)
+    model.lm_head.forward = functools.partial(
+        lambda head, hidden: 2.0 * F.linear(hidden, head.weight), model.lm_head
+    )
+    before = model.lm_head.forward
+    expected, stock, _ = step(plain)
+    with enable(model):
+        outputs = model(**batch())
+        assert isinstance(outputs.logits, DeferredLogits)
+        outputs.loss.backward()
+    assert model.lm_head.forward is before
+    torch.testing.assert_close(outputs.loss.detach(), expected)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, stock[n], rtol=1e-5, atol=1e-6)
 
 
 def test_disable_of_replaced_head():
@@ -476,9 +514,9 @@ def integers():
     return with_head(head)
 
 
-def dispatched():
+def function():
     model = build("Llama")
-    model.lm_head.forward = model.lm_head.forward
+    model.get_output_embeddings = lambda: torch.tanh
     return model
 
 
@@ -553,13 +591,8 @@ def parallel():
             ValueError,
             "model.loss_function is <lambda>, which deferred logits would replace",
         ),
-        (
-            lambda: with_head(nn.Sequential(nn.Linear(16, VOCAB))),
-            TypeError,
-            "torch's Sequential, expected a module with out_features",
-        ),
+        (function, TypeError, "builtin_function_or_method, expected a module"),
         (integers, TypeError, "weight has dtype torch.int8.*out of quantization"),
-        (dispatched, TypeError, "forward has been replaced on the instance.*one device"),
         (sharded, TypeError, "sharded over devices.*chunked_ce.distributed"),
         (lambda: sharded(group=True), TypeError, "group of its own under FSDP2.*not on the head"),
         (compiled, TypeError, "model is compiled .*enable it first, then compile it"),

@@ -96,17 +96,6 @@ def resamples(value: Any) -> int:
     return number
 
 
-def groups(value: Any, documents: int) -> list[str] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != documents:
-        found = f"{len(value)}" if hasattr(value, "__len__") else type(value).__name__
-        raise ValueError(
-            f"groups must name the group of each of {documents} documents, got {found}"
-        )
-    return [str(name) for name in value]
-
-
 def head_can_wait(deferred: bool) -> None:
     if not deferred:
         raise ValueError(

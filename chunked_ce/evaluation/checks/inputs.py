@@ -131,7 +131,8 @@ def _unpadded(input_ids: Any, mask: Any) -> list[int]:
     return counts
 
 
-def texts(text: Any) -> list[str]:
+def texts(text: Any, *, empty: bool = False) -> list[str]:
+    """Return the documents; one may be empty where `empty` says so."""
     documents = [text] if isinstance(text, str) else text
     if not isinstance(documents, Sequence):
         raise TypeError(f"text must be a str or a sequence of them, got {type(text).__name__}")
@@ -143,7 +144,7 @@ def texts(text: Any) -> list[str]:
             raise TypeError(
                 f"document {i} of text must be a str, got {type(document).__name__}{mend}"
             )
-        if not document:
+        if not document and not empty:
             raise ValueError(f"document {i} of text is empty: leave it out")
         if _names_a_file(document):
             warnings.warn(
