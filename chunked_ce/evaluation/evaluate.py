@@ -136,7 +136,7 @@ def evaluate_perplexity(
     describe_text(text, shown=progress)
     source = Source(model, tokenizer, text, input_ids, attention_mask)
     parts = Parts(mask, spans, after)
-    planner = partial(_plan, parts) if recipe is None else partial(plan_recipe, recipe)
+    planner = partial(plan_windows, parts) if recipe is None else partial(plan_recipe, recipe)
     plan = planner(source, context_length, stride, full_last_window, bos, eos)
     return _score(model, plan, wanted, where, batch_size, group, backend)
 
@@ -180,7 +180,7 @@ def _score(
     return report
 
 
-def _plan(
+def plan_windows(
     parts: Parts,
     source: Source,
     context_length: int | None,
