@@ -189,7 +189,7 @@ def linear_kl_div(
     labels, skipped = _targets(input, target, ignore_index)
     dtype = compute_dtype(input.dtype)
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
-    fused = reduction != "none" and reduction_spec.allows_grad_in_forward(student[0].dtype)
+    fused = _is_sum(reduction_spec, student[0])
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
         *student, *teacher, None if target is None else target.reshape(-1),
@@ -198,18 +198,13 @@ def linear_kl_div(
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
-    return (
-        _sum(total, len(losses), reduction_spec)
-        if fused
-        else reduction_spec.reduce(losses.view(input.shape[:-1]))
-    )
+    return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
 
 
-def _sum(total: Tensor, tokens: int, reduction_spec: Reduction) -> Tensor:
-    """Return the sum of weighted losses, which is NaN for the mean of no token."""
-    if tokens or reduction_spec.divisor is None:
-        return total
-    return total + torch.zeros_like(total) / reduction_spec.divisor
+def _is_sum(reduction_spec: Reduction, hidden: Tensor) -> bool:
+    """Return whether the loss is a sum of weights known in forward; the mean of nothing is NaN."""
+    known = reduction_spec.allows_grad_in_forward(hidden.dtype)
+    return known and reduction_spec.name != "none" and len(hidden) > 0
 
 
 def _rows_per_chunk(
