@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import check_targets, choose_backend
+from ..backends import choose_backend
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
@@ -184,8 +184,6 @@ def linear_kl_div(
     num_items = checks.num_items(num_items, reduction, input)
     ignore_index = checks.ignore_index(ignore_index)
     classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
-    if target is not None and ce_weight:
-        check_targets(target, classes, ignore_index, on_host=target.is_cpu)
     labels, skipped = _targets(input, target, ignore_index)
     dtype = compute_dtype(input.dtype)
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
