@@ -28,7 +28,7 @@ from .windows import Window, batches
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def compare_models(
     model: Any,
     base: Any,
@@ -54,7 +54,6 @@ def compare_models(
     progress: bool = False,
     group: Any = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> ComparisonReport:
     """Measure how far a model is from a base: KL divergence, same top token, paired perplexity.
 
@@ -106,8 +105,6 @@ def compare_models(
     >>> f"{report.perplexity.value:.1f} against {report.base_perplexity.value:.1f}"
     '8.0 against 16.0'
     """
-    if unknown:
-        checks.unknown_keywords(compare_models, unknown)
     flags(
         full_last_window=full_last_window, per_document=per_document, progress=progress,
         take_turns=take_turns,

@@ -51,6 +51,8 @@ def _linear_pair(
     rows_per_chunk, acc_dtype, wanted, _ = options_
     how, run = Divergence(kind, beta, temperature), backends.pair_backend(backend)
     head, teacher_head = Head(softcap, scale), Head(teacher_softcap, teacher_scale)
+    if target is not None and cross_entropy_weight:
+        backends.check_targets(target, vocab_size, ignore_index, on_host=target.is_cpu)
     ignored = None if target is None else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
     losses = input.new_zeros(len(input), dtype=compute_dtype(input.dtype))
