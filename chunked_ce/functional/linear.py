@@ -17,7 +17,7 @@ from ..ops.chunks import default_rows, padded_row_bytes
 from ..ops.head_calls import AnyHead
 from ..ops.library import Classes, Outputs, flat_classes, in_target_shape
 from . import several_heads, sharded_heads
-from .heads import is_sharded, loss_of_called_head, outputs_of_called_head, split_head
+from .heads import is_called_apart, loss_of_called_head, outputs_of_called_head, split_head
 from .shift import next_tokens
 from .targets import AnyTarget, Target, describe_target, wanted_of
 
@@ -141,7 +141,7 @@ def linear_cross_entropy(
     """
     if unknown:
         checks.unknown_keywords(linear_cross_entropy, unknown)
-    if callable(linear_weight) and is_sharded(linear_weight):
+    if callable(linear_weight) and is_called_apart(linear_weight):
         return sharded_heads.call(linear_cross_entropy, locals())
     head, linear_weight, linear_bias = as_weight(linear_weight, linear_bias, input, logits_dtype)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -245,7 +245,8 @@ def shared_arguments(
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
     tokens = input.numel() // input.shape[-1]
-    default = default_rows(tokens, row_bytes, input.device.type)
+    known = not torch.compiler.is_compiling()  # 0: the operator chooses, for any number of tokens
+    default = default_rows(tokens, row_bytes, input.device.type) if known else 0
     return (
         ignore_index,
         classes,
