@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import checks
 from ..core.head import compute_dtype
 from ..core.reduction import is_scored
-from .linear import LinearHead, linear_cross_entropy
+from .head_loss import LinearHead
+from .linear import linear_cross_entropy
 from .shift import next_tokens
 
 
@@ -170,7 +171,7 @@ def _weighted_sum(
         counts = torch.as_tensor(items, dtype=dtype, device=x.device)
     shares = weights.to(dtype) / counts.clamp(min=1)
     of_tokens = [s.expand(of_x.numel()) for s, of_x in zip(shares, labels, strict=True)]
-    loss = linear_cross_entropy(
+    loss: Tensor = linear_cross_entropy(
         x, head, torch.cat([of_x.flatten() for of_x in labels]),
         linear_bias=bias, reduction="sum", token_weight=torch.cat(of_tokens), **options,
     )  # fmt: skip

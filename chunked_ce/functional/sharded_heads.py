@@ -33,7 +33,8 @@ def call(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
     """
     arguments = {name: arguments[name] for name in inspect.signature(function).parameters}
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(function)(**arguments)
+        untraced: Callable[..., Result] = torch.compiler.disable(function)
+        return untraced(**arguments)
     head = arguments["linear_weight"]
     checks.head_arguments(head, arguments["linear_bias"], None, plain=True)
     if not checks.is_fully_sharded(head):
