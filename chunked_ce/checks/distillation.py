@@ -16,7 +16,8 @@ from .linear import (
     linear_weight,
     no_module,
 )
-from .loss import logit_scale, logits, one_target_per_row, softcap
+from .loss import logit_scale, logits, softcap
+from .stats import one_target_per_row
 from .values import brief, floating, integer, names, number, same_device, shape, target_indices
 
 

@@ -50,6 +50,8 @@ def _linear_pair(
     head, teacher_head = Head(*options[5:7]), Head(*options[7:9])
     backend, rows_per_chunk, acc_dtype, wanted, _ = options[9:]
     run = backends.pair_backend(backend)
+    if target is not None and cross_entropy_weight:
+        backends.check_targets(target, vocab_size, ignore_index, on_host=target.is_cpu)
     ignored = None if target is None else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
     losses = input.new_zeros(len(input), dtype=compute_dtype(input.dtype))
@@ -74,13 +76,11 @@ def _linear_pair(
             loss, of_labels = _cross_entropy(*given, with_gradient=any(wanted))
             losses[index] += cross_entropy_weight * loss
         if any(wanted):
-            assert of_tokens is not None
-            grad = run.pair_gradient(
-                logits, of_teacher, skip, stats, of_tokens, how, vocab_size, inplace=True
-            )
+            to_student = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
+            grad = run.pair_gradient(*to_student, inplace=True)
             grad = grad if of_labels is None else grad.add_(of_labels)
             gradients.add(index, x, grad if head == IDENTITY else grad.mul_(derivative))
-            del grad, of_labels
+            del to_student, grad, of_labels
         del x, logits, of_teacher, derivative  # before the gradients are rounded
     total = losses if token_weight is None else apply_weight(losses, token_weight)
     return losses, total.sum(), *gradients.finish()
