@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from .functional.linear_stats import linear_token_stats
     from .functional.logits import cross_entropy
     from .functional.logits_stats import token_stats
-    from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
+    from .functional.multi_token import multi_token_cross_entropy
+    from .modules import (
+        BCEWithLogitsLoss,
+        CrossEntropyLoss,
+        DistillationLoss,
+        LinearCrossEntropyLoss,
+        LinearDistillationLoss,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,11 +48,13 @@ __all__ = [
     "ComparisonInterrupted",
     "ComparisonReport",
     "CrossEntropyLoss",
-    "Measure",
+    "DistillationLoss",
     "EvaluationInterrupted",
     "EvaluationReport",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "Loglikelihood",
+    "Measure",
     "Perplexity",
     "PerplexityReport",
     "TokenComparison",
@@ -60,6 +69,7 @@ __all__ = [
     "linear_kl_div",
     "linear_token_stats",
     "loglikelihood",
+    "multi_token_cross_entropy",
     "perplexity",
     "token_stats",
 ]
@@ -79,6 +89,7 @@ _MODULES = (  # the same as above, which type checkers read
     "functional.linear_stats",
     "functional.logits",
     "functional.logits_stats",
+    "functional.multi_token",
     "modules",
 )
 

@@ -103,6 +103,8 @@ def _heading(report: EvaluationReport, name: str) -> str:
         f"stride {report.stride}",
         *ends,
     ]
+    if report.after is not None:
+        parts.append(f"only what follows {report.after!r} is scored")
     if report.logits_stored:
         parts.append("from the model's own logits")
     partial = "PARTIAL, interrupted: only what was scored is in it\n" if report.partial else ""

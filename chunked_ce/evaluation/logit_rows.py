@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.head import IDENTITY, Head, compute_dtype
-from ..functional.linear import autocast
+from ..functional.head_loss import autocast
 from ..huggingface.deferred import DeferredLogits
 from ..ops.chunks import Logits, padded_row_bytes
 

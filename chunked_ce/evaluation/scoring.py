@@ -23,12 +23,14 @@ NLL, SQUARES, TOKENS, TOP1, RECIPROCAL = range(5)
 
 
 class Wanted(NamedTuple):
-    """Which parts have a report of their own."""
+    """What a caller asks for: ranks, parts with a report of their own, and a progress bar."""
 
+    rank: bool
     per_document: bool
     per_position: bool
     per_window: bool
     groups: Sequence[str] | None  # of the documents
+    progress: bool
 
 
 class Scoring:
