@@ -30,7 +30,7 @@ from .windows import batches, sliding_windows
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def evaluate_perplexity(
     model: Any,
     input_ids: Tensor | Sequence[Any] | None = None,
@@ -57,7 +57,6 @@ def evaluate_perplexity(
     progress: bool = False,
     group: Any = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> EvaluationReport:
     """Compute the perplexity of a causal language model on documents, each token scored once.
 
@@ -124,8 +123,6 @@ def evaluate_perplexity(
     >>> f"{report.perplexity:.1f} per token, {report.tokens} tokens"
     '16.0 per token, 4 tokens'
     """
-    if unknown:
-        checks.unknown_keywords(evaluate_perplexity, unknown)
     checks.no_more_positional(positional)
     wanted = Wanted(rank, per_document, per_position, per_window, groups, progress)
     where = _device(model, device, wanted, full_last_window, backend)
@@ -136,7 +133,7 @@ def evaluate_perplexity(
     describe_text(text, shown=progress)
     source = Source(model, tokenizer, text, input_ids, attention_mask)
     parts = Parts(mask, spans, after)
-    planner = partial(_plan, parts) if recipe is None else partial(plan_recipe, recipe)
+    planner = partial(plan_windows, parts) if recipe is None else partial(plan_recipe, recipe)
     plan = planner(source, context_length, stride, full_last_window, bos, eos)
     return _score(model, plan, wanted, where, batch_size, group, backend)
 
@@ -180,7 +177,7 @@ def _score(
     return report
 
 
-def _plan(
+def plan_windows(
     parts: Parts,
     source: Source,
     context_length: int | None,

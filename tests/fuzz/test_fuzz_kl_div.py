@@ -81,7 +81,8 @@ def reduced(
     """(the loss, its slack, what each row's gradient is multiplied by)."""
     given = call.options.get("token_weight")
     weight = counted.double() if given is None else given.double() * counted
-    terms = torch.where(weight == 0, 0.0, exact.loss * weight)
+    left_out = ~counted | ((weight == 0) & exact.loss.isinf())
+    terms = torch.where(left_out, 0.0, exact.loss * weight)
     slack, name = exact.slack * weight.abs(), call.options["reduction"]
     if name == "none":
         return terms, slack, weight * call.upstream
