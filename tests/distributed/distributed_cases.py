@@ -167,8 +167,8 @@ def test_shards_equal_padded():
 def test_loss_small_blocks():
     usual, torch_blocks.WIDTH = torch_blocks.WIDTH, 6
     try:
-        shards_of_all_sizes()
-        statistics_with_any_upstream_gradient()
+        test_loss_shard_sizes()
+        test_statistics_upstream()
     finally:
         torch_blocks.WIDTH = usual
 
