@@ -74,6 +74,14 @@ class Outputs(NamedTuple):
     weight_sum: Any
 
 
+class RowOutputs(NamedTuple):
+    """Pointers to what the one-pass kernel writes of a row, all [rows]."""
+
+    loss: Any
+    lse: Any  # this and the next only if HAS_STATS is set
+    logprob: Any
+
+
 class Saved(NamedTuple):
     """Pointers to the statistics that the gradient needs, all [rows]."""
 
@@ -121,6 +129,7 @@ class Options(NamedTuple):
     PADDED: bool = False  # vocab_size is less than the columns in memory
     HAS_TOKEN_WEIGHT: bool = False
     HAS_DIVISOR: bool = False
+    HAS_STATS: bool = False  # write lse and logprob
     ON_CHIP: bool = False  # a tile holds a whole row; the head has no transforms
 
 

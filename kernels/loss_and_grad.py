@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import NOT_SPECIALIZED
+from .arguments import NOT_SPECIALIZED, RowOutputs
 from .online_softmax import LOG2_E, Factors, Sums, log2_e_like, merge, row_loss, typed_head
 from .rows import Row, body_row, group_starts, lane_ids, row_start, row_window
 from .token_grad import Affine, gradient, make_affine, write_edges, write_span
@@ -109,7 +109,7 @@ def write_chip_row(grad, chip_row, window, affine, head, TILE: tl.constexpr, OPT
 @triton.jit
 def row_loss_and_grad(
     x, grad, x_body, grad_body, window, target, scored, columns, columns_in_memory,
-    loss_ptr, weight_ptr, divisor_ptr, terms, head, TILE: tl.constexpr, OPTIONS: tl.constexpr,
+    out, weight_ptr, divisor_ptr, terms, head, TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Write the loss and the gradient of one row. x and grad start at column 0."""
     one = tl.full([], 1.0, target.logit.dtype)
@@ -129,7 +129,10 @@ def row_loss_and_grad(
     sums = merge(sums, body_sums)
     z = row_loss(sums.m, sums.s, target.logit)
     loss = token_loss(z, extra.logit_sum + body_logit_sum, target.logit, terms, OPTIONS)
-    tl.store(loss_ptr, tl.where(scored, loss, 0.0))
+    tl.store(out.loss, tl.where(scored, loss, 0.0))
+    if OPTIONS.HAS_STATS:
+        tl.store(out.lse, tl.where(scored, z.lse, 0.0))
+        tl.store(out.logprob, tl.where(scored, -z.loss, 0.0))
     affine, at_target = token_affine(z, weight_ptr, divisor_ptr, terms, OPTIONS)
     exponent = tl.where(scored, affine.exponent, 0.0)
     scale = tl.where(scored, affine.scale, 0.0)
@@ -153,7 +156,7 @@ def loss_and_grad_kernel(
     x,  # Address of logits
     grad,  # Address, may be x
     target_ptr,  # [rows] integers
-    loss_ptr,  # [rows], written
+    out,  # RowOutputs, written
     weight_ptr,  # [rows], read where HAS_TOKEN_WEIGHT
     divisor_ptr,  # [], read where HAS_DIVISOR
     rows, inner_rows, columns_in_memory, vocab_size, ignore_index,
@@ -190,6 +193,6 @@ def loss_and_grad_kernel(
         )  # fmt: skip
         row_loss_and_grad(
             x_row, grad_row, x_body, grad_body, window, target, scored, columns,
-            columns_in_memory, loss_ptr + row, weight_ptr + row, divisor_ptr, terms, head, TILE,
-            OPTIONS,
+            columns_in_memory, RowOutputs(out.loss + row, out.lse + row, out.logprob + row),
+            weight_ptr + row, divisor_ptr, terms, head, TILE, OPTIONS,
         )  # fmt: skip

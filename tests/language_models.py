@@ -79,6 +79,17 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
 
 
+def tokenizer_with_bos() -> Any:
+    """Return the same, which puts its end of text before each text by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
 @torch.no_grad()
 def brute_force(model: Any, ids: Tensor, context: int, stride: int) -> float:
     """The ten-line loop: one window at a time, stock cross-entropy in fp64, each target once."""

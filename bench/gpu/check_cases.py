@@ -35,7 +35,7 @@ VOCABULARIES = (1, 31, 12000, 50257, 128256, 262144)
 TINY_VOCABULARIES = (1, 31, 300)
 HEAD = dict(softcap=30.0, logit_scale=0.5)
 SUMS = dict(label_smoothing=0.1, z_loss_weight=1e-3)
-SCHEDULES: tuple[dict[str, bool], ...] = (
+SCHEDULES: tuple[dict[str, Any], ...] = (
     {}, dict(inplace_backward=True), dict(grad_in_forward=True),
     dict(grad_in_forward=True, inplace_backward=True),
 )  # fmt: skip
@@ -125,7 +125,7 @@ def statistics(
 
 def loss(
     context: Context, dtype: torch.dtype, vocab: int, layout: str,
-    options: dict[str, float], schedule: dict[str, bool],
+    options: dict[str, Any], schedule: dict[str, Any],
 ) -> float:  # fmt: skip
     """Check `cross_entropy` and its gradient, which in place lies where the logits were."""
     x, target = logits(context, _rows(context), vocab, dtype, layout)
@@ -134,7 +134,7 @@ def loss(
     truth.backward()
     leaf, grads = own(x)
     ours = chunked_ce.cross_entropy(
-        leaf, target, dim=-1, backend=BACKEND, **options, **schedule  # type: ignore[arg-type]
+        leaf, target, dim=-1, backend=BACKEND, **options, **schedule
     )  # fmt: skip
     ours.backward()
     error = near("loss", ours, truth, 1e-11 if dtype == torch.float64 else 2e-6, 1e-9)
@@ -238,13 +238,13 @@ def special_values(context: Context, dtype: torch.dtype, vocab: int) -> float:
 
 
 def same_bits(
-    context: Context, dtype: torch.dtype, vocab: int, schedule: dict[str, bool]
+    context: Context, dtype: torch.dtype, vocab: int, schedule: dict[str, Any]
 ) -> float:  # fmt: skip
     x, target = logits(context, _rows(context), vocab, dtype)
     runs = []
     for _ in range(2 if context.dry else 5):
         leaf = x.detach().requires_grad_()
-        value = chunked_ce.cross_entropy(leaf, target, backend=BACKEND, **schedule)  # type: ignore[arg-type]
+        value = chunked_ce.cross_entropy(leaf, target, backend=BACKEND, **schedule)
         value.backward()
         runs.append((value.detach(), leaf.grad))
     for value, grad in runs[1:]:

@@ -55,7 +55,7 @@ def _vocab(context: Context) -> int:
     return 300 if context.dry else 50257
 
 
-def many_logits(context: Context, schedule: dict[str, bool]) -> float:
+def many_logits(context: Context, schedule: dict[str, Any]) -> float:
     """Check logits with equal rows. So a few rows tell what all rows must be."""
     rows, vocab = (6, 300) if context.dry else (43_000, 50_000)
     _demand_memory(context, 2 * rows * vocab * 2.1)
@@ -71,7 +71,7 @@ def many_logits(context: Context, schedule: dict[str, bool]) -> float:
     near("logprob", stats.logprob[few], expected.logprob, 1e-6)
     logits, grads = own(x)
     chunked_ce.cross_entropy(
-        logits, target, reduction="sum", inplace_backward=True, backend=BACKEND, **schedule  # type: ignore[arg-type]
+        logits, target, reduction="sum", inplace_backward=True, backend=BACKEND, **schedule
     ).backward()  # fmt: skip
     demand(grads[0].data_ptr() == x.data_ptr(), "the gradient is not in place")
     demand(not grads[0][-2].any(), "the gradient of an ignored row is not 0")
@@ -108,9 +108,12 @@ def _problem(context: Context, tokens: int = 0) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _loss(kernel: str, h: Tensor, w: Tensor, target: Tensor, **options: Any) -> Tensor:
+    loss: Tensor
     if kernel == "linear_cross_entropy":
-        return chunked_ce.linear_cross_entropy(h, w, target, backend=BACKEND, **options)
-    return chunked_ce.cross_entropy(F.linear(h, w), target, backend=BACKEND, **options)
+        loss = chunked_ce.linear_cross_entropy(h, w, target, backend=BACKEND, **options)
+    else:
+        loss = chunked_ce.cross_entropy(F.linear(h, w), target, backend=BACKEND, **options)
+    return loss
 
 
 def _compare(h: Tensor, w: Tensor, target: Tensor, loss: Tensor, grad: Tensor) -> float:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -110,15 +111,16 @@ def parse(lines: Iterable[str]) -> Iterator[dict[str, object]]:
 
 def workload(context: Context) -> int:
     """Run each main kernel once, over the same bytes of logits: what `ncu` watches."""
-    for vocab, options in (
+    workloads: tuple[tuple[int, dict[str, Any]], ...] = (
         (128256, {}),
         (128256, dict(grad_in_forward=True)),  # streamed
         (16032, dict(grad_in_forward=True)),  # on chip
-    ):
+    )
+    for vocab, options in workloads:
         rows, columns = (2, 300) if context.dry else (LOGITS // vocab, vocab)
         x = torch.randn(rows, columns, device=context.device, dtype=torch.bfloat16)
         target = torch.randint(columns, (rows,), device=context.device)
-        loss = chunked_ce.cross_entropy(x.requires_grad_(), target, backend=BACKEND, **options)  # type: ignore[arg-type]
+        loss = chunked_ce.cross_entropy(x.requires_grad_(), target, backend=BACKEND, **options)
         loss.backward()
         context.synchronize()
         print(f"V={vocab} {options}: loss {float(loss.detach()):.4f}", flush=True)

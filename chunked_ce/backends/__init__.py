@@ -10,7 +10,8 @@ from torch import Tensor
 from torch import device as Device
 
 from .. import checks
-from ..core.row_stats import Part, RowStatistics
+from ..core.reduction import token_loss
+from ..core.row_stats import LOGGED, Part, RowStatistics, TokenStats, copy_stats, logged_flags
 from . import cpu as backend_cpu
 from . import cpu_binary, cpu_library, cpu_pair, torch_pair
 from . import torch as backend_torch
@@ -100,22 +101,64 @@ def logits_gradient(
     return grad
 
 
+def row_losses(
+    backend: str,
+    input: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    z_loss_weight: float,
+    *arguments: Any,  # ignore_index, vocab_size, head
+    stats: TokenStats | None = None,  # memory [rows] each, written
+) -> Tensor:
+    """Return each token's loss [rows], without its gradient."""
+    wanted = dict.fromkeys(LOGGED, False)
+    if stats is not None and backend != "triton":
+        wanted = logged_flags(stats)
+    found, *_ = row_statistics(
+        backend, input, target, *arguments, mean_logprob=label_smoothing > 0, **wanted
+    )
+    if stats is not None:
+        copy_stats(stats, found, ("lse", "logprob") if backend == "triton" else found._fields)
+        if backend == "triton":
+            _launch_logged(stats, input, target, *arguments)
+    return token_loss(found, label_smoothing, z_loss_weight)
+
+
+def _launch_logged(stats: TokenStats, input: Tensor, *arguments: Any) -> None:
+    """Write the statistics in LOGGED, by a launch of their own where any is wanted.
+
+    In the launch of the loss they would change the tile, and with it the last bits of the loss.
+    """
+    wanted = logged_flags(stats)
+    if any(wanted.values()):
+        found, *_ = row_statistics("triton", input, *arguments, mean_logprob=False, **wanted)
+        copy_stats(stats, found, LOGGED)
+
+
 def loss_and_gradient(
     backend: str,
     input: Tensor,
-    *arguments: Any,  # target, token_weight, divisor, label_smoothing, ..., vocab_size, head
+    target: Tensor,
+    *arguments: Any,  # token_weight, divisor, label_smoothing, ..., vocab_size, head
     inplace: bool,
+    stats: TokenStats | None = None,  # memory [rows] each, written
 ) -> tuple[Tensor, Tensor]:
     """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
     The losses are not weighted. The gradient is in a new tensor or written over `input`.
     """
-    options: dict[str, bool] = dict(inplace=inplace)
+    options: dict[str, Any] = dict(inplace=inplace)
+    if stats is not None:
+        options["stats"] = stats
     if backend == "triton":
         from . import clusters
 
         options["on_clusters"] = clusters.is_verified(input.device)
-    both: tuple[Tensor, Tensor] = _backend(backend).loss_and_gradient(input, *arguments, **options)
+        if stats is not None:  # first, because the gradient may be written over the logits
+            _launch_logged(stats, input, target, *arguments[4:])
+    both: tuple[Tensor, Tensor] = _backend(backend).loss_and_gradient(
+        input, target, *arguments, **options
+    )
     return both
 
 

@@ -119,6 +119,7 @@ def loss_and_gradient(
     head: Head,
     *,
     inplace: bool,
+    stats: TokenStats | None = None,  # memory [rows] each, written
 ) -> tuple[Tensor, Tensor]:
     """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
@@ -127,9 +128,11 @@ def loss_and_gradient(
     """
     grad = input if inplace else torch.empty_like(input)
     dtype = compute_dtype(input.dtype)
-    loss, *stats = (torch.empty(target.numel(), dtype=dtype, device=input.device) for _ in range(4))
+    loss, *rows = (torch.empty(target.numel(), dtype=dtype, device=input.device) for _ in range(4))
     names = ("lse", "logprob", "lse_low", "loss", "token_weight")
-    numbers = dict(zip(names, (*stats, loss, token_weight), strict=True))
+    numbers = dict(zip(names, (*rows, loss, token_weight), strict=True))
+    if stats is not None:
+        numbers |= stats._asdict()
     _run(
         _LOSS_AND_GRADIENT, input, grad, target, ignore_index, vocab_size, head, UNIFORM, numbers,
         divisor=1.0 if divisor is None else float(divisor),

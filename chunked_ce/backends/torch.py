@@ -21,8 +21,11 @@ from ..core.row_stats import (
     ClassWeights,
     Part,
     RowStatistics,
+    TokenStats,
     concatenate,
+    copy_stats,
     finish,
+    logged_flags,
     merge,
     zero_ignored,
 )
@@ -121,27 +124,29 @@ def loss_and_gradient(
     head: Head,
     *,
     inplace: bool,
+    stats: TokenStats | None = None,  # memory [rows] each, written
 ) -> tuple[Tensor, Tensor]:
     """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
     The losses are not weighted. The gradient is in a new tensor or written over `input`. It takes
     two passes.
     """
-    stats, lse_low, _ = row_statistics(
-        input, target, ignore_index, vocab_size, head,
-        entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
+    found, lse_low, _ = row_statistics(
+        input, target, ignore_index, vocab_size, head, UNIFORM,
+        mean_logprob=label_smoothing > 0, **logged_flags(stats),
     )  # fmt: skip
-    weight = torch.ones_like(stats.lse)
+    copy_stats(stats, found, found._fields)
+    weight = torch.ones_like(found.lse)
     if token_weight is not None:
         weight = weight * token_weight.reshape(-1)
     if divisor is not None:
         weight = weight / divisor
-    numbers = token_loss_coefficients(stats, weight, label_smoothing, z_loss_weight, vocab_size)
+    numbers = token_loss_coefficients(found, weight, label_smoothing, z_loss_weight, vocab_size)
     grad = logits_gradient(
-        input, target, stats.lse, stats.logprob, lse_low, numbers, ignore_index, vocab_size,
+        input, target, found.lse, found.logprob, lse_low, numbers, ignore_index, vocab_size,
         head, inplace=inplace,
     )  # fmt: skip
-    return token_loss(stats, label_smoothing, z_loss_weight), grad
+    return token_loss(found, label_smoothing, z_loss_weight), grad
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:

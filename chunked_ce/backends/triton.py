@@ -193,6 +193,7 @@ def loss_and_gradient(
     *,
     inplace: bool,
     on_clusters: bool,
+    stats: TokenStats | None = None,  # its lse and logprob are written, memory [rows] each
 ) -> tuple[Tensor, Tensor]:
     """Return each token's loss [rows], and the gradient of loss * token_weight / divisor.
 
@@ -203,15 +204,15 @@ def loss_and_gradient(
     dtype = compute_dtype(input.dtype)
     loss = torch.empty(target.numel(), dtype=dtype, device=input.device)
     weight = loss if token_weight is None else token_weight.reshape(-1).to(dtype).contiguous()
-    contiguous = input.stride(-1) == 1 and grad.stride(-1) == 1
+    of_rows = (loss, *((loss, loss) if stats is None else stats[:2]))
     for flat, (x, out) in strided_rows(input, grad):
         rows = x.shape[0] * x.shape[1]
-        plan = _one_pass(input, rows, head, contiguous, on_clusters)
+        plan = _one_pass(input, grad, rows, head, on_clusters)
         with on_device(input.device):
             loss_and_grad_kernel[(plan.programs,)](
                 **gradient_addresses(x, out),
                 target_ptr=target[flat],
-                loss_ptr=loss[flat],
+                out=arguments.RowOutputs(*[t[flat] for t in of_rows]),
                 weight_ptr=weight[flat],
                 divisor_ptr=loss if divisor is None else divisor.to(dtype),
                 rows=rows,
@@ -219,11 +220,11 @@ def loss_and_gradient(
                 ignore_index=ignore_index,
                 smoothing=label_smoothing,
                 z_loss_weight=z_loss_weight,
-                softcap=1.0 if head.softcap is None else head.softcap,
-                logit_scale=head.logit_scale,
+                **_numbers(head),
                 OPTIONS=Options(
                     HAS_TOKEN_WEIGHT=token_weight is not None,
                     HAS_DIVISOR=divisor is not None,
+                    HAS_STATS=stats is not None,
                     MEAN_LOGPROB=label_smoothing > 0,
                     HAS_U=label_smoothing > 0,
                     ON_CHIP=plan.on_chip,
@@ -258,22 +259,19 @@ def scale_(grad: Tensor, upstream: Tensor) -> None:
 def _tile(input: Tensor, columns: int, *, plain: bool) -> launch.Tile:
     """Return the tile of a kernel that streams rows of `columns` logits."""
     return launch.tile(
-        gpu.architecture(input.device),
-        columns,
-        input.element_size(),
-        contiguous=input.stride(-1) == 1,
-        plain=plain,
-    )
+        gpu.architecture(input.device), columns, input.element_size(),
+        contiguous=input.stride(-1) == 1, plain=plain,
+    )  # fmt: skip
 
 
 def _one_pass(
-    input: Tensor, rows: int, head: Head, contiguous: bool, on_clusters: bool
+    input: Tensor, grad: Tensor, rows: int, head: Head, on_clusters: bool
 ) -> launch.OnePass:
     return launch.one_pass(
         gpu.architecture(input.device),
         input.shape[-1],
         input.element_size(),
-        contiguous=contiguous,
+        contiguous=input.stride(-1) == 1 and grad.stride(-1) == 1,
         plain=head == IDENTITY,
         rows=rows,
         processors=gpu.processors(input.device),
@@ -282,13 +280,12 @@ def _one_pass(
     )
 
 
-def _numbers(head: Head, weights: ClassWeights) -> dict[str, float]:
-    return dict(
-        softcap=1.0 if head.softcap is None else head.softcap,
-        logit_scale=head.logit_scale,
-        prob_scale=weights.scale,
-        prob_shift=weights.shift,
-    )
+def _numbers(head: Head, weights: ClassWeights | None = None) -> dict[str, float]:
+    softcap = 1.0 if head.softcap is None else head.softcap
+    numbers = dict(softcap=softcap, logit_scale=head.logit_scale)
+    if weights is not None:
+        numbers |= dict(prob_scale=weights.scale, prob_shift=weights.shift)
+    return numbers
 
 
 def _head_options(head: Head) -> dict[str, bool]:

@@ -15,9 +15,12 @@ from .labels import *
 from .linear import *
 from .loss import *
 from .mistakes import *
+from .multi_token import *
 from .planner import *
 from .shift import shift as shift
+from .stats import *
 from .targets import *
 from .values import not_sharded as not_sharded
 from .values import target_indices as target_indices
+from .values import targets_in_range as targets_in_range
 from .weights import *

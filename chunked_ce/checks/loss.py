@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .group import group_of_mean
 from .mistakes import no_probabilities, no_sigmoid
+from .stats import return_stats
 from .targets import class_probabilities, classes_last, nothing_to_ignore, top_k
 from .values import (
     LARGEST,
@@ -57,12 +59,12 @@ def vocab_size(value: Any, input: Tensor) -> int:
     return size
 
 
-def softcap(value: Any) -> float | None:
+def softcap(value: Any, name: str = "softcap") -> float | None:
     if value is None:
         return None
-    amount = number("softcap", value)
+    amount = number(name, value)
     if amount < 1 / LARGEST:
-        raise ValueError(f"softcap is {amount}, expected a number above 0, or None for no cap")
+        raise ValueError(f"{name} is {amount}, expected a number above 0, or None for no cap")
     return amount
 
 
@@ -89,13 +91,6 @@ def z_loss_weight(value: Any) -> float:
 def reduction(value: object) -> None:
     if not isinstance(value, str) or value not in REDUCTIONS:
         raise ValueError(f"reduction is {brief(value)}, expected one of {names(REDUCTIONS)}")
-
-
-def flags(**values: Any) -> tuple[Any, ...]:
-    """Return the values, True or False each."""
-    for name, value in values.items():
-        flag(name, value)
-    return tuple(values.values())
 
 
 def class_dimension(input: Tensor, dim: object) -> int:
@@ -149,17 +144,6 @@ def _indices(input: Tensor, target: Tensor, dim: int) -> None:
         f"dimension {dim} has one class index for each of {list(expected)}"
         f"{reshaped('target', target, expected)}"
     )
-
-
-def one_target_per_row(input: Tensor, target: Tensor) -> None:
-    """`input` [..., V] and `target` [...], class dimension last."""
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target has shape {shape(target)}, but input of shape {shape(input)} has one row "
-            f"per target of shape {shape(input[..., 0])}"
-            f"{reshaped('target', target, input.shape[:-1]) or ': give one class index per row'}"
-        )
-    same_device("target", target, input)
 
 
 def no_class_ignored(ignore_index: Any, target: object) -> None:
@@ -254,6 +238,8 @@ class LossOptions(NamedTuple):
     reduction: str
     spread_rest: bool
     token_weight: Tensor | None
+    stats: tuple[bool, ...] = ()  # whether to return each of LOGGED; (): no statistics
+    group: Any = None  # of ranks whose tokens count in the mean
 
 
 def loss_options(
@@ -266,6 +252,8 @@ def loss_options(
     spread: bool,
     weights: Tensor | None,
     items: Any,
+    wanted: Any = False,
+    group: Any = None,
 ) -> LossOptions:
     """Check what the losses from logits and from hidden states share; `rows`: of the targets."""
     reduction(reduction_name)
@@ -274,8 +262,11 @@ def loss_options(
         token_weight(weights, rows, input)
     if items is not None:
         items = num_items(items, reduction_name, input)
+    if group is not None:
+        group = group_of_mean(group, reduction_name, items, weights)
+    stats = () if wanted is False else return_stats(wanted)
     smoothing, z_weight = label_smoothing(label_smoothing_amount), z_loss_weight(z_loss)
-    return LossOptions(smoothing, z_weight, items, reduction_name, spread, weights)
+    return LossOptions(smoothing, z_weight, items, reduction_name, spread, weights, stats, group)
 
 
 def looks_like_logits(input: Tensor, *, binary: bool = False) -> None:

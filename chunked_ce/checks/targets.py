@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.reduction import is_scored
 from .values import (
     LOGIT_DTYPES,
     dense,
@@ -94,20 +93,4 @@ def nothing_to_ignore(ignore_index: object, mend: str) -> None:
     raise ValueError(
         f"ignore_index is {ignore_index}, but target holds class probabilities, which name no "
         f"class to leave out: {mend}, and leave rows out with token_weight 0"
-    )
-
-
-def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int, per_row: int = 1) -> None:
-    """`IndexError` that names the first offending row, of so many targets each."""
-    rows = target.reshape(-1).long()
-    bad = ((rows < 0) | (rows >= vocab_size)) & is_scored(rows, ignore_index)
-    if not bad.any():
-        return
-    first = int(bad.long().argmax())
-    value = int(rows[first])
-    padding = f"ignore_index={value}" if value < 0 else "its class as ignore_index"
-    raise IndexError(
-        f"target {value} in row {first // per_row} is out of range: "
-        f"expected a class from 0 to {vocab_size - 1} or ignore_index={ignore_index} "
-        f"(if it is padding, pass {padding})"
     )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..core.reduction import is_scored
+
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -199,3 +201,19 @@ def target_indices(target: object) -> None:
 
 def without_classes(input: Tensor, dim: int) -> torch.Size:
     return input.shape[:dim] + input.shape[dim + 1 :]
+
+
+def targets_in_range(target: Tensor, vocab_size: int, ignore_index: int, per_row: int = 1) -> None:
+    """`IndexError` that names the first offending row, of so many targets each."""
+    rows = target.reshape(-1).long()
+    bad = ((rows < 0) | (rows >= vocab_size)) & is_scored(rows, ignore_index)
+    if not bad.any():
+        return
+    first = int(bad.long().argmax())
+    value = int(rows[first])
+    padding = f"ignore_index={value}" if value < 0 else "its class as ignore_index"
+    raise IndexError(
+        f"target {value} in row {first // per_row} is out of range: "
+        f"expected a class from 0 to {vocab_size - 1} or ignore_index={ignore_index} "
+        f"(if it is padding, pass {padding})"
+    )

@@ -5,26 +5,23 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.recipes import RECIPES
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import INTERRUPTED, UsageError
+from .evaluation_arguments import (
+    DTYPES,
+    MUCH_TEXT,
+    add_text_arguments,
+    in_words_of_the_command,
+    torch_dtype,
+)
 from .files import STANDARD, check_files, read_text, write_text, write_whole
 from .interrupts import exit_on_interrupt
-
-DTYPES = {
-    "auto": "auto",
-    "float32": "float32", "fp32": "float32",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float16": "float16", "fp16": "float16",
-    "float64": "float64", "fp64": "float64",
-}  # fmt: skip
-_MUCH_TEXT = 1_000_000
-"""Characters from which on each step is named, also where stderr is no terminal."""
 
 
 def add_command(subparsers: Any) -> None:
@@ -37,19 +34,13 @@ def add_command(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a Hugging Face causal LM and its tokenizer")
-    add("--text", nargs="+", type=Path, required=True, metavar="FILE",
-        help="UTF-8; each file is a document; - reads the standard input")  # fmt: skip
-    add("--context", type=int, metavar="TOKENS",
-        help="tokens the model sees at once; default: all it can take")  # fmt: skip
-    add("--stride", type=int, metavar="TOKENS",
-        help="step from one window to the next; default: the context")  # fmt: skip
-    add("--full-last-window", action="store_true",
-        help="let a file's last window reach back as far as the context allows")  # fmt: skip
-    add("--batch-size", type=int, default=8, metavar="WINDOWS", help="default: %(default)s")
-    add("--bos", type=_special_token, default=None, metavar="auto|yes|no|ID",
-        help="token before each file, unscored; default: auto, the tokenizer's way")  # fmt: skip
-    add("--eos", type=_special_token, default=False, metavar="yes|no|ID",
-        help="token after each file, scored; default: no")  # fmt: skip
+    add_text_arguments(add)
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help="windows, BOS, joins and counts of another tool: " + ", ".join(RECIPES))  # fmt: skip
+    add("--after", metavar="MARKER",
+        help="score only what follows MARKER in each file; the rest is context")  # fmt: skip
+    add("--group-by", choices=("folder", "file"),
+        help="report each group of files, and the mean over groups")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", metavar="DTYPE",
         help="bf16, fp16, fp32, fp64; default: auto, as it was saved")  # fmt: skip
     add("--device", help="default: cuda where there is a GPU, else cpu")
@@ -67,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, score and report; after Ctrl-C report what has been scored."""
     check_files(args)
     texts = [read_text(path) for path in args.text]
-    progress = sys.stderr.isatty() or sum(map(len, texts)) >= _MUCH_TEXT
+    progress = sys.stderr.isatty() or sum(map(len, texts)) >= MUCH_TEXT
     try:
         if progress:
             size = sum(len(text.encode()) for text in texts) / 1e6
@@ -96,12 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from .local_model import load, usable_device
 
-    dtype = DTYPES[args.dtype]
-    if dtype != "auto":
-        import torch
-
-        return load(args.model, getattr(torch, dtype), usable_device(args.device))
-    return load(args.model, dtype, usable_device(args.device))
+    return load(args.model, torch_dtype(args.dtype), usable_device(args.device))
 
 
 def _evaluate(
@@ -117,6 +103,9 @@ def _evaluate(
             context_length=args.context,
             stride=args.stride,
             full_last_window=args.full_last_window,
+            recipe=args.recipe,
+            after=args.after,
+            groups=_groups(args),
             batch_size=args.batch_size,
             bos=args.bos,
             eos=args.eos,
@@ -127,25 +116,21 @@ def _evaluate(
             progress=progress and importlib.util.find_spec("tqdm") is not None,
         )
     except ValueError as error:
-        raise UsageError(_in_words_of_the_command(str(error), args.text)) from error
+        raise UsageError(in_words_of_the_command(str(error), args.text)) from error
 
 
-def _in_words_of_the_command(message: str, files: list[Path]) -> str:
-    """Return the library's message with the files' names and the command's options."""
-
-    def file_name(match: re.Match[str]) -> str:
-        index = int(match[1])
-        return f"--text: {files[index]}" if index < len(files) else match[0]
-
-    message = re.sub(r"^document (\d+)\b", file_name, message)
-    return message.replace("bos=True", "--bos yes").replace("eos=True", "--eos yes")
+def _groups(args: argparse.Namespace) -> list[str] | None:
+    """Return the group of each file, if they are grouped."""
+    if args.group_by == "folder":
+        return [str(STANDARD if path == STANDARD else path.parent) for path in args.text]
+    return None if args.group_by is None else [str(path) for path in args.text]
 
 
 def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> str:
     import torch
 
     parameter = next(model.parameters())
-    settings = {
+    settings: dict[str, Any] = {
         "model": args.model,
         "text": [str(path) for path in args.text],
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -153,17 +138,10 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
         "torch": torch.__version__,
     }
     contents = settings | replace(report, per_window=None).to_dict()
-    for path, document in zip(args.text, contents["per_document"], strict=True):
-        document["file"] = str(path)
+    joined = report.documents_given != len(args.text)
+    names = [" + ".join(settings["text"])] if joined else settings["text"]
+    for name, document in zip(names, contents["per_document"], strict=True):
+        document["file"] = name
     for position, measures in enumerate(contents["per_position"], 1):
         measures["context_tokens"] = position
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"
-
-
-def _special_token(text: str) -> bool | int | None:
-    known: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
-    if text in known:
-        return known[text]
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected auto, yes, no or a token id, got {text!r}")
-    return int(text)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from ..evaluation.report import EvaluationReport, counted
+from ..evaluation.recipes import describe
+from ..evaluation.report import EvaluationReport, PerplexityReport, counted
+from .text_table import aligned, some_of
 
 
 def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> str:
@@ -14,12 +16,16 @@ def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> 
     Args:
         report: what was scored.
         name: of the model.
-        files: names of the documents, in their order; without them no file has a line.
+        files: names of the documents, in their order; without them no file has a line, nor where
+            a recipe joined the files.
     """
-    error = report.mean_nll_stderr
     rows = [
-        ("perplexity", f"{report.perplexity:.4f}", f"per token, {counted(report.tokens, 'token')}"),
-        ("mean NLL", f"{report.mean_nll:.4f}", "nats per token" + _spread(error)),
+        (
+            "perplexity",
+            f"{report.perplexity:.4f}",
+            f"per token, {counted(report.tokens, 'token')}{_spread(report.perplexity_stderr)}",
+        ),
+        ("mean NLL", f"{report.mean_nll:.4f}", "nats per token" + _spreads(report)),
         ("bits per token", f"{report.bits_per_token:.4f}", ""),
     ]
     if report.bits_per_byte is not None:
@@ -33,30 +39,51 @@ def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> 
         rows.append(("mean reciprocal rank", f"{report.mean_reciprocal_rank:.4f}", ""))
     mean = report.mean_document_perplexity
     if mean is not None and report.documents > 1:
-        what = f"mean of the perplexities of {_of(report.documents, report.documents_given)}"
+        what = f"mean of the perplexities of {some_of(report.documents, report.documents_given)}"
         what += ", partly scored" if report.partial else ""
         rows.append(("document perplexity", f"{mean:.4f}", what))
     lines = [_heading(report, name), *_aligned(rows)]
-    if len(files) > 1 and report.per_document is not None:
-        lines += ["", *_by_file(report, files)]
+    parts = report.per_document or ()
+    if len(files) > 1 and len(parts) == len(files):
+        lines += ["", *_by_part("file", list(zip(files, parts, strict=True)))]
+    if report.per_group is not None:
+        lines += ["", *_by_part("group", [*report.per_group.items()], _averages(report))]
     return "\n".join(lines)
 
 
-def _by_file(report: EvaluationReport, files: Sequence[object]) -> Iterable[str]:
-    """Return a line for each file: tokens, perplexity, bits per byte."""
-    with_bytes = any(document.bytes is not None for document in report.per_document or ())
-    rows = [["file", "tokens", "perplexity", *(["bits per byte"] if with_bytes else [])]]
-    for file, document in zip(files, report.per_document or (), strict=True):
-        row = [str(file), f"{document.tokens:,}"]
-        row.append(f"{document.perplexity:.4f}" if document.tokens else "not scored")
-        if with_bytes:
-            bits = document.bits_per_byte
-            row.append("" if bits is None else f"{bits:.4f}")
+def _spreads(report: EvaluationReport) -> str:
+    """Return the standard errors of independent tokens and of independent documents."""
+    of_tokens, of_documents = report.mean_nll_stderr, report.mean_nll_document_stderr
+    if of_documents is None or math.isnan(of_documents):
+        return _spread(of_tokens)
+    return f"{_spread(of_tokens)} over tokens, {of_documents:.4f} over documents"
+
+
+def _averages(report: EvaluationReport) -> list[list[str]]:
+    """Return the mean over groups, and the mean over all tokens and bytes."""
+    perplexity, bits = report.mean_group_perplexity, report.mean_group_bits_per_byte
+    rows: list[tuple[str, str, float | None, float | None]] = [
+        ("mean of groups", "", perplexity, bits),
+        ("all tokens, all bytes", f"{report.tokens:,}", report.perplexity, report.bits_per_byte),
+    ]
+    return [[*row[:2], *("" if x is None else f"{x:.4f}" for x in row[2:])] for row in rows]
+
+
+def _by_part(
+    kind: str,
+    parts: Sequence[tuple[object, PerplexityReport]],
+    averages: Sequence[list[str]] = (),
+) -> Iterable[str]:
+    """Return a line for each file or group: tokens, perplexity, bits per byte; then averages."""
+    with_bytes = any(report.bytes is not None for _, report in parts)
+    rows = [[kind, "tokens", "perplexity", "bits per byte"]]
+    for name, report in parts:
+        bits = report.bits_per_byte
+        perplexity = f"{report.perplexity:.4f}" if report.tokens else "not scored"
+        row = [str(name), f"{report.tokens:,}", perplexity, "" if bits is None else f"{bits:.4f}"]
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        yield "  ".join(["", first.ljust(widths[0]), *cells]).rstrip()
+    rows = [row if with_bytes else row[:-1] for row in (*rows, *averages)]
+    return aligned(rows)
 
 
 def _aligned(rows: Sequence[tuple[str, str, str]]) -> Iterable[str]:
@@ -65,8 +92,8 @@ def _aligned(rows: Sequence[tuple[str, str, str]]) -> Iterable[str]:
 
 
 def _heading(report: EvaluationReport, name: str) -> str:
-    documents = _of(report.documents, report.documents_given)
-    windows = _of(report.windows_scored, report.windows, "window")
+    documents = some_of(report.documents, report.documents_given)
+    windows = some_of(report.windows_scored, report.windows, "window")
     ends = [
         f"{what} {'not added' if token is None else token}"
         for what, token in (("BOS", report.bos), ("EOS", report.eos))
@@ -76,15 +103,13 @@ def _heading(report: EvaluationReport, name: str) -> str:
         f"stride {report.stride}",
         *ends,
     ]
+    if report.after is not None:
+        parts.append(f"only what follows {report.after!r} is scored")
     if report.logits_stored:
         parts.append("from the model's own logits")
     partial = "PARTIAL, interrupted: only what was scored is in it\n" if report.partial else ""
-    return partial + ", ".join(parts)
-
-
-def _of(scored: int, given: int, what: str = "document") -> str:
-    """Return "3 windows", or "1 of 3 windows" where an interruption left some out."""
-    return ("" if scored == given else f"{scored:,} of ") + counted(given, what)
+    recipe = "" if report.recipe is None else "\n" + describe(report.recipe, report.bos)
+    return partial + ", ".join(parts) + recipe
 
 
 def _spread(error: float | None) -> str:

@@ -16,6 +16,7 @@ w_j is 1, or the weight from :class:`ClassWeights`. Then logit_sum = sum w_j (z_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,27 @@ class TokenStats(NamedTuple):
     mean_logprob: Tensor | None = None  # mean over the vocabulary of z_j - lse
     rank: Tensor | None = None  # number of classes that beat the target; the lower index wins a tie
     argmax: Tensor | None = None  # the winning class
+
+
+LOGGED = ("entropy", "rank", "argmax")
+"""Statistics that a loss returns on request, besides `lse` and `logprob`."""
+
+
+def logged_flags(stats: TokenStats | None) -> dict[str, bool]:
+    """Return which of LOGGED a TokenStats has."""
+    return {name: stats is not None and getattr(stats, name) is not None for name in LOGGED}
+
+
+def detach_stats(stats: TokenStats) -> TokenStats:
+    """Return statistics that have no gradient."""
+    return TokenStats(*(None if s is None else s.detach() for s in stats))  # type: ignore[arg-type]
+
+
+def copy_stats(stats: TokenStats | None, found: TokenStats, names: Sequence[str]) -> None:
+    """Write the statistics of `found` that have these names into the memory of `stats`."""
+    for name in names if stats is not None else ():
+        if (memory := getattr(stats, name)) is not None:
+            memory.copy_(getattr(found, name))
 
 
 class ClassWeights(NamedTuple):

@@ -4,38 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
+from ..checks.group import process_group as process_group
 from ..checks.linear import linear_bias
 from ..checks.values import LOGIT_DTYPES, floating, integer, same_device, shape
-
-
-def process_group(group: Any) -> dist.ProcessGroup:
-    """Return `group`, or the default group. This process must be a member."""
-    if not dist.is_available():
-        raise RuntimeError(
-            "this build of torch has no torch.distributed: use chunked_ce.cross_entropy, "
-            "or install a build that has it"
-        )
-    if group is None:
-        if not dist.is_initialized():
-            raise RuntimeError(
-                "group is None, and there is no default process group: call "
-                "torch.distributed.init_process_group() first, in a program started by torchrun"
-            )
-        return dist.group.WORLD  # type: ignore[return-value]
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(
-            "group does not contain this process: call the loss on its ranks alone, "
-            "or pass the group of this rank"
-        )
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}: "
-            "make one with torch.distributed.new_group(), or take mesh.get_group()"
-        )
-    return group
 
 
 def shard(

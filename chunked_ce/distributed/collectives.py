@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..core.reduction import Reduction
+
 
 def rank_and_size(group: Any) -> tuple[int, int]:
     """Return rank and size of `group`; (0, 1) if there is no process group."""
@@ -36,6 +38,16 @@ def all_reduce(tensor: Tensor, group: Any) -> Tensor:
     total = tensor.to(_device(group, tensor.device), copy=True)
     dist.all_reduce(total, group=group)
     return total.to(tensor.device)
+
+
+def over_ranks(reducer: Reduction, group: Any) -> Reduction:
+    """Return the Reduction that divides by the tokens of all ranks. It takes one collective."""
+    divisor, z_divisor = reducer.divisor, reducer.z_divisor
+    assert divisor is not None
+    if z_divisor is None:
+        return reducer._replace(divisor=all_reduce(divisor, group))
+    both = all_reduce(torch.stack([divisor, z_divisor.to(divisor.dtype)]), group)
+    return reducer._replace(divisor=both[0], z_divisor=both[1])
 
 
 def _device(group: Any, device: torch.device) -> torch.device:

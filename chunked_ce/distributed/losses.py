@@ -17,7 +17,7 @@ from .. import checks
 from ..core.head import compute_dtype
 from ..core.reduction import make_reduction, token_loss
 from ..core.row_stats import TokenStats
-from ..functional.linear import autocast
+from ..functional.head_loss import autocast
 from ..ops import transforms
 from . import checks as shard_checks
 from .autograd import linear_shard_stats, shard_stats

@@ -16,12 +16,34 @@ from torch import Tensor
 
 from . import checks
 from .first_token import after_bytes, first_token_bytes, token_text
+from .windows import Window
 
 
 class Document(NamedTuple):
     ids: Tensor  # int64 [T] on the CPU, BOS and EOS included
     n_bytes: int | None  # UTF-8 bytes and words of the scored text
     words: int | None
+    added: tuple[int, int] = (0, 0)  # how many of its ids were put before and after its own
+    scored: Tensor | None = None  # bool [T], where not all tokens are
+
+
+class Source(NamedTuple):
+    """What a caller gives: a model, and text with its tokenizer or token ids."""
+
+    model: Any
+    tokenizer: Any
+    text: str | Sequence[str] | None
+    input_ids: Any
+    attention_mask: Tensor | None
+
+
+class Prepared(NamedTuple):
+    """What is to be scored, and what the report says of it."""
+
+    documents: list[Document]
+    windows: list[Window]
+    settings: dict[str, Any]
+    joins: str | None = None  # the recipe that made one document of all
 
 
 def from_ids(
@@ -37,7 +59,7 @@ def from_ids(
         before, after = _ends_to_add(row.tolist(), bos, eos)
         ids = torch.cat([torch.tensor(before), row, torch.tensor(after)]).long()
         checks.enough_tokens(i, len(row), len(ids))
-        documents.append(Document(ids, None, None))
+        documents.append(Document(ids, None, None, (len(before), len(after))))
     _warn_of_ends([row.tolist() for row in rows], bos, eos)
     return documents
 
@@ -75,7 +97,8 @@ def _from_text(
         end = token_text(eos, tokenizer)
         if scored.endswith(end):
             n_bytes, scored = n_bytes - len(end.encode()), scored.removesuffix(end)
-    return Document(torch.tensor(ids), n_bytes, len(scored.split()))
+    added = len(before), len(after)
+    return Document(torch.tensor(ids), n_bytes, len(scored.split()), added)
 
 
 def _ends_to_add(own: list[int], bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
@@ -106,11 +129,11 @@ def bos_id(bos: bool | int | None, model: Any, tokenizer: Any) -> int | None:
     """
     bos = checks.special_token("bos", bos)
     if bos is None and tokenizer is not None:
-        own = _special("bos_token_id", model, tokenizer)
+        own = special_id("bos_token_id", model, tokenizer)
         added = tokenizer("a", verbose=False)["input_ids"]
         return own if own is not None and added and added[0] == own else None
     if bos is True:
-        return checks.known_special("bos", _special("bos_token_id", model, tokenizer))
+        return checks.known_special("bos", special_id("bos_token_id", model, tokenizer))
     return None if bos is None or bos is False else bos
 
 
@@ -118,11 +141,12 @@ def eos_id(eos: bool | int, model: Any, tokenizer: Any) -> int | None:
     """Return the id to put after each document. True: the tokenizer's or the model's."""
     checked = checks.special_token("eos", eos)
     if checked is True:
-        return checks.known_special("eos", _special("eos_token_id", model, tokenizer))
+        return checks.known_special("eos", special_id("eos_token_id", model, tokenizer))
     return None if checked is None or checked is False else checked
 
 
-def _special(name: str, model: Any, tokenizer: Any) -> int | None:
+def special_id(name: str, model: Any, tokenizer: Any) -> int | None:
+    """Return the id of that name, the tokenizer's or else the model's."""
     for owner in (tokenizer, getattr(model, "config", None)):
         value = getattr(owner, name, None)
         if isinstance(value, (list, tuple)):  # some configs end on any of several

@@ -10,6 +10,7 @@ rounding inside the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from ..checks import backend_name, flags
 from ..distributed.checks import process_group
 from . import checks
-from .documents import Document, bos_id, eos_id, from_ids, from_text
+from .documents import Prepared, Source, bos_id, eos_id, from_ids, from_text
 from .language_model import device_of, evaluating, examine
+from .parts import Parts, restrict, scoring_windows
 from .progress import describe_text, describe_windows
+from .recipe_plan import plan_recipe
 from .report import EvaluationInterrupted, EvaluationReport
-from .scoring import Scoring
+from .scoring import Scoring, Wanted
 from .windows import batches, sliding_windows
 
 
@@ -38,6 +41,11 @@ def evaluate_perplexity(
     context_length: int | None = None,
     stride: int | None = None,
     full_last_window: bool = False,
+    recipe: str | None = None,
+    mask: Any = None,
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+    after: str | None = None,
+    groups: Sequence[str] | None = None,
     batch_size: int = 8,
     bos: bool | int | None = None,
     eos: bool | int = False,
@@ -69,6 +77,17 @@ def evaluate_perplexity(
             is the default. A token has at least context_length - stride + 1 tokens of context,
             or all there are.
         full_last_window: let a document's last window reach back as far as the context allows.
+        recipe: name of a tool whose windows, BOS, joins and counts are used, so that the
+            perplexity is that tool's: "gptq-2048", "llama.cpp-512", "hf-stride" or
+            "lm-eval-rolling". An argument that contradicts it is an error.
+        mask: for `input_ids`, a bool for each token, in the shape of `input_ids` or a sequence for
+            each document: True where it is scored. The others are context.
+        spans: for `text`, a list of (start, stop) for each document, in characters: a token is
+            scored if it starts within one of them.
+        after: for `text`, a marker: what follows its first occurrence in each document is scored,
+            such as an answer. A token that starts within the marker is not.
+        groups: a name for each document, such as its language or its source; the report has
+            measures of each group.
         batch_size: how many windows the model is shown at a time.
         bos: id put before each document: context, not scored. True for the tokenizer's or the
             model's, False for none; None does as the tokenizer does, and for `input_ids` none.
@@ -104,56 +123,82 @@ def evaluate_perplexity(
     >>> f"{report.perplexity:.1f} per token, {report.tokens} tokens"
     '16.0 per token, 4 tokens'
     """
-    flags(
-        full_last_window=full_last_window, rank=rank, per_document=per_document,
-        per_position=per_position, per_window=per_window, progress=progress,
-    )  # fmt: skip
     checks.no_more_positional(positional)
-    backend_name(backend)
-    checks.progress_bar(progress)
-    checks.model(model)
+    wanted = Wanted(rank, per_document, per_position, per_window, groups, progress)
+    where = _device(model, device, wanted, full_last_window, backend)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
-    where = checks.device(device_of(model) if device is None else device)
+    checks.one_part(mask, spans, after, text, recipe)
     group = None if group is None else process_group(group)
-    context_length = checks.context_length(context_length, model, tokenizer)
-    stride = checks.stride(stride, context_length)
     batch_size = checks.at_least_one("batch_size", batch_size)
-    before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
     describe_text(text, shown=progress)
-    documents = _documents(model, tokenizer, text, input_ids, attention_mask, before, after)
-    ids = [document.ids for document in documents]
-    settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
-    windows = sliding_windows([len(document) for document in ids], context_length, **settings)
-    describe_windows(ids, len(windows), shown=progress)
+    source = Source(model, tokenizer, text, input_ids, attention_mask)
+    parts = Parts(mask, spans, after)
+    planner = partial(plan_windows, parts) if recipe is None else partial(plan_recipe, recipe)
+    plan = planner(source, context_length, stride, full_last_window, bos, eos)
+    return _score(model, plan, wanted, where, batch_size, group, backend)
+
+
+def _device(
+    model: Any, device: Any, wanted: Wanted, full_last_window: bool, backend: str
+) -> torch.device:
+    """Return where batches go, once the flags, the backend and the model are right."""
+    flags(
+        full_last_window=full_last_window, rank=wanted.rank, per_document=wanted.per_document,
+        per_position=wanted.per_position, per_window=wanted.per_window, progress=wanted.progress,
+    )  # fmt: skip
+    backend_name(backend)
+    checks.progress_bar(wanted.progress)
+    checks.model(model)
+    return checks.device(device_of(model) if device is None else device)
+
+
+def _score(
+    model: Any,
+    plan: Prepared,
+    wanted: Wanted,
+    where: torch.device,
+    batch_size: int,
+    group: Any,
+    backend: str,
+) -> EvaluationReport:
+    """Return the report of the planned windows; raise it where Ctrl-C left some of them out."""
+    ids = [document.ids for document in plan.documents]
+    groups = checks.document_groups(wanted.groups, len(ids), plan.joins)
+    checks.ids_known("document", ids, model, None)
+    describe_windows(ids, len(plan.windows), shown=wanted.progress)
     with evaluating(model):
-        examined = examine(model, "document", ids, context_length, where, backend)
-        scoring = Scoring(examined, documents, windows, where, rank, backend)
-        interrupted = scoring.run(batches(windows, batch_size), group, progress)
-    settings |= dict(context_length=context_length, bos=before, eos=after, partial=interrupted)
-    return _complete(scoring.report(per_document, per_position, per_window, **settings))
-
-
-def _complete(report: EvaluationReport) -> EvaluationReport:
-    """Return the report; raise it where Ctrl-C left some of it out."""
+        examined = examine(model, "document", ids, plan.settings["context_length"], where, backend)
+        scoring = Scoring(examined, plan.documents, plan.windows, where, wanted.rank, backend)
+        interrupted = scoring.run(batches(plan.windows, batch_size), group, wanted.progress)
+    settings = plan.settings | dict(partial=interrupted)
+    report = scoring.report(wanted._replace(groups=groups), **settings)
     if report.partial:
         raise EvaluationInterrupted(report)
     return report
 
 
-def _documents(
-    model: Any,
-    tokenizer: Any,
-    text: str | Sequence[str] | None,
-    input_ids: Any,
-    attention_mask: Tensor | None,
-    before: int | None,
-    after: int | None,
-) -> list[Document]:
-    """Documents from text or from token ids, between BOS and EOS where these are wanted."""
-    if text is not None:
+def plan_windows(
+    parts: Parts,
+    source: Source,
+    context_length: int | None,
+    stride: int | None,
+    full_last_window: bool,
+    bos: bool | int | None,
+    eos: bool | int,
+) -> Prepared:
+    """Return each document between BOS and EOS where these are wanted, and its windows."""
+    model, tokenizer = source.model, source.tokenizer
+    context_length = checks.context_length(context_length, model, tokenizer)
+    stride = checks.stride(stride, context_length)
+    before, after = bos_id(bos, model, tokenizer), eos_id(eos, model, tokenizer)
+    if source.text is not None:
         checks.vocabularies(model, tokenizer)
-        documents = from_text(text, tokenizer, before, after)
+        documents = from_text(source.text, tokenizer, before, after)
     else:
-        documents = from_ids(input_ids, attention_mask, before, after)
-    checks.ids_known("document", [document.ids for document in documents], model, None)
-    return documents
+        documents = from_ids(source.input_ids, source.attention_mask, before, after)
+    documents = restrict(documents, parts, source, after)
+    settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
+    lengths = [len(document.ids) for document in documents]
+    windows = scoring_windows(sliding_windows(lengths, context_length, **settings), documents)
+    settings |= dict(context_length=context_length, bos=before, eos=after, after=parts.after)
+    return Prepared(documents, windows, settings)

@@ -22,7 +22,7 @@ def first_token_bytes(text: str, ids: Sequence[int], tokenizer: Any) -> int:
     """Return how many of the UTF-8 bytes of `text` lie before the end of its first token."""
     kept = _without_dropped_space(text, tokenizer)
     dropped, text = len(text.encode()) - len(kept.encode()), kept
-    pieces = _pieces(ids[:COMPARED_TOKENS], tokenizer)
+    pieces = pieces_of(ids[:COMPARED_TOKENS], tokenizer)
     end = _end_in_joined(text, pieces)
     if end is None:
         prefix = _prefix_of_token(text, ids[0], tokenizer)
@@ -37,11 +37,11 @@ def after_bytes(text: str, n_bytes: int) -> str:
 
 def token_text(token: int, tokenizer: Any) -> str:
     """Return how the tokenizer writes a special token."""
-    piece = _pieces([token], tokenizer)[0]
+    piece = pieces_of([token], tokenizer)[0]
     return piece.decode(errors="replace") if isinstance(piece, bytes) else piece
 
 
-def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str | bytes]:
+def pieces_of(ids: Sequence[int], tokenizer: Any) -> list[str | bytes]:
     if hasattr(tokenizer, "convert_ids_to_tokens"):
         pieces = tokenizer.convert_ids_to_tokens(list(ids))
         return [piece if isinstance(piece, (str, bytes)) else "" for piece in pieces]
@@ -55,7 +55,7 @@ def _end_in_joined(text: str, pieces: Sequence[str | bytes]) -> int | None:
     that follows the text to the end is right, or else furthest.
     """
     best, furthest = None, (False, 0)
-    for read in _READINGS:
+    for read in READINGS:
         parts = [piece if isinstance(piece, bytes) else read(piece) for piece in pieces]
         joined, first = b"".join(parts), len(parts[0])
         shown = text.replace("▁", " ") if read is _with_spaces else text
@@ -146,7 +146,7 @@ def _one_byte_each(piece: str) -> bytes:
     return piece.encode("latin-1") if all(ord(c) < 256 for c in piece) else piece.encode()
 
 
-_READINGS: tuple[Callable[[str], bytes], ...] = (
+READINGS: tuple[Callable[[str], bytes], ...] = (
     _byte_level,
     _with_spaces,
     _one_byte_each,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,3 +45,26 @@ def perplexity_of(sums: State) -> Tensor:
 def reciprocal_rank(rank: Tensor) -> Tensor:
     """Return 1 / (1 + rank) in float64, or 0 for the -1 of a token that is not scored."""
     return torch.where(rank < 0, 0.0, 1.0 / (rank + 1).clamp(min=1).double())
+
+
+def document_stderr(nll: Tensor, squares: Tensor, tokens: Tensor) -> float:
+    """Return the standard error of the mean NLL with documents as clusters.
+
+    With d the NLL of a token minus the mean of all n, it is the root of
+    SE^2 + (sum over documents of (sum of d)^2 - sum of d^2) / n^2, where SE is that of independent
+    tokens: Miller 2024, arXiv:2411.00640.
+
+    Args:
+        nll, squares, tokens: float64 [D], each document's sum of NLL, of its square, and count.
+
+    Returns:
+        NaN for fewer than two documents.
+    """
+    count = float(tokens.sum())
+    if int((tokens > 0).sum()) < 2:
+        return math.nan
+    mean = float(nll.sum()) / count
+    of_tokens = max(0.0, float(squares.sum()) - count * mean * mean)
+    of_documents = float((nll - mean * tokens).square().sum())
+    variance = of_tokens / (count * (count - 1)) + (of_documents - of_tokens) / count**2
+    return math.sqrt(max(0.0, variance))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,12 +57,23 @@ class PerplexityReport:
         return _exp(self.mean_nll)
 
     @property
+    def perplexity_stderr(self) -> float | None:
+        """Return perplexity * mean_nll_stderr, to first order; llama.cpp's "+/-"."""
+        error = self.mean_nll_stderr
+        return None if error is None else self.perplexity * error
+
+    @property
     def bits_per_token(self) -> float:
         return self.mean_nll / math.log(2)
 
     @property
     def bits_per_byte(self) -> float | None:
         return self.nll_sum / math.log(2) / self.bytes if self.bytes else None
+
+    @property
+    def byte_perplexity(self) -> float | None:
+        """Return exp(nll_sum / bytes), which is 2 to the power of `bits_per_byte`."""
+        return _exp(self.nll_sum / self.bytes) if self.bytes else None
 
     @property
     def word_perplexity(self) -> float | None:
@@ -85,8 +97,10 @@ class PerplexityReport:
             "mean_nll": self.mean_nll,
             "mean_nll_stderr": self.mean_nll_stderr,
             "perplexity": self.perplexity,
+            "perplexity_stderr": self.perplexity_stderr,
             "bits_per_token": self.bits_per_token,
             "bits_per_byte": self.bits_per_byte,
+            "byte_perplexity": self.byte_perplexity,
             "word_perplexity": self.word_perplexity,
             "accuracy": self.accuracy,
             "mean_reciprocal_rank": self.mean_reciprocal_rank,
@@ -126,9 +140,13 @@ class EvaluationReport(PerplexityReport):
 
     `per_document` and `per_position`, where asked for: reports of each document in turn, and of the
     targets with 1, 2, ... `context_length` tokens of context in their window. `per_window`: reports
-    of each window, in the order of the text. Only in a partial report are `documents` fewer than
-    `documents_given`, and `windows_scored` fewer than `windows`; a document may then be scored in
-    part, and the mean of the documents' perplexities is of those that were begun.
+    of each window, in the order of the text. `per_group`: of each group, by its name.
+    `mean_nll_document_stderr` is the error of `mean_nll` if documents are independent, and not
+    their tokens; NaN for fewer than two documents.
+
+    Only in a partial report are `documents` fewer than `documents_given`, and `windows_scored`
+    fewer than `windows`; a document may then be scored in part, and the mean of the documents'
+    perplexities is of those that were begun.
 
     >>> from chunked_ce import EvaluationReport
     >>> EvaluationReport(nll_sum=20.0, tokens=10, documents=1, documents_given=2, partial=True)
@@ -147,15 +165,34 @@ class EvaluationReport(PerplexityReport):
     windows_scored: int = 0
     logits_stored: bool = False  # the head could not be deferred
     partial: bool = False  # interrupted: some windows are not in it
+    mean_nll_document_stderr: float | None = None  # of `mean_nll`, documents as clusters
+    recipe: str | None = None  # whose windows and counts these are, see RECIPES
+    after: str | None = None  # the marker after which documents are scored
     per_document: tuple[PerplexityReport, ...] | None = None
     per_position: tuple[PerplexityReport, ...] | None = None
     per_window: tuple[PerplexityReport, ...] | None = None
+    per_group: Mapping[str, PerplexityReport] | None = None
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.recipe is None else f", recipe {self.recipe}")
 
     @property
     def mean_document_perplexity(self) -> float | None:
         """Return the mean of the documents' perplexities, which is not the corpus perplexity."""
-        scored = [report.perplexity for report in self.per_document or () if report.tokens]
-        return sum(scored) / len(scored) if scored else None
+        return _mean([report.perplexity for report in self.per_document or () if report.tokens])
+
+    @property
+    def mean_group_perplexity(self) -> float | None:
+        """Return the mean of the groups' perplexities: each group has the same weight."""
+        return _mean([report.perplexity for report in self._groups()])
+
+    @property
+    def mean_group_bits_per_byte(self) -> float | None:
+        """Return the mean of the groups' bits per byte; `bits_per_byte` weighs groups by bytes."""
+        return _mean([report.bits_per_byte for report in self._groups()])
+
+    def _groups(self) -> list[PerplexityReport]:
+        return [report for report in (self.per_group or {}).values() if report.tokens]
 
     def to_dict(self) -> dict[str, Any]:
         """Return counts and measures, and lists of them for documents, positions and windows."""
@@ -164,8 +201,15 @@ class EvaluationReport(PerplexityReport):
             for name in ("per_document", "per_position", "per_window")
             for reports in (getattr(self, name),)
         }
-        mean = {"mean_document_perplexity": self.mean_document_perplexity}
-        return super().to_dict() | mean | parts
+        groups = None
+        if self.per_group is not None:
+            groups = {name: report.to_dict() for name, report in self.per_group.items()}
+        means = {
+            "mean_document_perplexity": self.mean_document_perplexity,
+            "mean_group_perplexity": self.mean_group_perplexity,
+            "mean_group_bits_per_byte": self.mean_group_bits_per_byte,
+        }
+        return super().to_dict() | means | parts | {"per_group": groups}
 
 
 class EvaluationInterrupted(KeyboardInterrupt):
@@ -187,6 +231,12 @@ class EvaluationInterrupted(KeyboardInterrupt):
 def counted(number: int, noun: str) -> str:
     """Return "1 token" or "1,234 tokens"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return None where there is none, or one is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _exp(x: float) -> float:

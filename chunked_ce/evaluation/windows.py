@@ -21,6 +21,8 @@ class Window(NamedTuple):
     start: int
     stop: int
     scored: int  # how many targets, the last ones
+    first_id: int | None = None  # shown to the model in place of its first token
+    counted_as: int | None = None  # number of tokens that the mean loss counts as, if another
 
     @property
     def length(self) -> int:
@@ -57,6 +59,39 @@ def _of_document(
             start = max(0, stop - context_length)
         yield Window(document, start, stop, stop - done)
         start, done = start + stride, stop
+
+
+def whole_windows(
+    length: int, size: int, stride: int, *, context: int = 1, drop_remainder: bool = False
+) -> list[Window]:
+    """Return windows of `size` tokens over one document, the last token of each only a target.
+
+    They start `stride` tokens apart. A window scores its tokens that no window before it had, but
+    never the first `context` of its own. A shorter last window is left out if `drop_remainder`.
+    """
+    windows, end = [], 0  # `end`: of the window before
+    for start in range(0, length, stride):
+        before, end = end, min(start + size, length)
+        scored = min(end - before, end - start - context)
+        if scored > 0 and not (drop_remainder and end - start < size):
+            windows.append(Window(0, start, end - 1, scored))
+        if end == length:
+            break
+    return windows
+
+
+def discount_overlapped(windows: Sequence[Window]) -> list[Window]:
+    """Count the mean loss of each window but the first as one token less than it scores.
+
+    Windows that follow without an overlap have lost their first token already.
+    """
+    ends = [0, *(window.stop + 1 for window in windows)]
+    return [
+        window._replace(counted_as=window.stop - end)
+        if window.stop + 1 - window.scored == end
+        else window
+        for window, end in zip(windows, ends, strict=False)
+    ]
 
 
 def batches(

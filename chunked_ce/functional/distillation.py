@@ -11,7 +11,7 @@ from ..core.head import compute_dtype
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
 from ..ops.chunks import default_rows, padded_row_bytes
-from .linear import autocast
+from .head_loss import autocast
 
 FlatHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 
@@ -107,6 +107,10 @@ def linear_kl_div(
     *,
     linear_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
     kind: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -137,6 +141,10 @@ def linear_kl_div(
         teacher_weight: the teacher's head [V, another D]. The teacher gets no gradient.
         linear_bias: the student's bias [V], or None.
         teacher_bias: the teacher's bias [V], or None.
+        softcap: the student's logits x become softcap tanh(logit_scale x / softcap); None: no cap.
+        logit_scale: factor of the student's logits, before the cap.
+        teacher_softcap: the same of the teacher's logits.
+        teacher_logit_scale: the same of the teacher's logits.
         kind: "forward", "reverse" or "jsd"; see :func:`kl_div`.
         beta: the teacher's share of the mixture, from 0 to 1; used by "jsd" alone.
         temperature: what both models' logits are divided by, above 0.
@@ -174,7 +182,7 @@ def linear_kl_div(
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
-    kind, beta, temperature = checks.divergence(kind, beta, temperature)
+    divergence = checks.divergence(kind, beta, temperature)
     student, teacher = _flat_heads(
         (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
     )
@@ -191,7 +199,8 @@ def linear_kl_div(
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
         *student, *teacher, None if target is None else target.reshape(-1),
-        weights, ignore_index, kind, beta, temperature, ce_weight, classes,
+        weights, ignore_index, *divergence, ce_weight, classes,
+        *checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale),
         choose_backend(backend, input.device),
         _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),

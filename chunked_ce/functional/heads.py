@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from .. import checks
 from ..checks.loss import LossOptions
 from ..checks.values import is_dtensor
 from ..core.reduction import Reduction
+from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.callable_head import head_loss, head_stats
 from ..ops.head_calls import AnyHead, HeadCalls
-from ..ops.library import Classes, Outputs, flat_classes, in_target_shape
-from .targets import Target, wanted_of
+from ..ops.library import Classes, Outputs, flat_classes, in_target_shape, stats_from_list
+from .targets import Target, loss_and_stats
 
 
 def plain_linear(head: object) -> nn.Linear | None:
@@ -61,6 +63,7 @@ def split_head(
     if transforms.is_active():
         checks.head_transform()
     checks.hidden_states(input)
+    checks.stateless_head(head, input)
     width = getattr(head, "out_features", None)
     if type(width) is not int:
         token = input.detach().reshape(-1, input.shape[-1])[:1]
@@ -79,16 +82,20 @@ def loss_of_called_head(
     like: Tensor,  # [V, D]
     reducer: Reduction,
     labels: Target,
-) -> Tensor:
+) -> tuple[Tensor, TokenStats | None]:
     """Return the loss of a head that is called: a sum, or that of each token."""
     smoothing, z_loss_weight = options.label_smoothing, options.z_loss_weight
     calls = HeadCalls(head, _flat(input), labels.index.reshape(-1), like.shape[0], shared)
     known = all(map(reducer.allows_grad_in_forward, (input.dtype, calls.dtype)))
     if reducer.name != "none" and labels.is_plain and known:
         token_weight = None if reducer.weight is None else reducer.weight.reshape(-1)
-        return head_loss(calls, token_weight, reducer.divisor, smoothing, z_loss_weight)
-    outputs = _outputs(calls, labels.index, labels.classes, wanted_of(labels))
-    return reducer.reduce_with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
+        stats = options.stats
+        loss, found = head_loss(
+            calls, token_weight, reducer.divisor, stats, smoothing, z_loss_weight
+        )
+        return loss, stats_from_list(found, stats, labels.index) if stats else None
+    statistics = partial(_outputs, calls, labels.index, labels.classes)
+    return loss_and_stats(statistics, labels, reducer, options, calls.backend)
 
 
 def outputs_of_called_head(
@@ -98,7 +105,7 @@ def outputs_of_called_head(
     like: Tensor,
     target: Tensor,
     classes: Classes,
-    wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
+    wanted: tuple[bool, ...],  # entropy, mean_logprob, rank, argmax
 ) -> Outputs:
     """Return the statistics of a head that is called, in the shape of `target`."""
     calls = HeadCalls(head, _flat(input), target.reshape(-1), like.shape[0], shared)
@@ -110,6 +117,6 @@ def _flat(input: Tensor) -> Tensor:
 
 
 def _outputs(
-    calls: HeadCalls, target: Tensor, classes: Classes, wanted: tuple[bool, bool, bool, bool]
+    calls: HeadCalls, target: Tensor, classes: Classes, wanted: tuple[bool, ...]
 ) -> Outputs:
     return in_target_shape(head_stats(calls, flat_classes(classes), wanted), target)

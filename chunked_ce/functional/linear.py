@@ -2,26 +2,85 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import checks
-from ..backends import choose_backend
-from ..checks.loss import LossOptions
-from ..core.reduction import Reduction
+from ..core.row_stats import TokenStats
 from ..ops import transforms
-from ..ops.chunks import default_rows, padded_row_bytes
-from ..ops.head_calls import AnyHead
-from ..ops.library import Classes, Outputs, flat_classes, in_target_shape
-from . import several_heads, sharded_heads
-from .heads import is_sharded, loss_of_called_head, outputs_of_called_head, split_head
+from . import sharded_heads
+from .head_loss import LinearHead, as_weight, linear_loss, operands_and_options
+from .heads import is_sharded
 from .shift import next_tokens
-from .targets import AnyTarget, Target, describe_target, wanted_of
+from .targets import AnyTarget
 
-LinearHead = Tensor | AnyHead
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: LinearHead,
+    target: AnyTarget,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
+    acc_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    token_chunk_size: int | None = None,
+    drop_ignored: bool | None = None,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: LinearHead,
+    target: AnyTarget,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
+    acc_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    token_chunk_size: int | None = None,
+    drop_ignored: bool | None = None,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+    return_stats: Literal[True] | Sequence[str],
+) -> tuple[Tensor, TokenStats]: ...
 
 
 @checks.hides_unknown
@@ -51,8 +110,10 @@ def linear_cross_entropy(
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
+    return_stats: bool | Sequence[str] = False,
     **unknown: NoReturn,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Return the cross-entropy of `input @ linear_weight.T + linear_bias`, without logits.
 
     Drop-in for `torch.nn.functional.linear_cross_entropy`. Loss and gradients come from one walk
@@ -101,6 +162,13 @@ def linear_cross_entropy(
         num_items: divisor of the mean, an int or a 0-d tensor on any device. Pass the number of
             target tokens in the whole batch when accumulating gradients. None: the tokens that
             count here.
+        group: process group of ranks that hold other tokens of the batch. "mean" then divides by
+            the tokens of all its ranks, after one all-reduce of one number. Add the gradients up
+            over the ranks; where DDP or FSDP averages them, multiply the loss by the number of
+            ranks.
+        return_stats: True returns (loss, :class:`TokenStats`): each target's `lse` and `logprob` of
+            the same pass, detached. ("entropy", "rank", "argmax"), or some of them, adds these. Of
+            class probabilities and top-k targets they are those of the likeliest class.
         spread_rest: True spreads what a teacher's top-k probabilities lack of 1 evenly over the
             other classes; False drops it. With True a logit of -inf makes the loss +inf, unless the
             probabilities lack no more than their rounding.
@@ -119,7 +187,7 @@ def linear_cross_entropy(
 
     Returns:
         The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64
-        input).
+        input). With `return_stats` a pair of the loss and the TokenStats, of the targets' shape.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -152,149 +220,10 @@ def linear_cross_entropy(
         target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
     options = checks.loss_options(
         input, target, input.shape[:-1] + linear_weight.shape[1:-1], reduction, label_smoothing,
-        z_loss_weight, spread_rest, token_weight, num_items,
+        z_loss_weight, spread_rest, token_weight, num_items, return_stats, group,
     )  # fmt: skip
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias, head)
-    shared = shared_arguments(
-        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
+    input, linear_weight, linear_bias, shared = operands_and_options(
+        input, linear_weight, linear_bias, head, ignore_index, vocab_size, softcap, logit_scale,
+        backend, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
-    return _loss(head, input, target, linear_weight, linear_bias, weight, options, shared)
-
-
-def as_weight(
-    head: LinearHead, bias: Tensor | None, input: Tensor, logits_dtype: torch.dtype | None
-) -> tuple[AnyHead | None, Tensor, Tensor | None]:
-    """Return (head that is called, weight, bias); no head where the weight says all."""
-    if callable(head):
-        return split_head(head, bias, input, logits_dtype)
-    return None, head, bias
-
-
-def _loss(
-    head: AnyHead | None,
-    input: Tensor,
-    target: AnyTarget,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    options: LossOptions,
-    shared: Shared,
-) -> Tensor:
-    """Return the loss of a head [V, D], or of all heads in a weight [V, d1, ..., D]."""
-    ignore_index, vocab_size, *_ = shared
-    if weight is not None:
-        weight = checks.head_class_weight(weight, linear_weight, vocab_size)
-    labels, reducer = describe_target(input, target, -1, weight, ignore_index, vocab_size, options)
-    loss_of = partial(_loss_of_head, head, input, shared, options)
-    if linear_weight.dim() == 2:
-        return loss_of(linear_weight, linear_bias, reducer, labels)
-    return several_heads.loss_of_heads(loss_of, linear_weight, linear_bias, reducer, labels)
-
-
-Shared = tuple[int, int, float | None, float, str, int, bool, torch.dtype, torch.dtype]
-
-
-def _loss_of_head(
-    head: AnyHead | None,
-    input: Tensor,
-    shared: Shared,
-    options: LossOptions,
-    weight: Tensor,
-    bias: Tensor | None,
-    reducer: Reduction,
-    labels: Target,
-) -> Tensor:
-    """Return the loss of one [V, D] head: a sum, or that of each token."""
-    smoothing, z_loss_weight = options.label_smoothing, options.z_loss_weight
-    shared = (labels.ignore_index, *shared[1:])
-    if head is not None:
-        return loss_of_called_head(head, input, shared, options, weight, reducer, labels)
-    fused = labels.is_plain and reducer.allows_grad_in_forward(input.dtype)
-    if reducer.name == "none" or not fused:
-        outputs = outputs_of_head(
-            None, input, weight, bias, labels.index, labels.classes, shared, wanted_of(labels)
-        )
-        return reducer.reduce_with_z_loss(labels.cross_entropy(outputs), outputs.lse, z_loss_weight)
-    token_weight = None if reducer.weight is None else reducer.weight.reshape(-1)
-    reuse = not torch.compiler.is_compiling()
-    loss: Tensor  # autograd fills in which gradients are wanted
-    loss, *_ = torch.ops.chunked_ce.linear_loss(
-        input.reshape(-1, input.shape[-1]), weight, bias, labels.index.reshape(-1), token_weight,
-        reducer.divisor, smoothing, z_loss_weight, *shared, [False, False, False], reuse,
-    )  # fmt: skip
-    return loss
-
-
-def shared_arguments(
-    input: Tensor,
-    weight: Tensor,
-    ignore_index: int,
-    vocab_size: int | None,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
-    chunk_bytes: int | None,
-    token_chunk_size: int | None,
-    drop_ignored: bool | None,
-    acc_dtype: torch.dtype,
-    logits_dtype: torch.dtype | None,
-) -> Shared:
-    """Check the arguments that both operators share."""
-    logits_dtype = checks.logits_dtype(logits_dtype, weight)
-    classes = checks.linear_vocab_size(vocab_size, weight)
-    row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
-    tokens = input.numel() // input.shape[-1]
-    default = default_rows(tokens, row_bytes, input.device.type)
-    return (
-        ignore_index,
-        classes,
-        checks.softcap(softcap),
-        checks.logit_scale(logit_scale),
-        choose_backend(backend, input.device),
-        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
-        checks.drop_ignored(drop_ignored, input.device),
-        checks.acc_dtype(acc_dtype, weight),
-        logits_dtype,
-    )
-
-
-def outputs_of_head(
-    head: AnyHead | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    classes: Classes,
-    shared: Shared,
-    wanted: tuple[bool, bool, bool, bool],  # entropy, mean_logprob, rank, argmax
-) -> Outputs:
-    """Return the statistics' operator's outputs in the shape of `target`."""
-    if head is not None:
-        return outputs_of_called_head(head, input, shared, weight, target, classes, wanted)
-    outputs = torch.ops.chunked_ce.linear_stats(
-        input.reshape(-1, input.shape[-1]), weight, bias, target.reshape(-1),
-        *flat_classes(classes), *shared, *wanted,
-    )  # fmt: skip
-    return in_target_shape(outputs, target)
-
-
-def autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None, head: AnyHead | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the operands in the dtype that `F.linear` computes in under autocast.
-
-    A head that is called chooses its dtype itself.
-    """
-    if head is not None:
-        return input, weight, bias
-    device = input.device.type
-    # torch.compile of torch 2.6 cannot trace is_autocast_available.
-    available = device in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device)
-    enabled = available and torch.is_autocast_enabled(device)
-    if enabled and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        bias = None if bias is None else bias.to(dtype)
-        return input.to(dtype), weight.to(dtype), bias
-    checks.same_dtype(input, weight, bias)
-    return input, weight, bias
+    return linear_loss(head, input, target, linear_weight, linear_bias, weight, options, shared)

@@ -12,8 +12,8 @@ from ..core.row_stats import TokenStats
 from ..ops import transforms
 from ..ops.library import Classes
 from . import sharded_heads
+from .head_loss import LinearHead, as_weight, operands_and_options, outputs_of_head
 from .heads import is_sharded
-from .linear import LinearHead, as_weight, autocast, outputs_of_head, shared_arguments
 from .shift import ROWS, next_tokens
 
 
@@ -123,10 +123,9 @@ def linear_token_stats(
     ignore_index = checks.ignore_index(ignore_index)
     if shift is not False or position_ids is not None or cu_seqlens is not None:
         target = next_tokens(target, ignore_index, shift, position_ids, cu_seqlens, input)
-    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias, head)
-    shared = shared_arguments(
-        input, linear_weight, ignore_index, vocab_size, softcap, logit_scale, backend,
-        chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
+    input, linear_weight, linear_bias, shared = operands_and_options(
+        input, linear_weight, linear_bias, head, ignore_index, vocab_size, softcap, logit_scale,
+        backend, chunk_bytes, token_chunk_size, drop_ignored, acc_dtype, logits_dtype,
     )  # fmt: skip
     weight = checks.class_weight(weight, linear_weight[..., 0], shared[1])
     return outputs_of_head(

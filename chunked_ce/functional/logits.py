@@ -2,20 +2,84 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import checks
 from ..backends import choose_backend
 from ..checks.loss import LossOptions
 from ..core.reduction import Reduction
+from ..core.row_stats import TokenStats
 from ..ops import transforms
+from ..ops.library import Outputs
 from ..ops.logits import token_stats as token_stats_operator
 from ..ops.one_pass import one_pass_loss
 from .shift import next_tokens
-from .targets import AnyTarget, Target, describe_target, wanted_of
+from .targets import AnyTarget, Target, describe_target, loss_and_stats
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: AnyTarget,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    dim: int = 1,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: AnyTarget,
+    weight: Tensor | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    dim: int = 1,
+    shift: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    spread_rest: bool = False,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+    return_stats: Literal[True] | Sequence[str],
+) -> tuple[Tensor, TokenStats]: ...
 
 
 @checks.hides_unknown
@@ -43,8 +107,10 @@ def cross_entropy(
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
+    return_stats: bool | Sequence[str] = False,
     **unknown: NoReturn,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Return the cross-entropy of logits and targets, streamed over the vocabulary.
 
     Drop-in for `torch.nn.functional.cross_entropy`. A token's loss is `-(1 - label_smoothing)
@@ -97,6 +163,13 @@ def cross_entropy(
         num_items: divisor of the mean, an int or a 0-d tensor on any device. Pass the number of
             target tokens in the whole batch when accumulating gradients. None: the tokens that
             count here.
+        group: process group of ranks that hold other tokens of the batch. "mean" then divides by
+            the tokens of all its ranks, after one all-reduce of one number. Add the gradients up
+            over the ranks; where DDP or FSDP averages them, multiply the loss by the number of
+            ranks.
+        return_stats: True returns (loss, :class:`TokenStats`): each target's `lse` and `logprob` of
+            the same pass, detached. ("entropy", "rank", "argmax"), or some of them, adds these. Of
+            class probabilities and top-k targets they are those of the likeliest class.
         spread_rest: True spreads what a teacher's top-k probabilities lack of 1 evenly over the
             other classes; False drops it. With True a logit of -inf makes the loss +inf, unless the
             probabilities lack no more than their rounding.
@@ -115,7 +188,8 @@ def cross_entropy(
 
     Returns:
         The loss, a 0-d tensor, or one loss per target for "none"; float32 (float64 for float64
-        logits). The mean over no token is NaN, as in torch, with a gradient of zeros.
+        logits). The mean over no token is NaN, as in torch, with a gradient of zeros. With
+        `return_stats` a pair of the loss and the TokenStats, of the targets' shape.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -144,7 +218,7 @@ def cross_entropy(
     input = input.movedim(dim, -1) if dim != input.dim() - 1 else input
     options = checks.loss_options(
         input, target, input.shape[:-1], reduction, label_smoothing, z_loss_weight, spread_rest,
-        token_weight, num_items,
+        token_weight, num_items, return_stats, group,
     )  # fmt: skip
     checks.grad_in_forward(grad_in_forward, token_weight, options.num_items)
     shared = shared_arguments(input, vocab_size, softcap, logit_scale, inplace_backward, backend)
@@ -153,7 +227,8 @@ def cross_entropy(
     labels, reducer = describe_target(
         input, target, dim, weight, ignore_index, shared.vocab_size, options
     )
-    return _loss(input, labels, reducer, options, shared, grad_in_forward=grad_in_forward)
+    loss, stats = _loss(input, labels, reducer, options, shared, grad_in_forward=grad_in_forward)
+    return loss if stats is None else (loss, stats)
 
 
 class SharedArguments(NamedTuple):
@@ -194,20 +269,21 @@ def _loss(
     shared: SharedArguments,
     *,
     grad_in_forward: bool,
-) -> Tensor:
+) -> tuple[Tensor, TokenStats | None]:
     """Return the loss of logits [..., V]: call one operator, and reduce."""
     *operator_options, inplace_backward = (labels.ignore_index, *shared)
     if grad_in_forward and _is_possible_in_forward(input, labels, reducer):
         return one_pass_loss(
-            input, labels.index, reducer, options.label_smoothing, options.z_loss_weight,
-            *operator_options, inplace_backward,
+            input, labels.index, reducer, options.stats, options.label_smoothing,
+            options.z_loss_weight, *operator_options, inplace_backward,
         )  # fmt: skip
-    outputs = token_stats_operator(
-        input, labels.index, *labels.classes, *operator_options, *wanted_of(labels),
-        inplace_backward,
-    )  # fmt: skip
-    cross_entropy = labels.cross_entropy(outputs)
-    return reducer.reduce_with_z_loss(cross_entropy, outputs.lse, options.z_loss_weight)
+
+    def statistics(wanted: tuple[bool, ...]) -> Outputs:
+        return token_stats_operator(
+            input, labels.index, *labels.classes, *operator_options, *wanted, inplace_backward
+        )
+
+    return loss_and_stats(statistics, labels, reducer, options, shared.backend)
 
 
 def _is_possible_in_forward(input: Tensor, labels: Target, reducer: Reduction) -> bool:

@@ -9,19 +9,33 @@ import torch
 from torch import Tensor
 
 from ..core.reduction import Reduction
+from ..core.row_stats import TokenStats
 from .targets import ClassIndices, Target
 
 
 def loss_of_heads(
-    loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], Tensor],
+    loss_of: Callable[[Tensor, Tensor | None, Reduction, Target], tuple[Tensor, TokenStats | None]],
     weight: Tensor,
     bias: Tensor | None,
     how: Reduction,
     spec: Target,
-) -> Tensor:
-    """Return the sum of the heads' losses, or that of each target."""
-    losses = torch.stack([loss_of(*head) for head in several_heads(weight, bias, how, spec)], -1)
-    return losses.view(spec.index.shape) if how.name == "none" else losses.sum()
+) -> tuple[Tensor, TokenStats | None]:
+    """Return the sum of the heads' losses, or that of each target; and the statistics of all."""
+    found = [loss_of(*head) for head in several_heads(weight, bias, how, spec)]
+    losses = torch.stack([loss for loss, _ in found], -1)
+    loss = losses.view(spec.index.shape) if how.name == "none" else losses.sum()
+    of_heads = [stats for _, stats in found if stats is not None]
+    return loss, _join(of_heads, spec.index.shape) if of_heads else None
+
+
+def _join(of_heads: list[TokenStats], shape: torch.Size) -> TokenStats:
+    """Return the heads' statistics [N] as one [N, d1, ...]."""
+    return TokenStats(
+        *(
+            None if each[0] is None else torch.stack(each, -1).view(shape)
+            for each in zip(*of_heads, strict=True)
+        )  # type: ignore[arg-type]
+    )
 
 
 def several_heads(

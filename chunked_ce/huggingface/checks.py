@@ -14,15 +14,31 @@ from ..checks.values import LOGIT_DTYPES, integer, is_dtensor, shape
 
 LOGITS_WERE_MADE = (
     "the model uses its logits before the loss for more than a factor, a softcap or a slice of the "
-    "tokens, so they are computed after all: chunked_ce.huggingface.enable saves nothing here"
+    "tokens, so they are computed after all: chunked_ce.huggingface.{} saves nothing here"
 )
 
 NO_LABELS = (
     "an enabled model (chunked_ce.huggingface.enable) trains without labels, so its logits are "
     "computed and nothing is saved: pass labels to it. TrainingArguments' label_smoothing_factor "
     "takes the labels away: set it to 0 and call enable(model, label_smoothing=...). A Trainer's "
-    "compute_loss_func takes them away too: leave it out"
+    "compute_loss_func takes them away too: leave it out. A trainer that takes its loss from the "
+    "logits, as some of TRL's do, passes none: call enable(model, without_labels=True)"
 )
+
+NO_LABELS_TO_DISTILL = (
+    "a model that is distilled (chunked_ce.huggingface.distill) trains without labels, so its "
+    "logits are computed and the teacher is not asked: pass labels, -100 where nothing is to be "
+    "learned"
+)
+
+
+def logits_of(student: bool) -> str:
+    """Return the warning about logits that cannot be deferred."""
+    return (
+        f"the logits of the {'student' if student else 'teacher'} are computed whole, because its "
+        "head is no plain linear layer or because the model uses its logits for more than a "
+        "factor, a softcap or a slice of the tokens"
+    )
 
 
 def causal_lm(model: Any) -> nn.Module:
@@ -90,6 +106,12 @@ def output_head(model: Any) -> nn.Module:
         )
     # PEFT's modules_to_save keeps copies of it, which are followed.
     return deferrable_head(model, getattr(head, "original_module", head))
+
+
+def input_device(given: dict[str, Any]) -> torch.device | None:
+    """Return where a model's token ids are."""
+    ids = given.get("input_ids")
+    return ids.device if isinstance(ids, Tensor) else None
 
 
 def is_linear(head: Any) -> bool:
@@ -190,6 +212,14 @@ def head_unchanged(unchanged: bool) -> None:
             "had changed or been freed: read it before optimizer.step(), or call the model again "
             "under torch.no_grad() without labels"
         )
+
+
+def no_memory(kind: str) -> NoReturn:
+    """Refuse to show memory to a kernel. Autograd would not see what the kernel reads."""
+    raise RuntimeError(
+        f"{kind} has no memory for a kernel to read: pass outputs.logits.tensor(), which computes "
+        "the logits and lets autograd see their use"
+    )
 
 
 def gradient_of_logits(name: str, loss_taken: bool) -> None:

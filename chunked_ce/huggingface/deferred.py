@@ -8,25 +8,36 @@ logits. The result is then the same, and only the memory is spent after all.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from . import checks
 from .head import Head
+from .lazy import functions_named
+from .reductions import Reductions
 
 
-class DeferredLogits:
+class DeferredLogits(Reductions):
     """Logits [..., V] of hidden states [..., D], a weight [V, D] and a bias, not computed.
 
-    Multiplication and division by a number, tanh, `float()`, a move to a device, slices of the
-    tokens and of the first classes give deferred logits again. Every other use, as a method, an
-    operator or an argument of a torch function, computes the logits once and goes on with them.
-    They are differentiable as the head's are. But `torch.autograd.Function.apply` sees no tensor
-    in this object and would lose its gradient without a word: call `tensor()` first.
+    Multiplication and division by a number, tanh, `float()`, a move to a device, another shape of
+    the tokens, slices of them and of the first classes give deferred logits again. So do a loop
+    over them and `split`.
+
+    Over the classes, `logsumexp(-1)`, `argmax(-1)`, `gather(-1, ids)` of one id a token, and the
+    same `gather` of `log_softmax(-1)` or `softmax(-1)` are read off
+    :func:`chunked_ce.linear_token_stats`. So is an entropy, written as
+    `-(logp.exp() * logp).sum(-1)` or `logits.logsumexp(-1) - (p * logits).sum(-1)`. The statistics
+    of a `gather` are kept and serve the others.
+
+    Every other use, as a method, an operator or an argument of a torch function, computes the
+    logits once and goes on with them. So does a use that torch.compile traces. They are
+    differentiable as the head's are. But `torch.autograd.Function.apply` sees no tensor in this
+    object and would lose its gradient without a word: call `tensor()` first. Kernels of others
+    raise, because the strides are 0 and there is no `data_ptr()`.
 
     A loss read off the recording leaves no gradient on the logits, so `retain_grad`,
     `register_hook` and `requires_grad_` are refused once it is taken.
@@ -47,16 +58,23 @@ class DeferredLogits:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         classes: int | None = None,
+        of_tokens: Callable[[Tensor], Tensor] | None = None,
+        of_all: bool = False,
     ) -> None:
         self.head, self._hidden = head, hidden
         self._parent, self._operation = parent, operation
         self.factors = factors  # (scale, cap): scale * x, or cap * tanh(scale * x)
         self.dtype = head.autocast or hidden.dtype if dtype is None else dtype
         self.device = hidden.device if device is None else device
-        self.ndim = hidden.dim()
         self._classes = head.width if classes is None else classes
+        self._of_tokens = of_tokens  # the operation on a statistic [...]; None: it changes rows
+        self._of_all = of_all  # whether all of the parent's tokens are used, here or beside
         self._real: Tensor | None = None
         self._loss_taken = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self._classes))
 
     def tensor(self) -> Tensor:
         """Return the logits, computed at the first call and part of autograd's graph."""
@@ -76,6 +94,9 @@ class DeferredLogits:
         if self._computed():
             return None
         self._take_loss()
+        return self._arguments()
+
+    def _arguments(self) -> tuple[Tensor, Head, dict[str, Any]]:
         scale, softcap = scale_and_softcap(*self.factors)
         transforms = dict(logit_scale=scale, softcap=softcap, vocab_size=self._classes)
         return self._hidden, self.head, {"linear_bias": self.head.bias, **transforms}
@@ -122,7 +143,7 @@ class DeferredLogits:
     def float(self) -> Any:
         if self.dtype == torch.float32 and self._real is None:
             return self
-        return self._record(Tensor.float, dtype=torch.float32)
+        return self._record(Tensor.float, dtype=torch.float32, of_tokens=_same, of_all=True)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and args == (torch.float32,):
@@ -132,56 +153,65 @@ class DeferredLogits:
         device = _device(*args, **kwargs)
         if device is None or self._real is not None:
             return self.tensor().to(*args, **kwargs)
-        moved = self._record(lambda x: x.to(*args, **kwargs), device=device)
+        move = lambda x: x.to(*args, **kwargs)  # noqa: E731
+        moved = self._record(move, device=device, of_tokens=move)
         return self if device == self.device else moved
 
     def contiguous(self) -> Any:
-        return self._record(Tensor.contiguous)
+        return self._record(Tensor.contiguous, of_tokens=_same, of_all=True)
 
     def __getitem__(self, index: Any) -> Any:
         recorded = None if self._real is not None else _split(index, self.dim(), self._classes)
         if recorded is None:
             return self.tensor()[index]
         token_index, classes = recorded
-        return self._record(lambda x: x[index], hidden=self._hidden[token_index], classes=classes)
+        of_tokens = (lambda s: s[token_index[:-1]]) if classes == self._classes else None
+        changes = dict(hidden=self._hidden[token_index], classes=classes, of_tokens=of_tokens)
+        return self._record(lambda x: x[index], **changes)
 
     __mul__ = __rmul__ = mul
     __truediv__ = div
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self._hidden.shape[:-1], self._classes))
+    def reshape(self, *shape: Any) -> Any:
+        if self._is_deferred():
+            no_memory = torch.empty((), device="meta").expand(self.shape)
+            new = no_memory.reshape(*shape).shape
+            if new[-1:] == self.shape[-1:] and no_memory.numel():
+                hidden = self._hidden.reshape(*new[:-1], self._hidden.shape[-1])
+                of_tokens = lambda s: s.reshape(new[:-1])  # noqa: E731
+                changes = dict(hidden=hidden, of_tokens=of_tokens, of_all=True)
+                return self._record(lambda x: x.reshape(new), **changes)
+        return self.tensor().reshape(*shape)
 
-    def dim(self) -> int:
-        return self.ndim
+    def view(self, *shape: Any) -> Any:
+        if not self._is_deferred() or any(isinstance(n, torch.dtype) for n in shape):
+            return self.tensor().view(*shape)
+        return self.reshape(*shape)
 
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.shape if dim is None else self.shape[dim]
+    def split(self, size: Any, dim: int = 0) -> tuple[Any, ...]:
+        if type(size) is not int or size < 1 or dim != 0 or not self._has_rows():
+            return tuple(self.tensor().split(size, dim))
+        starts = range(0, len(self) or 1, size)
+        return tuple(self._pieces(slice(start, start + size) for start in starts))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._pieces(range(len(self))) if self._has_rows() else self.tensor())
+
+    def _pieces(self, indices: Iterable[int | slice]) -> list[Any]:
+        pieces = [self[index] for index in indices]
+        for piece in pieces:
+            piece._of_all = True
+        return pieces
+
+    def _has_rows(self) -> bool:
+        return self.ndim > 1 and self._is_deferred()
+
+    def _is_deferred(self) -> bool:
+        return self._real is None and not torch.compiler.is_compiling()
 
     def __getattr__(self, name: str) -> Any:
         checks.gradient_of_logits(name, self._loss_taken)
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        recorded = _RECORDED.get(function)
-        if recorded is not None and not kwargs and args and isinstance(args[0], cls):
-            return recorded(*args)
-        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.tensor().__reduce_ex__(protocol)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
-
-    __hash__ = object.__hash__
-    __array_priority__ = 1000  # as Tensor's: numpy's numbers leave `number * logits` to us
+        return super().__getattr__(name)
 
 
 def scale_and_softcap(
@@ -191,6 +221,10 @@ def scale_and_softcap(
     if cap is None:
         return scale, None
     return scale * cap, abs(cap)  # softcap * tanh(logit_scale * x / softcap), whatever cap's sign
+
+
+def _same(statistic: Tensor) -> Tensor:
+    return statistic
 
 
 def _is_factor(value: object) -> bool:
@@ -224,34 +258,9 @@ def _split(index: Any, dims: int, classes: int) -> tuple[Any, int] | None:
     return (*items[:-1], slice(None)), len(kept)
 
 
-def _as_tensor(value: Any) -> Any:
-    return value.tensor() if isinstance(value, DeferredLogits) else value
-
-
-_RECORDED: dict[Any, Callable[..., Any]] = {
-    torch.tanh: DeferredLogits.tanh,
-    Tensor.tanh: DeferredLogits.tanh,
-    torch.mul: DeferredLogits.mul,
-    torch.multiply: DeferredLogits.mul,
-    torch.div: DeferredLogits.div,
-    torch.true_divide: DeferredLogits.div,
+_NAMES = ("tanh", "mul", "div", "reshape", "split", "log_softmax", "softmax", "logsumexp")
+DeferredLogits.recorded = {
+    **functions_named(*_NAMES, "gather", "take_along_dim", "argmax"),
+    torch.multiply: "mul",
+    torch.true_divide: "div",
 }
-
-
-def _tensor_operator(name: str) -> Callable[..., Any]:
-    def operator(self: DeferredLogits, *others: Any, **options: Any) -> Any:
-        return getattr(self.tensor(), name)(*(_as_tensor(other) for other in others), **options)
-
-    operator.__name__ = name
-    return operator
-
-
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
-_OTHERS = (
-    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "len", "iter", "contains"),
-    *("setitem", "array", "dlpack", "dlpack_device", "bool", "int", "float", "index", "complex"),
-)
-for _name in (*(r + name for name in _BINARY for r in ("", "r", "i")), *_OTHERS):
-    _operator = f"__{_name}__"  # looked up on the class, past __getattr__
-    if hasattr(Tensor, _operator) and _name not in ("mul", "rmul", "truediv"):
-        setattr(DeferredLogits, _operator, _tensor_operator(_operator))

@@ -19,13 +19,20 @@ from torch import Tensor, nn
 
 from ..checks import loss as loss_checks
 from . import checks
+from .calls import Call, Deferring, positions
 from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
 from .head_forward import STATE, head_copied, head_forward
 from .loss import causal_lm_loss
 
 
-def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float = 0.0) -> Enabled:
+def enable(
+    model: nn.Module,
+    *,
+    evaluation: bool = False,
+    without_labels: bool = False,
+    label_smoothing: float = 0.0,
+) -> Enabled:
     """Make a causal language model of transformers train without its logits.
 
     While it trains with labels, the output head returns :class:`DeferredLogits` and the loss is
@@ -33,7 +40,7 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
     two. Without labels, in evaluation and in generation the model is as it was. `outputs.logits` is
     computed when something asks for it, which must be before `optimizer.step()`. A head put in the
     place of the first (resized, or PEFT's `modules_to_save`) defers too, or a warning says why not;
-    training without labels warns once.
+    training without labels warns once, unless `without_labels` is set.
 
     Args:
         model: a `PreTrainedModel` whose forward calls `self.loss_function`, or a PEFT model of one.
@@ -41,6 +48,11 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
         evaluation: whether to do the same in evaluation with labels: for a Trainer without
             `compute_metrics`. Without gradients `outputs.logits` is then a tensor that is computed
             when something is done to it, as `Trainer.predict` does.
+        without_labels: whether `outputs.logits` of a call without labels is :class:`DeferredLogits`
+            too, in training and evaluation, with gradients or without: for trainers that take
+            log-probabilities and entropies from the logits (TRL's `selective_log_softmax`), and for
+            their reference model. A call with `past_key_values`, as generation makes it, and a call
+            that torch.compile traces are as they were.
         label_smoothing: smooths the labels of the model's loss, as :func:`chunked_ce.cross_entropy`
             does. Use it in place of TrainingArguments' `label_smoothing_factor`, which takes the
             labels away. As there, the loss in evaluation is smoothed too.
@@ -72,39 +84,53 @@ def enable(model: nn.Module, *, evaluation: bool = False, label_smoothing: float
         >>> handle.disable()
     """
     model = checks.causal_lm(model)
+    head = refuse_others(model)
+    label_smoothing = loss_checks.label_smoothing(label_smoothing)
+    return Enabled(model, head, Deferring(evaluation, without_labels), label_smoothing)
+
+
+def refuse_others(model: nn.Module) -> nn.Module:
+    """Return the head of a model that can be enabled."""
     checks.not_enabled(STATE in vars(model))
     head = checks.output_head(model)
     checks.calls_loss_function(model)
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
-    label_smoothing = loss_checks.label_smoothing(label_smoothing)
-    return Enabled(model, head, evaluation, label_smoothing)
+    return head
 
 
 class Enabled:
     """Hold what :func:`enable` changed, and undo it."""
 
+    _function, _no_labels = "enable", checks.NO_LABELS
+
     def __init__(
-        self, model: nn.Module, head: nn.Module, evaluation: bool, label_smoothing: float
+        self, model: nn.Module, head: nn.Module, wanted: Deferring, label_smoothing: float
     ) -> None:
-        self._evaluation = evaluation
+        self._wanted = wanted
         self._label_smoothing = label_smoothing
         self._model = model
         self._factors: tuple[float, float | None] | None = None  # of the last step's logits
         self._deferring = False
         self._warned: set[str] = set()
-        self._labels = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
+        self._positions = positions(model)
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
-        loss: Callable[..., Tensor] = causal_lm_loss
-        if label_smoothing:
-            loss = functools.partial(causal_lm_loss, label_smoothing=label_smoothing)
         self._change(
             model, forward=MethodType(_model_forward(model), model),
-            _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
+            _loss_function=self._loss_of_model(), _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
         self._kept: list[Any] = []  # heads whose weight FSDP2 would free
         self._enable_head(head)
+
+    def _loss_of_model(self) -> Callable[..., Tensor]:
+        if self._label_smoothing:
+            return functools.partial(causal_lm_loss, label_smoothing=self._label_smoothing)
+        return causal_lm_loss
+
+    def _run(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model's own forward."""
+        return run(*args, **kwargs)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
         for name, value in {STATE: self, **values}.items():
@@ -170,8 +196,7 @@ class Enabled:
         head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
         weight = getattr(head, "weight", None)
         shape = "" if weight is None else f" {list(weight.shape)}"
-        when = "in training and evaluation" if self._evaluation else "in training"
-        parts = [f"head {type(head).__name__}{shape} defers its logits {when} with labels"]
+        parts = [f"head {type(head).__name__}{shape} defers its logits {self._wanted}"]
         if vars(head).get(STATE) is not self:
             parts = [f"the head was replaced by {type(head).__name__}{shape}"]
         parts.append(self._transforms())
@@ -194,21 +219,22 @@ class Enabled:
     def _on_use(self) -> None:
         """Say once that the model itself uses its logits, so that nothing is saved."""
         if self._deferring and not torch.compiler.is_compiling():
-            self._warn(checks.LOGITS_WERE_MADE)
+            self._warn(checks.LOGITS_WERE_MADE.format(self._function))
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=6)
 
-    def _prepare(self, labelled: bool) -> bool:
+    def _prepare(self, call: Call) -> bool:
         """Return whether a forward that begins may defer."""
-        deferring = (self._model.training or self._evaluation) and labelled
-        if not torch.compiler.is_compiling():
+        training, compiling = self._model.training, torch.compiler.is_compiling()
+        deferring = self._wanted.wants(call, training, compiling)
+        if not compiling:
             if deferring:
                 self._enable_new_head()
-            elif self._model.training and torch.is_grad_enabled() and not labelled:
-                self._warn(checks.NO_LABELS)
+            elif training and torch.is_grad_enabled() and not self._wanted.without_labels:
+                self._warn(self._no_labels)
         return deferring
 
     def _note_factors(self, outputs: Any) -> None:
@@ -218,11 +244,6 @@ class Enabled:
             for value in values:
                 if isinstance(value, DeferredLogits):
                     self._factors = value.factors
-
-    def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if kwargs.get("labels") is not None:
-            return True
-        return len(args) > self._labels and args[self._labels] is not None
 
 
 def _model_forward(model: nn.Module) -> Callable[..., Any]:
@@ -239,16 +260,17 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
         run = method if original is None else functools.partial(original, self)
         if state is None:
             return run(*args, **kwargs)
-        before, deferring = state._deferring, state._prepare(state._has_labels(args, kwargs))
+        call = Call(state._positions, args, kwargs)
+        before, deferring = state._deferring, state._prepare(call)
         state._deferring = deferring
         try:
-            outputs = run(*args, **kwargs)
+            outputs = state._run(run, args, kwargs)
         finally:
             state._deferring = before
         if deferring:
             state._note_factors(outputs)
         evaluating = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        return as_tensors(outputs) if deferring and evaluating else outputs
+        return as_tensors(outputs) if deferring and evaluating and call.has("labels") else outputs
 
     # Trainers read the signature; but accelerate unwraps by __wrapped__, and would unwrap this too.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]

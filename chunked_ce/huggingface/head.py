@@ -89,18 +89,22 @@ class Head(NamedTuple):
     def logits(self) -> Tensor:
         """Compute the logits in the modes of the original call."""
         self.on_use()
-        tensors = self.tensors
-        freed = any(t.numel() and not t.untyped_storage().size() for t in tensors)
-        moved = any(
-            before and before != address(t)
-            for before, t in zip(self.addresses, tensors, strict=True)
-        )
-        written = self.versions != [version(t) for t in tensors]
-        checks.head_unchanged(not (freed or moved or written))
+        self.check_unchanged()
         with self.original_autocast():
             if isinstance(self.weight, Tensor):
                 return F.linear(self.hidden, self.weight, self.bias)
             return self.weight(self.hidden)
+
+    def check_unchanged(self) -> None:
+        """Raise if the tensors were written to, moved or freed since the original call."""
+        tensors = self.tensors
+        freed = any(t.numel() and not t.untyped_storage().size() for t in tensors)
+        moved = any(
+            before and address(t) not in (0, before)
+            for before, t in zip(self.addresses, tensors, strict=True)
+        )
+        written = self.versions != [version(t) for t in tensors]
+        checks.head_unchanged(not (freed or moved or written))
 
     def original_autocast(self) -> torch.autocast:
         """Return autocast as it was when the logits were deferred."""

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks.loss import vocab_size as class_count
+from ..core.row_stats import TokenStats
 from ..functional.linear import linear_cross_entropy
 from ..functional.logits import cross_entropy
 from . import checks
 from .deferred import DeferredLogits
+
+
+@overload
+def causal_lm_loss(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    return_stats: Literal[False] = False,
+    **kwargs: Any,
+) -> Tensor: ...
+
+
+@overload
+def causal_lm_loss(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    *,
+    return_stats: Literal[True] | Sequence[str],
+    **kwargs: Any,
+) -> tuple[Tensor, TokenStats]: ...
 
 
 def causal_lm_loss(
@@ -22,8 +53,9 @@ def causal_lm_loss(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     label_smoothing: float = 0.0,
+    return_stats: bool | Sequence[str] = False,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """Compute the cross-entropy of each position's logits and the next position's label.
 
     Takes the place of transformers' `ForCausalLMLoss`: `model.loss_function = causal_lm_loss`. The
@@ -40,11 +72,14 @@ def causal_lm_loss(
         shift_labels: labels that are shifted already, one for each row of `logits`; `labels` are
             then not looked at.
         label_smoothing: see :func:`chunked_ce.cross_entropy`.
+        return_stats: True returns (loss, TokenStats): `lse` and `logprob` of each position, of
+            `logits`' shape without its classes, as :func:`chunked_ce.cross_entropy` returns them. A
+            position that predicts nothing is ignored: 0, or -1 in `rank` and `argmax`.
         kwargs: what else the model's forward was given. Not used.
 
     Returns:
         The loss, a 0-d tensor; float32, float64 for float64 logits. NaN where nothing is scored, as
-        transformers' is, with gradients of zeros.
+        transformers' is, with gradients of zeros. With `return_stats` a pair (loss, TokenStats).
 
     Raises:
         ValueError: no labels, or labels and logits that disagree; `num_items_in_batch` of 0.
@@ -63,28 +98,44 @@ def causal_lm_loss(
         >>> torch.allclose(loss, chunked_ce.huggingface.causal_lm_loss(logits, ids))
         True
     """
+    shift_labels, num_items = labels_and_items(
+        logits, labels, num_items_in_batch, ignore_index, shift_labels
+    )
+    product = logits.linear() if isinstance(logits, DeferredLogits) else None
+    device = logits.device if product is None else product[0].device
+    target = shift_labels.to(device, non_blocking=True).reshape(logits.shape[:-1])
+    options: dict[str, Any] = dict(
+        ignore_index=ignore_index, num_items=num_items, label_smoothing=label_smoothing,
+        return_stats=return_stats,
+    )  # fmt: skip
+    found: Any
+    if product is None:
+        rows = logits.tensor() if isinstance(logits, DeferredLogits) else logits
+        found = cross_entropy(rows, target, dim=-1, vocab_size=vocab_size, **options)
+        return found  # type: ignore[no-any-return]
+    hidden, head, transforms = product
+    if vocab_size is not None:
+        transforms["vocab_size"] = class_count(vocab_size, logits)  # type: ignore[arg-type]
+    with head.original_autocast():
+        found = linear_cross_entropy(hidden, head.weight, target, **options, **transforms)
+    if return_stats is False:
+        return found.to(logits.device)  # type: ignore[no-any-return]
+    loss, stats = found
+    moved = (None if s is None else s.to(logits.device) for s in stats)
+    return loss.to(logits.device), TokenStats(*moved)  # type: ignore[arg-type]
+
+
+def labels_and_items(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    ignore_index: int,
+    shift_labels: Tensor | None,
+) -> tuple[Tensor, int | Tensor | None]:
+    """Check a model's labels; return one for each row of logits, and what "mean" divides by."""
     checks.causal_lm_labels(logits, labels, shift_labels)
     num_items = checks.num_items_in_batch(num_items_in_batch)
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    product = logits.linear() if isinstance(logits, DeferredLogits) else None
-    device = logits.device if product is None else product[0].device
-    target = shift_labels.to(device, non_blocking=True).reshape(logits.shape[:-1])
-    if product is None:
-        rows = logits.tensor() if isinstance(logits, DeferredLogits) else logits
-        return cross_entropy(
-            rows, target,
-            dim=-1, ignore_index=ignore_index, num_items=num_items, vocab_size=vocab_size,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-    hidden, head, transforms = product
-    if vocab_size is not None:
-        transforms["vocab_size"] = class_count(vocab_size, logits)  # type: ignore[arg-type]
-    with head.original_autocast():
-        loss = linear_cross_entropy(
-            hidden, head.weight, target,
-            ignore_index=ignore_index, num_items=num_items,
-            label_smoothing=label_smoothing, **transforms,
-        )  # fmt: skip
-    return loss.to(logits.device)
+    return shift_labels, num_items

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..core.row_stats import TokenStats
 from ..functional.linear import linear_cross_entropy
 from .options import COMMON_ARGUMENTS, SHARED_OPTIONS, differing_arguments
 
@@ -34,8 +35,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index: class index of rows to leave out. None: -100.
         label_smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
         options: further arguments of :func:`chunked_ce.linear_cross_entropy` by name: `shift`,
-            `z_loss_weight`, `softcap`, `logit_scale`, `vocab_size`, `spread_rest`, `acc_dtype`,
-            `chunk_bytes`, `token_chunk_size`, `drop_ignored`, `backend`.
+            `z_loss_weight`, `softcap`, `logit_scale`, `vocab_size`, `spread_rest`, `group`,
+            `return_stats`, `acc_dtype`, `logits_dtype`, `chunk_bytes`, `token_chunk_size`,
+            `drop_ignored`, `backend`.
 
     Raises:
         TypeError, ValueError: an unknown option, or an argument of the wrong type or range.
@@ -73,6 +75,7 @@ class LinearCrossEntropyLoss(nn.Module):
         )
         checks.weight_of_head(weight, num_classes, options.get("vocab_size"))
         checks.reduction(reduction)
+        checks.return_stats(options.get("return_stats", False))
         self.label_smoothing = checks.label_smoothing(label_smoothing)
         self.ignore_index = None if ignore_index is None else checks.ignore_index(ignore_index)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
@@ -93,7 +96,7 @@ class LinearCrossEntropyLoss(nn.Module):
         *,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, TokenStats]:
         """Return the loss of hidden states; see :func:`chunked_ce.linear_cross_entropy`.
 
         Args:
@@ -104,16 +107,18 @@ class LinearCrossEntropyLoss(nn.Module):
             cu_seqlens: the same as offsets [num_docs + 1].
 
         Returns:
-            The loss, a 0-d tensor, or one loss per target for "none".
+            The loss, a 0-d tensor, or one loss per target for "none". With the option
+            `return_stats` a pair of the loss and the TokenStats.
         """
         outputs = (self.num_classes, *self.out_features)
         bias = None if self.linear.bias is None else self.linear.bias.view(outputs)
-        return linear_cross_entropy(
+        weight: Any = self.weight
+        found: Tensor | tuple[Tensor, TokenStats] = linear_cross_entropy(
             input,
             self.linear.weight.view(*outputs, self.linear.in_features),
             target,
             linear_bias=bias,
-            weight=self.weight,  # type: ignore[arg-type]
+            weight=weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -121,6 +126,7 @@ class LinearCrossEntropyLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             **self.options,
         )
+        return found
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, after the sizes."""

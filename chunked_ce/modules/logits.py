@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
+from ..core.row_stats import TokenStats
 from ..functional.logits import cross_entropy
 from .options import COMMON_ARGUMENTS, SHARED_OPTIONS, differing_arguments
 
@@ -26,8 +27,8 @@ class CrossEntropyLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         label_smoothing: share of the target that is spread evenly over all classes, from 0 to 1.
         options: further arguments of :func:`chunked_ce.cross_entropy` by name: `dim`, `shift`,
-            `z_loss_weight`, `softcap`, `logit_scale`, `vocab_size`, `spread_rest`,
-            `inplace_backward`, `grad_in_forward`, `backend`.
+            `z_loss_weight`, `softcap`, `logit_scale`, `vocab_size`, `spread_rest`, `group`,
+            `return_stats`, `inplace_backward`, `grad_in_forward`, `backend`.
 
     Raises:
         TypeError, ValueError: an unknown option, or an argument of the wrong type or range.
@@ -56,6 +57,7 @@ class CrossEntropyLoss(nn.Module):
         )
         checks.weight_of_classes(weight)
         checks.reduction(reduction)
+        checks.return_stats(options.get("return_stats", False))
         self.register_buffer("weight", weight)
         self.ignore_index = checks.ignore_index(ignore_index)
         self.reduction = reduction
@@ -69,7 +71,7 @@ class CrossEntropyLoss(nn.Module):
         *,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, TokenStats]:
         """Return the loss of logits; see :func:`chunked_ce.cross_entropy`.
 
         Args:
@@ -80,12 +82,14 @@ class CrossEntropyLoss(nn.Module):
             cu_seqlens: the same as offsets [num_docs + 1].
 
         Returns:
-            The loss, a 0-d tensor, or one loss per target for "none".
+            The loss, a 0-d tensor, or one loss per target for "none". With the option
+            `return_stats` a pair of the loss and the TokenStats.
         """
-        return cross_entropy(
+        weight: Any = self.weight
+        found: Tensor | tuple[Tensor, TokenStats] = cross_entropy(
             input,
             target,
-            self.weight,  # type: ignore[arg-type]
+            weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -93,6 +97,7 @@ class CrossEntropyLoss(nn.Module):
             cu_seqlens=cu_seqlens,
             **self.options,
         )
+        return found
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults."""

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 SHARED_OPTIONS = (
-    "shift", "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "backend",
+    "shift", "z_loss_weight", "softcap", "logit_scale", "vocab_size", "spread_rest", "group",
+    "return_stats", "backend",
 )  # fmt: skip
 COMMON_ARGUMENTS = ("weight", "ignore_index", "reduction", "label_smoothing")
 

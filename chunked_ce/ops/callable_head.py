@@ -11,28 +11,41 @@ at a time. The parameters are the leaves of the first chunk's graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..core.reduction import apply_weight, token_loss
+from ..core.reduction import apply_weight
+from ..core.row_stats import TokenStats
 from .chunks import Index, scale_gradients
 from .head_calls import HeadCalls, HeadGradients, RandomState
-from .library import NUM_FLOATING, Classes, new_outputs
+from .library import (
+    NUM_FLOATING,
+    Classes,
+    keep_stats,
+    new_outputs,
+    new_stats,
+    select_stats,
+    stats_list,
+)
 from .logits import rows_gradient, upstream_coefficients
 from .statistics import fill_outputs
 
 
 def head_loss(
-    calls: HeadCalls, token_weight: Tensor | None, divisor: Tensor | None, *options: float
-) -> Tensor:
-    """The weighted sum of the tokens' losses; `options`: label_smoothing, z_loss_weight."""
-    given = (calls, token_weight, divisor, options, calls.input, *calls.parameters)
-    loss: Tensor = _HeadLoss.apply(*given)  # type: ignore[no-untyped-call]
-    return loss
+    calls: HeadCalls,
+    token_weight: Tensor | None,
+    divisor: Tensor | None,
+    stats: Sequence[bool],  # [], or which of LOGGED to return
+    *options: float,  # label_smoothing, z_loss_weight
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the weighted sum of the tokens' losses, and the statistics asked for."""
+    given = (calls, token_weight, divisor, stats, options, calls.input, *calls.parameters)
+    loss, *found = _HeadLoss.apply(*given)  # type: ignore[no-untyped-call]
+    return loss, found
 
 
 def head_stats(calls: HeadCalls, classes: Classes, flags: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -45,15 +58,20 @@ def head_stats(calls: HeadCalls, classes: Classes, flags: tuple[bool, ...]) -> t
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, calls: HeadCalls, *given: Any) -> Tensor:
-        token_weight, divisor, options, *tensors = given
-        ctx.calls, ctx.options, ctx.wanted = calls, options, list(ctx.needs_input_grad[4:])
+    def forward(ctx: Any, calls: HeadCalls, *given: Any) -> tuple[Tensor, ...]:
+        token_weight, divisor, stats, options, *tensors = given
+        ctx.calls, ctx.options, ctx.wanted = calls, options, list(ctx.needs_input_grad[5:])
         ctx.save_for_backward(token_weight, divisor, *tensors)
-        loss, ctx.grads = _loss(calls, token_weight, divisor, options, ctx.wanted)
-        return loss
+        of_rows = new_stats(
+            calls.input.new_empty(0, dtype=calls.dtype), calls.target.numel(), stats
+        )
+        loss, ctx.grads = _loss(calls, token_weight, divisor, options, ctx.wanted, of_rows)
+        found = stats_list(of_rows)
+        ctx.mark_non_differentiable(*found)
+        return loss, *found
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *of_stats: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
         token_weight, divisor, *_ = ctx.saved_tensors
@@ -62,7 +80,7 @@ class _HeadLoss(torch.autograd.Function):
             with _replayed(ctx.calls):
                 _, grads = _loss(ctx.calls, token_weight, divisor, ctx.options, ctx.wanted)
         scaled = scale_gradients(grads, ctx.wanted, upstream, ctx.calls.backend, reuse=True)
-        return None, None, None, None, *scaled
+        return None, None, None, None, None, *scaled
 
 
 class _HeadStats(torch.autograd.Function):
@@ -125,6 +143,7 @@ def _loss(
     divisor: Tensor | None,
     options: tuple[float, ...],
     wanted: list[bool],
+    of_rows: TokenStats | None = None,  # memory, written
 ) -> tuple[Tensor, list[Tensor | None]]:
     shared = (calls.ignore_index, calls.vocab_size, calls.transforms)
     total = torch.zeros((), dtype=_wide(calls.dtype), device=calls.input.device)
@@ -133,18 +152,20 @@ def _loss(
         values, inplace = chunk.values()
         labels = calls.target[chunk.index]
         weight = None if token_weight is None else token_weight[chunk.index]
+        of_chunk = None if of_rows is None else select_stats(of_rows, chunk.index)
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
-                calls.backend, values, labels, weight, divisor, *options, *shared, inplace=inplace
-            )
+                calls.backend, values, labels, weight, divisor, *options, *shared,
+                inplace=inplace, stats=of_chunk,
+            )  # fmt: skip
             sums.add(chunk, grad)
             del grad
         else:
-            stats, *_ = backends.row_statistics(
-                calls.backend, values, labels, *shared,
-                entropy=False, mean_logprob=options[0] > 0, rank=False, argmax=False,
-            )  # fmt: skip
-            loss = token_loss(stats, *options)
+            loss = backends.row_losses(
+                calls.backend, values, labels, options[0], options[1], *shared, stats=of_chunk
+            )
+        if of_rows is not None:
+            keep_stats(of_rows, chunk.index, of_chunk)
         total += (loss if weight is None else apply_weight(loss, weight)).sum()
         del chunk, values  # before the next chunk of logits is made
     return total if divisor is None else total / divisor, sums.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.head import compute_dtype
-from ..core.row_stats import TokenStats
+from ..core.row_stats import LOGGED, TokenStats, detach_stats
 
 library = torch.library.Library("chunked_ce", "DEF")
 SHARED_SCHEMA = (
@@ -28,6 +29,7 @@ UPSTREAM_SCHEMA = (
     "Tensor lse, Tensor logprob, Tensor lse_low, "
     "Tensor? a, Tensor? b, Tensor? c, Tensor? u, Tensor? class_logits_grad"
 )
+STATS_SCHEMA = "bool[] stats"  # [], or whether to return each of LOGGED besides lse and logprob
 NO_CLASS = -100
 NUM_FLOATING = 7  # number of floating outputs; the integer outputs after them have no gradient
 
@@ -50,6 +52,11 @@ class Outputs(NamedTuple):
         others = (self.entropy, self.mean_logprob, self.rank, self.argmax)
         included = (out if want else None for out, want in zip(others, wanted, strict=True))
         return TokenStats(self.lse, self.logprob, *included)
+
+    def logged(self, stats: Sequence[bool]) -> TokenStats:
+        """Return the statistics that a loss returns, detached. stats: which of LOGGED."""
+        entropy, rank, argmax = stats
+        return detach_stats(self.to_token_stats((entropy, False, rank, argmax)))
 
 
 class Classes(NamedTuple):
@@ -101,6 +108,52 @@ def new_outputs(
         input.new_empty(0 if classes.indices is None else classes.indices.shape, dtype=floats),
         *(new(integers, rank), new(integers, argmax)),
     )
+
+
+def new_stats(like: Tensor, rows: int, stats: Sequence[bool]) -> TokenStats | None:
+    """Return memory for the statistics [rows] that a loss returns, filled as for ignored rows.
+
+    None if `stats` is empty.
+    """
+    if not stats:
+        return None
+    floats = compute_dtype(like.dtype)
+    lse, logprob = (like.new_zeros(rows, dtype=floats) for _ in range(2))
+    entropy, rank, argmax = stats
+    return TokenStats(
+        lse,
+        logprob,
+        like.new_zeros(rows, dtype=floats) if entropy else None,
+        None,
+        like.new_full((rows,), -1, dtype=torch.int64) if rank else None,
+        like.new_full((rows,), -1, dtype=torch.int64) if argmax else None,
+    )
+
+
+def select_stats(stats: TokenStats, index: slice | Tensor) -> TokenStats:
+    """Return the memory for a chunk of the rows: a view, or new memory that `keep_stats` copies."""
+    return TokenStats(*(None if t is None else t[index] for t in stats))  # type: ignore[arg-type]
+
+
+def keep_stats(stats: TokenStats, index: slice | Tensor, of_chunk: TokenStats | None) -> None:
+    """Write a chunk's statistics back to its rows."""
+    if of_chunk is None or isinstance(index, slice):
+        return
+    for t, chunk in zip(stats, of_chunk, strict=True):
+        if t is not None and chunk is not None:
+            t[index] = chunk
+
+
+def stats_list(stats: TokenStats | None) -> list[Tensor]:
+    """Return the statistics as an operator returns them."""
+    return [] if stats is None else [t for t in stats if t is not None]
+
+
+def stats_from_list(found: Sequence[Tensor], wanted: Sequence[bool], target: Tensor) -> TokenStats:
+    """Return an operator's list as TokenStats in the shape of `target`, detached."""
+    lse, logprob, *others = (t.detach().view(target.shape) for t in found)
+    names = [name for name, want in zip(LOGGED, wanted, strict=True) if want]
+    return TokenStats(lse, logprob, **dict(zip(names, others, strict=True)))
 
 
 def flat_classes(classes: Classes) -> Classes:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
-from ..core.reduction import apply_weight, is_scored, token_loss
+from ..core.reduction import apply_weight, is_scored
 from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
 from .classes import check_classes
 from .library import (
@@ -25,11 +25,16 @@ from .library import (
     NUM_FLOATING,
     OUTPUTS_SCHEMA,
     SHARED_SCHEMA,
+    STATS_SCHEMA,
     UPSTREAM_SCHEMA,
     Classes,
+    keep_stats,
     library,
     new_outputs,
+    new_stats,
     no_double_backward,
+    select_stats,
+    stats_list,
 )
 from .logits import rows_gradient, upstream_coefficients
 from .statistics import fill_outputs
@@ -38,8 +43,8 @@ _HEAD = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,
 _CHUNKS = ", int rows_per_chunk, bool drop_ignored, ScalarType acc_dtype, ScalarType logits_dtype"
 library.define(
     f"linear_loss({_HEAD}Tensor? token_weight, Tensor? divisor, float label_smoothing, "
-    f"float z_loss_weight, {SHARED_SCHEMA}{_CHUNKS}, bool[] wanted, bool reuse) -> "
-    "(Tensor loss, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
+    f"float z_loss_weight, {SHARED_SCHEMA}{_CHUNKS}, bool[] wanted, bool reuse, {STATS_SCHEMA}) -> "
+    "(Tensor loss, Tensor input_grad, Tensor weight_grad, Tensor bias_grad, Tensor[] stats)"
 )
 library.define(
     f"linear_stats({_HEAD}{CLASSES_SCHEMA}, {SHARED_SCHEMA}{_CHUNKS}, {FLAGS_SCHEMA}) -> "
@@ -72,7 +77,8 @@ def _linear_loss(
     logits_dtype: torch.dtype,
     wanted: list[bool],
     reuse: bool,
-) -> tuple[Tensor, ...]:
+    stats: list[bool],
+) -> tuple[Any, ...]:
     backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
     input, weight = input.detach(), weight.detach()
     chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
@@ -80,25 +86,28 @@ def _linear_loss(
     head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
+    of_rows = new_stats(input, target.numel(), stats) if stats else None
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, logits_dtype):
+        of_chunk = None if of_rows is None else select_stats(of_rows, index)
         of_tokens = None if token_weight is None else token_weight[index]
         if any(wanted):
             loss, grad = backends.loss_and_gradient(
                 backend, logits, target[index], of_tokens, divisor, label_smoothing, z_loss_weight,
-                ignore_index, vocab_size, head, inplace=True,
+                ignore_index, vocab_size, head, inplace=True, stats=of_chunk,
             )  # fmt: skip
             gradients.add(index, x, grad)
             del grad
         else:
-            stats, *_ = backends.row_statistics(
-                backend, logits, target[index], ignore_index, vocab_size, head,
-                entropy=False, mean_logprob=label_smoothing > 0, rank=False, argmax=False,
+            loss = backends.row_losses(
+                backend, logits, target[index], label_smoothing, z_loss_weight, ignore_index,
+                vocab_size, head, stats=of_chunk,
             )  # fmt: skip
-            loss = token_loss(stats, label_smoothing, z_loss_weight)
+        if of_rows is not None:
+            keep_stats(of_rows, index, of_chunk)
         total += (loss if of_tokens is None else apply_weight(loss, of_tokens)).sum()
         del x, logits  # the last chunk ends before the gradients are rounded
     value = total if divisor is None else total / divisor
-    return value, *gradients.finish()
+    return value, *gradients.finish(), [] if of_rows is None else stats_list(of_rows)
 
 
 def _linear_stats(
@@ -148,12 +157,13 @@ def _linear_stats_grad(
 
 
 def _fake_linear_loss(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    *_, wanted, _ = rest
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Any, ...]:
+    *_, wanted, _, stats = rest
     loss = input.new_empty((), dtype=compute_dtype(input.dtype))
     given = zip((input, weight, bias), wanted, strict=True)
-    return loss, *(gradient_like(t, w) for t, w in given)
+    of_rows = stats_list(new_stats(input, target.numel(), stats))
+    return loss, *(gradient_like(t, w) for t, w in given), of_rows
 
 
 def _fake_linear_stats(
@@ -171,19 +181,20 @@ def _fake_linear_stats_grad(
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *given, _, reuse = arguments
+    def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        *given, _, reuse, stats = arguments
         wanted = list(ctx.needs_input_grad[:3])
         with torch._C._AutoDispatchBelowAutograd():
-            loss, *grads = torch.ops.chunked_ce.linear_loss(*given, wanted, reuse)
+            loss, *grads, found = torch.ops.chunked_ce.linear_loss(*given, wanted, reuse, stats)
         ctx.options, ctx.wanted, ctx.reuse = given[6:], wanted, reuse
         ctx.grads = grads  # not saved: backward gives them away
         ctx.save_for_backward(*given[:6])
-        result: Tensor = loss
-        return result
+        if stats:
+            ctx.mark_non_differentiable(*found)
+        return (loss, *found) if stats else loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *of_stats: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             checks.double_backward()
         checks.not_sharded([upstream])
@@ -192,11 +203,11 @@ class _LinearLoss(torch.autograd.Function):
             ctx.grads = None
         if grads is None:  # handed over, and scaled: a second backward computes them again
             with torch._C._AutoDispatchBelowAutograd():
-                _, *grads = torch.ops.chunked_ce.linear_loss(
-                    *given, *ctx.options, ctx.wanted, ctx.reuse
+                _, *grads, _ = torch.ops.chunked_ce.linear_loss(
+                    *given, *ctx.options, ctx.wanted, ctx.reuse, []
                 )
         scaled = scale_gradients(grads, ctx.wanted, upstream, ctx.options[6], reuse=ctx.reuse)
-        return *scaled, *(None,) * 16
+        return *scaled, *(None,) * 17
 
 
 class _LinearStats(torch.autograd.Function):
@@ -242,8 +253,9 @@ def _differentiable_linear_loss(*arguments: Any) -> Any:
     if _needs_gradient(*arguments[:3]):
         if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
             checks.compiled_transform()
-        loss = _LinearLoss.apply(*arguments)  # type: ignore[no-untyped-call]
-        return loss, *(loss.new_empty(0) for _ in range(3))
+        found = _LinearLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+        loss, *stats = found if isinstance(found, tuple) else (found,)
+        return loss, *(loss.new_empty(0) for _ in range(3)), stats
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.chunked_ce.linear_loss(*arguments)
 

@@ -3,7 +3,8 @@
 chunked_ce::linear_pair  each token's loss; and where their weights are known, their weighted sum
                          and the student's gradients of that
 
-Memory: one chunk of each model's logits and the gradients. The teacher gets no gradient.
+Memory: one chunk of each model's logits and the gradients; with a softcap of the student's one
+chunk more, in float32 for its derivative. The teacher gets no gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.divergence import Divergence
-from ..core.head import IDENTITY, compute_dtype
+from ..core.head import IDENTITY, Head, compute_dtype
 from ..core.reduction import apply_weight, is_scored
 from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
 from .library import library
@@ -24,11 +25,13 @@ library.define(
     "linear_pair(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor teacher_input, "
     "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? token_weight, "
     "int ignore_index, str kind, float beta, float temperature, float cross_entropy_weight, "
-    "SymInt vocab_size, str backend, int rows_per_chunk, ScalarType acc_dtype, bool[] wanted, "
-    "bool reuse) -> "
+    "SymInt vocab_size, float? softcap, float logit_scale, float? teacher_softcap, "
+    "float teacher_logit_scale, str backend, int rows_per_chunk, ScalarType acc_dtype, "
+    "bool[] wanted, bool reuse) -> "
     "(Tensor loss, Tensor total, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
 )
-_ARGUMENTS = 19
+_ARGUMENTS = 23
+_BACKEND = 10  # its index in the options, which follow the token weights
 
 
 def _linear_pair(
@@ -43,9 +46,11 @@ def _linear_pair(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    kind, beta, temperature, cross_entropy_weight, vocab_size, backend, *options_ = options
+    kind, beta, temperature, cross_entropy_weight, vocab_size, *options_ = options
+    softcap, scale, teacher_softcap, teacher_scale, backend, *options_ = options_
     rows_per_chunk, acc_dtype, wanted, _ = options_
     how, run = Divergence(kind, beta, temperature), backends.pair_backend(backend)
+    head, teacher_head = Head(softcap, scale), Head(teacher_softcap, teacher_scale)
     if target is not None and cross_entropy_weight:
         backends.check_targets(target, vocab_size, ignore_index, on_host=target.is_cpu)
     ignored = None if target is None else ~is_scored(target, ignore_index)
@@ -60,6 +65,9 @@ def _linear_pair(
         strict=True,
     ):
         skip = None if ignored is None else ignored[index]
+        derivative = head.derivative(logits) if any(wanted) else 1.0
+        head.apply_(logits)
+        teacher_head.apply_(of_teacher)
         stats = run.pair_stats(logits, of_teacher, skip, how, vocab_size)
         losses[index] = stats.loss
         of_tokens = None if token_weight is None else token_weight[index]
@@ -75,9 +83,15 @@ def _linear_pair(
             assert of_tokens is not None
             given = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
             grad = run.pair_gradient(*given, inplace=True)
-            gradients.add(index, x, grad if of_labels is None else grad.add_(of_labels))
+            grad = grad if of_labels is None else grad.add_(of_labels)
+            gradients.add(index, x, grad if head == IDENTITY else grad.mul_(derivative))
             del given, grad
-        del x, logits, of_teacher  # the last chunk ends before the gradients are rounded
+        del (
+            x,
+            logits,
+            of_teacher,
+            derivative,
+        )  # the last chunk ends before the gradients are rounded
     total = losses if token_weight is None else apply_weight(losses, token_weight)
     return losses, total.sum(), *gradients.finish()
 
@@ -134,7 +148,7 @@ class _LinearPair(torch.autograd.Function):
             upstream = token_weight if ctx.is_sum else of_losses.contiguous()
             _, _, *grads = _call(*given, upstream, *ctx.options, ctx.wanted, ctx.reuse)
         scale = of_total if ctx.is_sum else None
-        scaled = scale_gradients(grads, ctx.wanted, scale, ctx.options[6], reuse=ctx.reuse)
+        scaled = scale_gradients(grads, ctx.wanted, scale, ctx.options[_BACKEND], reuse=ctx.reuse)
         return *scaled, *(None,) * (_ARGUMENTS - 3)
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .. import checks
 from ..checks.values import forward_mode
+from ..core.row_stats import detach_stats
 
 Dims = Sequence[int | None]
 
@@ -48,10 +49,15 @@ def call(
         checks.functionalized()
     # As `locals()` they hold more than the function's own.
     arguments = {name: arguments[name] for name in inspect.signature(function).parameters}
+    checks.no_transforms("a loss with group", arguments.get("group") is not None)
     invocation = _Call(function, arguments, rows)
     outputs = _Forward.apply(invocation, *invocation.tensors)  # type: ignore[no-untyped-call]
-    result: Result = invocation.result(outputs)
-    return result
+    result: Any = invocation.result(outputs)
+    if arguments.get("return_stats", False) is not False:
+        loss, stats = result
+        result = (loss, detach_stats(stats))
+    found: Result = result
+    return found
 
 
 class _Call:

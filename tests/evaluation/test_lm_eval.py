@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import torch
-from language_models import CONTEXT, TEXTS, byte_tokenizer, causal_lm
+from language_models import CONTEXT, END, TEXTS, byte_tokenizer, causal_lm, tokenizer_with_bos
 
 from chunked_ce import evaluate_perplexity, loglikelihood
 
@@ -35,6 +35,31 @@ def test_rolling_loglikelihood(harness):
     )  # fmt: skip
     assert ours.windows > len(TEXTS) + 2
     assert [-r.nll_sum for r in ours.per_document] == pytest.approx(theirs, rel=1e-6)
+
+
+def test_rolling_recipe(harness):
+    """Its sums, with the tokenizer's own BOS and without, and its counts of bytes and words."""
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+    from lm_eval.api.task import PerplexityTask
+
+    texts = [*TEXTS, END + TEXTS[1], " begins and ends with a space "]
+    plain = harness.tokenizer
+    for tokenizer in (plain, tokenizer_with_bos()):
+        harness.tokenizer = tokenizer
+        instances = requests("loglikelihood_rolling", [(t,) for t in texts])
+        theirs = harness.loglikelihood_rolling(instances)
+        ours = evaluate_perplexity(
+            harness.model, text=texts, tokenizer=tokenizer, recipe="lm-eval-rolling",
+            per_document=True,
+        )  # fmt: skip
+        expected = pytest.approx(theirs, rel=1e-6)
+        assert [-report.nll_sum for report in ours.per_document] == expected
+        by_byte = [(n, PerplexityTask.count_bytes(t)) for n, t in zip(theirs, texts, strict=True)]
+        by_word = [(n, PerplexityTask.count_words(t)) for n, t in zip(theirs, texts, strict=True)]
+        assert ours.bits_per_byte == pytest.approx(bits_per_byte(by_byte), rel=1e-6)
+        assert ours.byte_perplexity == pytest.approx(weighted_perplexity(by_byte), rel=1e-5)
+        assert ours.word_perplexity == pytest.approx(weighted_perplexity(by_word), rel=1e-4)
+    harness.tokenizer = plain
 
 
 def test_loglikelihood(harness):

@@ -6,6 +6,7 @@ import torch
 from helpers import assert_gradient, batch, gradient
 
 from chunked_ce import cross_entropy
+from chunked_ce.ops.library import new_stats
 
 OPTIONS = {
     "plain": {},
@@ -239,7 +240,11 @@ def test_operators_are_well_formed(backend, device, inplace):
     x, target = batch(3, 50, device=device)
     name = "loss_and_grad_" if inplace else "loss_and_grad"
     arguments = (x, target, None, None, 0.1, 0.0, -100, 50, None, 1.0, backend)
-    torch.library.opcheck(getattr(torch.ops.chunked_ce, name), arguments)
+    for flags in ([], [False] * 3, [True] * 3):
+        stats = new_stats(x, 3, flags)
+        memory = [None] * 5 if stats is None else [*stats[:3], *stats[4:]]
+        wanted = memory if inplace else [flags]
+        torch.library.opcheck(getattr(torch.ops.chunked_ce, name), (*arguments, *wanted))
     torch.library.opcheck(torch.ops.chunked_ce.scale_, (x, torch.tensor(2.0), backend))
 
 

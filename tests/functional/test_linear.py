@@ -420,7 +420,22 @@ def test_operators_are_well_formed():
         tensors = [t.requires_grad_(needs) for t in leaves(x, w, b)]
         torch.library.opcheck(
             ops.linear_loss,
-            (*tensors, target, None, None, 0.1, 0.0, *shared, [False] * 3, False),
+            (*tensors, target, None, None, 0.1, 0.0, *shared, [False] * 3, False, []),
+        )
+        torch.library.opcheck(
+            ops.linear_loss,
+            (
+                *tensors,
+                target,
+                None,
+                None,
+                0.1,
+                0.0,
+                *shared,
+                [False] * 3,
+                False,
+                [True, False, True],
+            ),
         )
         torch.library.opcheck(
             ops.linear_stats, (*tensors, target, *Classes(), *shared, *[True] * 4)

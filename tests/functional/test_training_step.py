@@ -81,8 +81,7 @@ def backward_is_traced() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("fused, autocast", [(True, True), (False, False)])
 def test_step_compilation_count(backward_is_traced: None, fused: bool, autocast: bool) -> None:
     """Check that sizes after the second compile nothing."""
     sizes = (5, 5, 7, 9, 12)
@@ -188,7 +187,7 @@ def operators(device: str, drop_ignored: bool) -> None:
     divisor = lse.sum()
     for wanted in ([True] * 3, [False] * 3):
         linear_ops._linear_loss(
-            h, w, b, target, lse, divisor, 0.1, 1e-3, *shared, *chunks, wanted, True
+            h, w, b, target, lse, divisor, 0.1, 1e-3, *shared, *chunks, wanted, True, [True] * 3
         )
     linear_ops._linear_stats(h, w, b, target, *classes, *shared, *chunks, True, True, True, True)
     linear_ops._linear_stats_grad(h, w, b, target, *rows, *shared, *chunks, [True] * 3)

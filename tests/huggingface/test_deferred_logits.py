@@ -39,6 +39,10 @@ RECORDED = {
     "first classes of a row": lambda z: (z[0, 1:, 0:28] * 2)[..., :7],
     "first classes and a last ellipsis": lambda z: z[:, :, :5, ...],
     "more classes than there are": lambda z: z[:, :, :40],
+    "flat tokens": lambda z: z[:, 1:].reshape(-1, 29).view(2, 4, -1)[..., 1:, :],
+    "by a function": lambda z: torch.reshape(z, (5, 2, 29)),
+    "a row of a loop": lambda z: list(z)[1] / 2.0,
+    "a part": lambda z: torch.split(z.view(10, 29), 4)[2],
     "to a device": lambda z: z.to("cpu", non_blocking=True).to(torch.device("cpu")),
 }
 COMPUTED = {
@@ -60,7 +64,6 @@ COMPUTED = {
     "a keyword of a recorded function": lambda z: torch.mul(z, other=2.0),
     "a smaller number of numpy": lambda z: np.float32(2) * z,
     "by a mask": lambda z: z[torch.tensor([[True] * 3 + [False] * 2] * 2)],
-    "view": lambda z: z.view(-1, 29),
     "in bfloat16": lambda z: z.to(torch.bfloat16),
     "to another's dtype": lambda z: z.to(torch.ones(1, dtype=torch.float64)),
     "softmax": lambda z: F.log_softmax(z, dim=-1),
@@ -68,6 +71,8 @@ COMPUTED = {
     "negated": lambda z: -z,
     "concatenated": lambda z: torch.cat([z, z]),
     "by keyword": lambda z: torch.add(input=z, other=1.0),
+    "view of another width": lambda z: z.view(-1, 145),
+    "sections": lambda z: z.split([1, 4], dim=1)[1],
     "iterated": lambda z: sum(row.sum() for row in z),
     "power": lambda z: z**2,
     "product": lambda z: z @ torch.ones(29, 2),
@@ -161,6 +166,11 @@ def test_loss_after_change_in_place(change, of):
         target = torch.full(whole.shape[:-1], 3)
         results.append(causal_lm_loss(whole, None, shift_labels=target))
     torch.testing.assert_close(*results)
+
+
+def test_view_of_bits():
+    logits, leaves = deferred()
+    assert torch.equal(logits.view(torch.int32), F.linear(*leaves).view(torch.int32))
 
 
 def test_unknown_attribute():

@@ -24,12 +24,14 @@ def model(value: Any) -> None:
         )
 
 
-def no_more_positional(arguments: tuple[Any, ...]) -> None:
+def no_more_positional(
+    arguments: tuple[Any, ...], function: str = "evaluate_perplexity", models: str = "model"
+) -> None:
     if arguments:
         raise TypeError(
-            "evaluate_perplexity takes model and input_ids by position, and got "
+            f"{function} takes {models} and input_ids by position, and got "
             f"{type(arguments[0]).__name__} as well: text and its tokenizer are passed by name, "
-            "evaluate_perplexity(model, text=..., tokenizer=...)"
+            f"{function}({models}, text=..., tokenizer=...)"
         )
 
 
@@ -129,7 +131,8 @@ def _unpadded(input_ids: Any, mask: Any) -> list[int]:
     return counts
 
 
-def texts(text: Any) -> list[str]:
+def texts(text: Any, *, empty: bool = False) -> list[str]:
+    """Return the documents; one may be empty where `empty` says so."""
     documents = [text] if isinstance(text, str) else text
     if not isinstance(documents, Sequence):
         raise TypeError(f"text must be a str or a sequence of them, got {type(text).__name__}")
@@ -141,7 +144,7 @@ def texts(text: Any) -> list[str]:
             raise TypeError(
                 f"document {i} of text must be a str, got {type(document).__name__}{mend}"
             )
-        if not document:
+        if not document and not empty:
             raise ValueError(f"document {i} of text is empty: leave it out")
         if _names_a_file(document):
             warnings.warn(

@@ -12,7 +12,7 @@ from ...checks.values import LOGIT_DTYPES, integer, names, shape
 
 def context_length(value: Any, model: Any, tokenizer: Any) -> int:
     """Return `value`, or the context length of the model's configuration."""
-    longest = _longest(model, tokenizer)
+    longest = longest_context(model, tokenizer)
     if value is None:
         if longest is None:
             raise ValueError(
@@ -30,22 +30,22 @@ def context_length(value: Any, model: Any, tokenizer: Any) -> int:
 
 def exceeds_maximum(length: int, model: Any) -> bool:
     """Return whether it may be too long. Rotary positions have no end."""
-    config, longest = text_config(model), _configured(model)
+    config, longest = text_config(model), configured_context(model)
     goes_on = any(getattr(config, n, None) for n in ("rope_parameters", "rope_theta", "alibi"))
     return longest is not None and length > longest and not goes_on
 
 
 def too_long(length: int, model: Any) -> ValueError:
-    longest = _configured(model)
+    longest = configured_context(model)
     return ValueError(
         f"context_length is {length}, but the model has positions for {longest} tokens: pass "
         f"{longest} or fewer, and longer documents are scored through windows of that length"
     )
 
 
-def _longest(model: Any, tokenizer: Any) -> int | None:
+def longest_context(model: Any, tokenizer: Any) -> int | None:
     """Return the most tokens that the model, or else its tokenizer, claims to take."""
-    if (configured := _configured(model)) is not None:
+    if (configured := configured_context(model)) is not None:
         return configured
     longest = getattr(tokenizer, "model_max_length", None)
     # a tokenizer that knows none says 1e30
@@ -61,7 +61,7 @@ def _maximum(model: Any) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def _configured(model: Any) -> int | None:
+def configured_context(model: Any) -> int | None:
     """Return the configuration's maximum without the positions that no token can have."""
     longest = _maximum(model)
     if longest is None:
