@@ -17,6 +17,7 @@ COMMANDS = {  # command: (module, its function, what it does)
     "linear": ("linear", "main", "head and loss together on the CPU beside their bounds"),
     "weight_traffic": ("weight_traffic", "main", "bytes of the weight gradient, counted"),
     "perplexity": ("perplexity", "main", "peak memory of scoring text"),
+    "log_probabilities": ("log_probabilities", "main", "peak memory of a policy-gradient step"),
     "huggingface": ("huggingface", "main", "loss and gradients of 20 models beside their own"),
     "architectures": ("architectures", "main", "every causal model of transformers"),
     "gpu": ("gpu.runner", "main", "check and measure the kernels on a GPU; --dry-run without one"),
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(__doc__)
         for name, (_, _, text) in COMMANDS.items():
-            print(f"    {name:14} {text}")
+            print(f"    {name:17} {text}")
         return 0
     if command not in COMMANDS:
         said = f"no command {command!r}, expected one of {', '.join(COMMANDS)}"

@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checks import explain_loss
     from .core.row_stats import TokenStats
+    from .evaluation.comparison import compare_models
+    from .evaluation.comparison_report import (
+        Comparison,
+        ComparisonInterrupted,
+        ComparisonReport,
+        Measure,
+        TokenComparison,
+    )
     from .evaluation.evaluate import evaluate_perplexity
     from .evaluation.likelihood import Loglikelihood, loglikelihood
     from .evaluation.meter import Perplexity, perplexity
@@ -23,21 +31,36 @@ if TYPE_CHECKING:
     from .functional.linear_stats import linear_token_stats
     from .functional.logits import cross_entropy
     from .functional.logits_stats import token_stats
-    from .modules import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
+    from .functional.multi_token import multi_token_cross_entropy
+    from .modules import (
+        BCEWithLogitsLoss,
+        CrossEntropyLoss,
+        DistillationLoss,
+        LinearCrossEntropyLoss,
+        LinearDistillationLoss,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "Comparison",
+    "ComparisonInterrupted",
+    "ComparisonReport",
     "CrossEntropyLoss",
+    "DistillationLoss",
     "EvaluationInterrupted",
     "EvaluationReport",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "Loglikelihood",
+    "Measure",
     "Perplexity",
     "PerplexityReport",
+    "TokenComparison",
     "TokenStats",
     "binary_cross_entropy_with_logits",
+    "compare_models",
     "cross_entropy",
     "evaluate_perplexity",
     "explain_loss",
@@ -46,6 +69,7 @@ __all__ = [
     "linear_kl_div",
     "linear_token_stats",
     "loglikelihood",
+    "multi_token_cross_entropy",
     "perplexity",
     "token_stats",
 ]
@@ -53,6 +77,8 @@ __all__ = [
 _MODULES = (  # the same as above, which type checkers read
     "checks",
     "core.row_stats",
+    "evaluation.comparison",
+    "evaluation.comparison_report",
     "evaluation.evaluate",
     "evaluation.likelihood",
     "evaluation.meter",
@@ -63,6 +89,7 @@ _MODULES = (  # the same as above, which type checkers read
     "functional.linear_stats",
     "functional.logits",
     "functional.logits_stats",
+    "functional.multi_token",
     "modules",
 )
 

@@ -28,6 +28,13 @@ class PairRow(NamedTuple):
     student_kl: Any
 
 
+class Shares(NamedTuple):
+    """Of the mixture: beta and 1 - beta, each rounded once."""
+
+    teacher: Any
+    student: Any
+
+
 class Probabilities(NamedTuple):
     p: Any
     q: Any
@@ -76,13 +83,13 @@ def class_term(weight, d, other):
 
 
 @triton.jit
-def above_mixture(d, beta):
+def above_mixture(d, shares):
     """Return log p - log m and log q - log m.
 
     m is the larger of p and q times 1 + share (exp(-|d|) - 1), the share being the other's.
     """
     below = -tl.abs(d)
-    share = tl.where(d > 0.0, 1.0 - beta, beta)
+    share = tl.where(d > 0.0, shares.student, shares.teacher)
     near = -below * (1.0 + below * exponential_tail(below))
     taken = share * tl.where(below > -0.25, near, minus_expm1(below))
     u = 1.0 - taken
@@ -92,7 +99,7 @@ def above_mixture(d, beta):
 
 
 @triton.jit
-def class_terms(at, beta, KIND: tl.constexpr):
+def class_terms(at, shares, KIND: tl.constexpr):
     """Return what classes add to the loss, of JSD to KL(q‖m), and to `student_kl`."""
     if KIND == FORWARD:
         loss = class_term(at.q, at.d, at.p)
@@ -101,15 +108,15 @@ def class_terms(at, beta, KIND: tl.constexpr):
         loss = class_term(at.p, -at.d, at.q)
         student_kl = loss
     else:
-        above = above_mixture(at.d, beta)
-        mixture = beta * at.q + (1.0 - beta) * at.p
+        above = above_mixture(at.d, shares)
+        mixture = shares.teacher * at.q + shares.student * at.p
         student_kl = class_term(at.p, above[0], mixture)
         loss = class_term(at.q, above[1], mixture)
     return loss, student_kl
 
 
 @triton.jit
-def class_slopes(at, student_kl, beta, KIND: tl.constexpr):
+def class_slopes(at, student_kl, shares, KIND: tl.constexpr):
     """Return dL/d(z / temperature)."""
     if KIND == FORWARD:  # p - q = -p expm1(d), without cancellation where they are near
         near = -at.p * (at.d * (1.0 + at.d * exponential_tail(at.d)))
@@ -117,6 +124,6 @@ def class_slopes(at, student_kl, beta, KIND: tl.constexpr):
     elif KIND == REVERSE:
         slope = tl.where(at.p == 0.0, 0.0, at.p * (-at.d - student_kl))
     else:
-        above = above_mixture(at.d, beta)[0] - student_kl
-        slope = tl.where(at.p == 0.0, 0.0, at.p * ((1.0 - beta) * above))
+        above = above_mixture(at.d, shares)[0] - student_kl
+        slope = tl.where(at.p == 0.0, 0.0, at.p * (shares.student * above))
     return slope

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import NOT_SPECIALIZED
-from .divergence import JSD, PairRow, bases, class_slopes, class_terms, probabilities
+from .divergence import JSD, PairRow, Shares, bases, class_slopes, class_terms, probabilities
 from .online_softmax import LOG2_E, empty_sums
 from .rows import (
     Row,
@@ -68,6 +68,12 @@ def no_sum(N: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def mixture_shares(beta, DTYPE: tl.constexpr):
+    """Return the Shares; beta in float64."""
+    return Shares(tl.full([], beta, DTYPE), tl.full([], 1.0 - beta, DTYPE))
+
+
+@triton.jit
 def load_logits(row, columns, valid, CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr):
     """Return logits at 32-bit columns; -inf where not valid."""
     offsets = column_offsets(columns, row.stride_v, CONTIGUOUS)
@@ -115,23 +121,23 @@ def pair_sums(x, y, x_body, y_body, window, classes, scale, DTYPE: tl.constexpr,
 
 
 @triton.jit
-def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, beta, DTYPE: tl.constexpr,
-                    TILE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
+def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, shares,
+                    DTYPE: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
     """Return the loss and `student_kl`."""
     loss = tl.full([TILE.GROUPS], 0.0, DTYPE)
     student_kl = tl.full([TILE.GROUPS], 0.0, DTYPE)
     for i in range(0, window.body, TILE.GROUPS * TILE.WIDTH):
         columns, valid = tile_at(i, window.body, TILE)
         z, t = load_pair(x_body, y_body, columns, valid, DTYPE, OPTIONS)
-        terms = class_terms(probabilities(z, t, row, inverse), beta, OPTIONS.KIND)
+        terms = class_terms(probabilities(z, t, row, inverse), shares, OPTIONS.KIND)
         loss += tl.sum(terms[0], 1)
         student_kl += tl.sum(terms[1], 1)
     edge, valid = edge_columns(window, classes, TILE.WIDTH)
     z, t = load_pair(x, y, edge, valid, DTYPE, OPTIONS)
-    terms = class_terms(probabilities(z, t, row, inverse), beta, OPTIONS.KIND)
+    terms = class_terms(probabilities(z, t, row, inverse), shares, OPTIONS.KIND)
     loss, student_kl = tl.sum(loss) + tl.sum(terms[0]), tl.sum(student_kl) + tl.sum(terms[1])
     if OPTIONS.KIND == JSD:
-        loss = beta * loss + (1.0 - beta) * student_kl
+        loss = shares.teacher * loss + shares.student * student_kl
     return loss, student_kl
 
 
@@ -151,7 +157,7 @@ def pair_stats_kernel(
     """Write the numbers of a pair of rows; 0 of one that is ignored."""
     number = tl.program_id(0)
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
-    inverse, share = tl.full([], 1.0 / temperature, DTYPE), tl.full([], beta, DTYPE)
+    inverse, shares = tl.full([], 1.0 / temperature, DTYPE), mixture_shares(beta, DTYPE)
     scored = True
     if OPTIONS.HAS_IGNORED:
         scored = tl.load(ignored_ptr + number) == 0
@@ -169,7 +175,7 @@ def pair_stats_kernel(
     shift = above * inverse + tl.log(teacher.s / student.s)
     row = PairRow(student.m, tl.log(student.s), teacher.m, tl.log(teacher.s), shift, shift)
     loss, student_kl = pair_divergence(
-        x_row, y_row, x_body, y_body, window, classes, row, inverse, share, DTYPE, TILE, OPTIONS
+        x_row, y_row, x_body, y_body, window, classes, row, inverse, shares, DTYPE, TILE, OPTIONS
     )
     tl.store(numbers.loss + number, tl.where(scored, loss, 0.0))
     tl.store(numbers.student_kl + number, tl.where(scored, student_kl, 0.0))
@@ -181,12 +187,12 @@ def pair_stats_kernel(
 
 
 @triton.jit
-def write_slopes(x, y, grad, columns, valid, readable, row, weight, inverse, beta,
+def write_slopes(x, y, grad, columns, valid, readable, row, weight, inverse, shares,
                  DTYPE: tl.constexpr, OPTIONS: tl.constexpr):  # fmt: skip
     """Write the gradient at columns of x, y and grad; 0 where not readable."""
     z, t = load_pair(x, y, columns, readable, DTYPE, OPTIONS)
     at = probabilities(z, t, row, inverse)
-    value = class_slopes(at, row.student_kl, beta, OPTIONS.KIND) * weight
+    value = class_slopes(at, row.student_kl, shares, OPTIONS.KIND) * weight
     value = tl.where(readable, value, 0.0)
     address = grad.ptr + column_offsets(columns, grad.stride_v, OPTIONS.GRAD_CONTIGUOUS)
     tl.store(address, value.to(grad.ptr.dtype.element_ty), mask=valid)
@@ -222,7 +228,7 @@ def pair_grad_kernel(
     """Write SPAN columns of a row's body; the first program of a row its edges too."""
     number = tl.program_id(0)
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
-    inverse, share = tl.full([], 1.0 / temperature, DTYPE), tl.full([], beta, DTYPE)
+    inverse, shares = tl.full([], 1.0 / temperature, DTYPE), mixture_shares(beta, DTYPE)
     classes = vocab_size
     if OPTIONS.HAS_IGNORED:  # an ignored row is not read
         classes = tl.where(tl.load(ignored_ptr + number) == 0, vocab_size, 0)
@@ -246,11 +252,11 @@ def pair_grad_kernel(
         columns, valid = tile_at(i, length, TILE)
         readable = valid & (columns < classes - prefix - first)
         write_slopes(x_body, y_body, out_body, columns, valid, readable, row, weight, inverse,
-                     share, DTYPE, OPTIONS)  # fmt: skip
+                     shares, DTYPE, OPTIONS)  # fmt: skip
     if first == 0:
         edge, valid = edge_columns(window, columns_in_memory, TILE.WIDTH)
         write_slopes(
             Row(x.ptr + x_start, x.stride_v), Row(y.ptr + y_start, y.stride_v),
             Row(grad.ptr + out_start, grad.stride_v), edge, valid, valid & (edge < classes),
-            row, weight, inverse, share, DTYPE, OPTIONS,
+            row, weight, inverse, shares, DTYPE, OPTIONS,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from .linear import (
     linear_weight,
     no_module,
 )
-from .loss import logits
+from .loss import logit_scale, logits, softcap
 from .stats import one_target_per_row
 from .values import brief, floating, integer, names, number, same_device, shape, target_indices
 
@@ -96,9 +96,20 @@ def two_heads(student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> N
             no_teacher_gradient(name, tensor)
 
 
-def distilled_tokens(
-    input: Tensor, teacher: Tensor, target: Any, cross_entropy_weight: Any
-) -> float:
+def two_transforms(
+    cap: Any, scale: Any, teacher_cap: Any, teacher_scale: Any
+) -> tuple[float | None, float, float | None, float]:
+    """Return (softcap, logit_scale) of the student and of the teacher."""
+    student = softcap(cap), logit_scale(scale)
+    teacher = softcap(teacher_cap, "teacher_softcap"), number("teacher_logit_scale", teacher_scale)
+    return *student, *teacher
+
+
+def cross_entropy_weight(value: Any) -> float:
+    return number("cross_entropy_weight", value)
+
+
+def distilled_tokens(input: Tensor, teacher: Tensor, target: Any, weight_of_labels: Any) -> float:
     """Return the weight of the cross-entropy."""
     if teacher.shape[:-1] != input.shape[:-1]:
         raise ValueError(
@@ -106,7 +117,7 @@ def distilled_tokens(
             "one hidden state of the teacher per hidden state of the student"
         )
     same_device("teacher_input", teacher, input)
-    weight = number("cross_entropy_weight", cross_entropy_weight)
+    weight = cross_entropy_weight(weight_of_labels)
     if weight and target is None:
         raise ValueError(
             f"cross_entropy_weight is {weight}, but there is no target whose cross-entropy could "

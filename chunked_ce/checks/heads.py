@@ -23,6 +23,47 @@ def head_arguments(head: Any, bias: object, logits_dtype: object, *, plain: bool
         )
 
 
+def stateless_head(head: object, x: Tensor) -> None:
+    """Refuse a module whose logits of a token depend on others, or that is on another device."""
+    if not isinstance(head, nn.Module):
+        return
+    for name, module in head.named_modules():
+        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if mixes and (module.training or not module.track_running_stats):
+            raise ValueError(
+                f"the head's {type(module).__name__}{f' {name!r}' if name else ''} normalizes over "
+                "the tokens of a call, but the head is called on a chunk of them at a time: put it "
+                "in front of the loss, or call head.eval()"
+            )
+        if "forward" in vars(module):  # as accelerate's, which moves what goes in and out
+            return
+    tensors = [t for t in (*head.parameters(), *head.buffers()) if t.dim() > 0]
+    if tensors and all(t.device != x.device for t in tensors):
+        raise ValueError(
+            f"the head is on {tensors[0].device}, but the hidden states are on {x.device}: move "
+            "one of them"
+        )
+
+
+def state_of_head(head: object) -> dict[str, tuple[int, int]]:
+    """Return what changes where a call of a module writes to a buffer."""
+    if not isinstance(head, nn.Module):
+        return {}
+    buffers = head.named_buffers()
+    return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in buffers}
+
+
+def unchanged_head(before: dict[str, tuple[int, int]], head: object) -> None:
+    """Refuse a head that a call has changed: each chunk would see another one."""
+    changed = [name for name, state in state_of_head(head).items() if before.get(name) != state]
+    if changed:
+        raise ValueError(
+            f"the head keeps state between calls: a call has changed its buffer {changed[0]!r}, "
+            "but it is called on several chunks, and again in backward: call head.eval(), or move "
+            "what keeps state in front of the loss"
+        )
+
+
 def head_transform() -> NoReturn:
     raise TypeError(
         "linear_weight is a head that is called, which torch.func's transforms cannot see into: "

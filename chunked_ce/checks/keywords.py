@@ -1,11 +1,13 @@
 """Keywords that a function does not have: which of its own was meant.
 
-A function takes `**unknown: NoReturn`, which costs a call nothing, and refuses what it finds there.
+The losses that a step calls take `**unknown: NoReturn`, which costs nothing, and refuse what they
+find there. Other functions are wrapped by `names_unknown`.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -27,6 +29,10 @@ _ELSEWHERE = {
     "logit_scale": ("scale", "temperature", "logit_scaling"),
     "cross_entropy_weight": ("weight_hard_loss", "ce_weight", "hard_loss_weight"),
     "num_items": ("num_items_in_batch", "total_items", "normalizer"),
+    "teacher": ("teacher_logits", "target_logits"),
+    "teacher_input": ("teacher_hidden", "teacher_hidden_states"),
+    "teacher_weight": ("teacher_head", "teacher_lm_head"),
+    "kind": ("divergence", "loss_type"),
     "dim": ("axis", "class_dim"),
     "inplace_backward": ("inplace", "inplace_backwards"),
     "chunk_bytes": ("chunk_size",),
@@ -50,6 +56,20 @@ def hides_unknown(function: F) -> F:
     known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
     return function
+
+
+def names_unknown(function: F) -> F:
+    """Return `function` with a sentence about keywords that it does not have."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*positional: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in known:
+                raise TypeError(unexpected(function.__name__, name, known))
+        return function(*positional, **keywords)
+
+    return call  # type: ignore[return-value]
 
 
 def unknown_keywords(function: Callable[..., Any], unknown: Mapping[str, object]) -> NoReturn:

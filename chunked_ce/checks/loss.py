@@ -59,12 +59,12 @@ def vocab_size(value: Any, input: Tensor) -> int:
     return size
 
 
-def softcap(value: Any) -> float | None:
+def softcap(value: Any, name: str = "softcap") -> float | None:
     if value is None:
         return None
-    amount = number("softcap", value)
+    amount = number(name, value)
     if amount < 1 / LARGEST:
-        raise ValueError(f"softcap is {amount}, expected a number above 0, or None for no cap")
+        raise ValueError(f"{name} is {amount}, expected a number above 0, or None for no cap")
     return amount
 
 

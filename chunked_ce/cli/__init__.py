@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import doctor, perplexity, plan
+from . import compare, doctor, perplexity, plan
 from .errors import INTERRUPTED, UsageError
 
-_COMMANDS = (perplexity, plan, doctor)
+_COMMANDS = (perplexity, compare, plan, doctor)
 _BENCH = (
     "the benchmarks are not installed with the library: run `python -m bench` in a clone of the "
     "repository"

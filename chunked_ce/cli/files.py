@@ -28,8 +28,9 @@ def check_files(args: argparse.Namespace) -> None:
             continue
         check_writable(path, f"--{name}")
         real = path.resolve()
-        if real.is_file() and real.parent == Path(args.model).resolve():
-            taken[real] = "a file of the model"
+        folders = [Path(name).resolve() for name in (args.model, getattr(args, "base", args.model))]
+        if real.is_file() and real.parent in folders:
+            taken[real] = "a file of a model"
         if real in taken:
             raise UsageError(
                 f"--{name}: {str(path)!r} is {taken[real]}, which it would overwrite: "

@@ -65,7 +65,7 @@ def check_folder(folder: Path) -> None:
 def load(name: str, dtype: Any, device: torch.device) -> tuple[Any, Any]:
     """Return (model, tokenizer), from safetensors and JSON alone, without a network."""
     if importlib.util.find_spec("transformers") is None:
-        raise UsageError("perplexity needs transformers: pip install 'chunked-ce[hf,cli]'")
+        raise UsageError("this command needs transformers: pip install 'chunked-ce[hf,cli]'")
     check_folder(Path(name))
     os.environ["HF_HUB_OFFLINE"] = "1"  # for what transformers imports and calls by itself
     import transformers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,15 @@ from typing import Any
 from ..evaluation.recipes import RECIPES
 from ..evaluation.report import EvaluationInterrupted, EvaluationReport, for_json
 from .errors import INTERRUPTED, UsageError
+from .evaluation_arguments import (
+    DTYPES,
+    MUCH_TEXT,
+    add_text_arguments,
+    in_words_of_the_command,
+    torch_dtype,
+)
 from .files import STANDARD, check_files, read_text, write_text, write_whole
 from .interrupts import exit_on_interrupt
-
-DTYPES = {
-    "auto": "auto",
-    "float32": "float32", "fp32": "float32",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float16": "float16", "fp16": "float16",
-    "float64": "float64", "fp64": "float64",
-}  # fmt: skip
-_MUCH_TEXT = 1_000_000
-"""Characters from which on each step is named, also where stderr is no terminal."""
 
 
 def add_command(subparsers: Any) -> None:
@@ -38,21 +34,9 @@ def add_command(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a Hugging Face causal LM and its tokenizer")
-    add("--text", nargs="+", type=Path, required=True, metavar="FILE",
-        help="UTF-8; each file is a document; - reads the standard input")  # fmt: skip
-    add("--context", type=int, metavar="TOKENS",
-        help="tokens the model sees at once; default: all it can take")  # fmt: skip
-    add("--stride", type=int, metavar="TOKENS",
-        help="step from one window to the next; default: the context")  # fmt: skip
-    add("--full-last-window", action="store_true",
-        help="let a file's last window reach back as far as the context allows")  # fmt: skip
+    add_text_arguments(add)
     add("--recipe", choices=RECIPES, metavar="NAME",
         help="windows, BOS, joins and counts of another tool: " + ", ".join(RECIPES))  # fmt: skip
-    add("--batch-size", type=int, default=8, metavar="WINDOWS", help="default: %(default)s")
-    add("--bos", type=_special_token, default=None, metavar="auto|yes|no|ID",
-        help="token before each file, unscored; default: auto, the tokenizer's way")  # fmt: skip
-    add("--eos", type=_special_token, default=False, metavar="yes|no|ID",
-        help="token after each file, scored; default: no")  # fmt: skip
     add("--after", metavar="MARKER",
         help="score only what follows MARKER in each file; the rest is context")  # fmt: skip
     add("--group-by", choices=("folder", "file"),
@@ -74,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, score and report; after Ctrl-C report what has been scored."""
     check_files(args)
     texts = [read_text(path) for path in args.text]
-    progress = sys.stderr.isatty() or sum(map(len, texts)) >= _MUCH_TEXT
+    progress = sys.stderr.isatty() or sum(map(len, texts)) >= MUCH_TEXT
     try:
         if progress:
             size = sum(len(text.encode()) for text in texts) / 1e6
@@ -103,12 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from .local_model import load, usable_device
 
-    dtype = DTYPES[args.dtype]
-    if dtype != "auto":
-        import torch
-
-        return load(args.model, getattr(torch, dtype), usable_device(args.device))
-    return load(args.model, dtype, usable_device(args.device))
+    return load(args.model, torch_dtype(args.dtype), usable_device(args.device))
 
 
 def _evaluate(
@@ -137,7 +116,7 @@ def _evaluate(
             progress=progress and importlib.util.find_spec("tqdm") is not None,
         )
     except ValueError as error:
-        raise UsageError(_in_words_of_the_command(str(error), args.text)) from error
+        raise UsageError(in_words_of_the_command(str(error), args.text)) from error
 
 
 def _groups(args: argparse.Namespace) -> list[str] | None:
@@ -145,20 +124,6 @@ def _groups(args: argparse.Namespace) -> list[str] | None:
     if args.group_by == "folder":
         return [str(STANDARD if path == STANDARD else path.parent) for path in args.text]
     return None if args.group_by is None else [str(path) for path in args.text]
-
-
-def _in_words_of_the_command(message: str, files: list[Path]) -> str:
-    """Return the library's message with the files' names and the command's options."""
-
-    def file_name(match: re.Match[str]) -> str:
-        index = int(match[1])
-        return f"--text: {files[index]}" if index < len(files) else match[0]
-
-    if ", but recipe " in message:
-        message = message.replace("context_length", "context")
-        message = re.sub(r"^\w+(?= is )", lambda m: "--" + m[0].replace("_", "-"), message)
-    message = re.sub(r"^document (\d+)\b", file_name, message)
-    return message.replace("bos=True", "--bos yes").replace("eos=True", "--eos yes")
 
 
 def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> str:
@@ -180,12 +145,3 @@ def _as_json(report: EvaluationReport, args: argparse.Namespace, model: Any) -> 
     for position, measures in enumerate(contents["per_position"], 1):
         measures["context_tokens"] = position
     return json.dumps(for_json(contents), indent=1, allow_nan=False) + "\n"
-
-
-def _special_token(text: str) -> bool | int | None:
-    known: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
-    if text in known:
-        return known[text]
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected auto, yes, no or a token id, got {text!r}")
-    return int(text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +77,33 @@ def _draw_running(axes: Any, report: EvaluationReport) -> None:
     axes.set(xlabel="tokens scored, in the order of the text", ylabel="perplexity per token")
 
 
-def binned(positions: Iterable[PerplexityReport]) -> list[tuple[float, PerplexityReport]]:
-    """Return (geometric middle of the positions, their report), 4 bins for each doubling.
+def binned(positions: Sequence[PerplexityReport]) -> list[tuple[float, PerplexityReport]]:
+    """Return (geometric middle of the positions, their report) of each of the bins."""
+    return [
+        (math.sqrt(first * last), functools.reduce(_both, positions[first - 1 : last]))
+        for first, last in position_bins([report.tokens for report in positions])
+    ]
 
-    A bin of fewer than 30 tokens has a large error, so it is joined to the next. Less
-    than half a bin at the end is joined to the bin before.
+
+def position_bins(tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (first, last) of the positions 1, 2, ... in each bin, 4 bins for each doubling.
+
+    `tokens` is how many tokens each position has. A bin of fewer than 30 tokens has a large error,
+    so it is joined to the next. Less than half a bin at the end is joined to the bin before.
     """
-    bins: list[tuple[int, int, PerplexityReport]] = []
-    first, last, open_bin = 1, 0, None
-    for last, report in enumerate(positions, 1):
-        open_bin = report if open_bin is None else _both(open_bin, report)
-        if open_bin.tokens >= BIN_TOKENS and _bin(last) < _bin(last + 1):
-            bins.append((first, last, open_bin))
-            first, open_bin = last + 1, None
-    if open_bin is not None:
+    bins: list[tuple[int, int]] = []
+    first, last, count = 1, 0, 0
+    for last, here in enumerate(tokens, 1):
+        count += here
+        if count >= BIN_TOKENS and _bin(last) < _bin(last + 1):
+            bins.append((first, last))
+            first, count = last + 1, 0
+    if first <= last:
         wide = bool(bins) and 2 * (last - first + 1) >= bins[-1][1] - bins[-1][0] + 1
-        if bins and not (wide and open_bin.tokens >= BIN_TOKENS):
-            first, _, before = bins.pop()
-            open_bin = _both(before, open_bin)
-        bins.append((first, last, open_bin))
-    return [(math.sqrt(first * last), report) for first, last, report in bins]
+        if bins and not (wide and count >= BIN_TOKENS):
+            first, _ = bins.pop()
+        bins.append((first, last))
+    return bins
 
 
 def _bin(position: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..evaluation.recipes import describe
 from ..evaluation.report import EvaluationReport, PerplexityReport, counted
+from .text_table import aligned, some_of
 
 
 def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> str:
@@ -38,7 +39,7 @@ def table(report: EvaluationReport, name: str, files: Sequence[object] = ()) -> 
         rows.append(("mean reciprocal rank", f"{report.mean_reciprocal_rank:.4f}", ""))
     mean = report.mean_document_perplexity
     if mean is not None and report.documents > 1:
-        what = f"mean of the perplexities of {_of(report.documents, report.documents_given)}"
+        what = f"mean of the perplexities of {some_of(report.documents, report.documents_given)}"
         what += ", partly scored" if report.partial else ""
         rows.append(("document perplexity", f"{mean:.4f}", what))
     lines = [_heading(report, name), *_aligned(rows)]
@@ -82,10 +83,7 @@ def _by_part(
         row = [str(name), f"{report.tokens:,}", perplexity, "" if bits is None else f"{bits:.4f}"]
         rows.append(row)
     rows = [row if with_bytes else row[:-1] for row in (*rows, *averages)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        yield "  ".join(["", first.ljust(widths[0]), *cells]).rstrip()
+    return aligned(rows)
 
 
 def _aligned(rows: Sequence[tuple[str, str, str]]) -> Iterable[str]:
@@ -94,8 +92,8 @@ def _aligned(rows: Sequence[tuple[str, str, str]]) -> Iterable[str]:
 
 
 def _heading(report: EvaluationReport, name: str) -> str:
-    documents = _of(report.documents, report.documents_given)
-    windows = _of(report.windows_scored, report.windows, "window")
+    documents = some_of(report.documents, report.documents_given)
+    windows = some_of(report.windows_scored, report.windows, "window")
     ends = [
         f"{what} {'not added' if token is None else token}"
         for what, token in (("BOS", report.bos), ("EOS", report.eos))
@@ -105,16 +103,13 @@ def _heading(report: EvaluationReport, name: str) -> str:
         f"stride {report.stride}",
         *ends,
     ]
+    if report.after is not None:
+        parts.append(f"only what follows {report.after!r} is scored")
     if report.logits_stored:
         parts.append("from the model's own logits")
     partial = "PARTIAL, interrupted: only what was scored is in it\n" if report.partial else ""
     recipe = "" if report.recipe is None else "\n" + describe(report.recipe, report.bos)
     return partial + ", ".join(parts) + recipe
-
-
-def _of(scored: int, given: int, what: str = "document") -> str:
-    """Return "3 windows", or "1 of 3 windows" where an interruption left some out."""
-    return ("" if scored == given else f"{scored:,} of ") + counted(given, what)
 
 
 def _spread(error: float | None) -> str:

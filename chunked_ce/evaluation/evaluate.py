@@ -30,7 +30,7 @@ from .windows import batches, sliding_windows
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def evaluate_perplexity(
     model: Any,
     input_ids: Tensor | Sequence[Any] | None = None,
@@ -57,7 +57,6 @@ def evaluate_perplexity(
     progress: bool = False,
     group: Any = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> EvaluationReport:
     """Compute the perplexity of a causal language model on documents, each token scored once.
 
@@ -124,47 +123,62 @@ def evaluate_perplexity(
     >>> f"{report.perplexity:.1f} per token, {report.tokens} tokens"
     '16.0 per token, 4 tokens'
     """
-    if unknown:
-        checks.unknown_keywords(evaluate_perplexity, unknown)
-    flags(
-        full_last_window=full_last_window, rank=rank, per_document=per_document,
-        per_position=per_position, per_window=per_window, progress=progress,
-    )  # fmt: skip
     checks.no_more_positional(positional)
-    backend_name(backend)
-    checks.progress_bar(progress)
-    checks.model(model)
+    wanted = Wanted(rank, per_document, per_position, per_window, groups, progress)
+    where = _device(model, device, wanted, full_last_window, backend)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
-    where = checks.device(device_of(model) if device is None else device)
+    checks.one_part(mask, spans, after, text, recipe)
     group = None if group is None else process_group(group)
     batch_size = checks.at_least_one("batch_size", batch_size)
-    checks.one_part(mask, spans, after, text, recipe)
     describe_text(text, shown=progress)
     source = Source(model, tokenizer, text, input_ids, attention_mask)
     parts = Parts(mask, spans, after)
-    planner = partial(_plan, parts) if recipe is None else partial(plan_recipe, recipe)
+    planner = partial(plan_windows, parts) if recipe is None else partial(plan_recipe, recipe)
     plan = planner(source, context_length, stride, full_last_window, bos, eos)
+    plan.settings["after"] = after
+    return _score(model, plan, wanted, where, batch_size, group, backend)
+
+
+def _device(
+    model: Any, device: Any, wanted: Wanted, full_last_window: bool, backend: str
+) -> torch.device:
+    """Return where batches go, once the flags, the backend and the model are right."""
+    flags(
+        full_last_window=full_last_window, rank=wanted.rank, per_document=wanted.per_document,
+        per_position=wanted.per_position, per_window=wanted.per_window, progress=wanted.progress,
+    )  # fmt: skip
+    backend_name(backend)
+    checks.progress_bar(wanted.progress)
+    checks.model(model)
+    return checks.device(device_of(model) if device is None else device)
+
+
+def _score(
+    model: Any,
+    plan: Prepared,
+    wanted: Wanted,
+    where: torch.device,
+    batch_size: int,
+    group: Any,
+    backend: str,
+) -> EvaluationReport:
+    """Return the report of the planned windows; raise it where Ctrl-C left some of them out."""
     ids = [document.ids for document in plan.documents]
-    groups = checks.document_groups(groups, len(ids), plan.joins)
+    groups = checks.document_groups(wanted.groups, len(ids), plan.joins)
     checks.ids_known("document", ids, model, None)
-    describe_windows(ids, len(plan.windows), shown=progress)
+    describe_windows(ids, len(plan.windows), shown=wanted.progress)
     with evaluating(model):
         examined = examine(model, "document", ids, plan.settings["context_length"], where, backend)
-        scoring = Scoring(examined, plan.documents, plan.windows, where, rank, backend)
-        interrupted = scoring.run(batches(plan.windows, batch_size), group, progress)
+        scoring = Scoring(examined, plan.documents, plan.windows, where, wanted.rank, backend)
+        interrupted = scoring.run(batches(plan.windows, batch_size), group, wanted.progress)
     settings = plan.settings | dict(partial=interrupted)
-    wanted = Wanted(per_document, per_position, per_window, groups)
-    return _complete(scoring.report(wanted, **settings))
-
-
-def _complete(report: EvaluationReport) -> EvaluationReport:
-    """Return the report; raise it where Ctrl-C left some of it out."""
+    report = scoring.report(wanted._replace(groups=groups), **settings)
     if report.partial:
         raise EvaluationInterrupted(report)
     return report
 
 
-def _plan(
+def plan_windows(
     parts: Parts,
     source: Source,
     context_length: int | None,

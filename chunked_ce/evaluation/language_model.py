@@ -26,6 +26,7 @@ from . import checks
 
 PROBE_TOKENS = 8
 ROUNDING = 1e-3  # of the largest logit, in any dtype; a token ahead moves a small BERT's by 4e-3
+_UNLIMITED = 1 << 31
 _LOGITS_BYTES = 256 << 20
 """Size of the model's own logits at a time, where they must be stored."""
 
@@ -43,15 +44,22 @@ class LanguageModel:
         self, input_ids: Tensor, target: Tensor, *, rank: bool, backend: str
     ) -> TokenStats:
         """Return statistics of `target` [B, T] after `input_ids` [B, T]; -100 is not scored."""
-        rows = len(input_ids)
-        if self.head_weight is None:
-            rows = max(1, _LOGITS_BYTES // (input_ids.shape[1] * self.vocab_size * 4))
+        rows = self.windows_at_a_time(input_ids.shape[1])
         parts = []
         for ids, labels in zip(input_ids.split(rows), target.split(rows), strict=True):
-            logits = _logits_of(self.model, ids, self.head_weight)
-            parts.append(self._stats_of(logits, labels, rank, backend))
+            parts.append(self._stats_of(self.logits(ids), labels, rank, backend))
         joined = [None if s[0] is None else torch.cat(s) for s in zip(*parts, strict=True)]
         return TokenStats(*joined)  # type: ignore[arg-type]
+
+    def windows_at_a_time(self, length: int) -> int:
+        """Return how many windows of `length` tokens the model may be shown, for its logits."""
+        if self.head_weight is not None:
+            return _UNLIMITED
+        return max(1, _LOGITS_BYTES // (length * self.vocab_size * 4))
+
+    def logits(self, input_ids: Tensor) -> Any:
+        """Return logits [B, T, V] of `input_ids` [B, T], deferred where that works."""
+        return _logits_of(self.model, input_ids, self.head_weight)
 
     def _stats_of(
         self, logits: Tensor | DeferredLogits, target: Tensor, rank: bool, backend: str

@@ -34,8 +34,10 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def perplexity_bar(tokens: int, shown: bool) -> Iterator[Callable[[int, Tensor], None]]:
-    """Yields a function of the tokens just scored and of (sum of NLL, number of tokens) so far.
+def token_bar(
+    tokens: int, shown: bool, measure: Callable[[Tensor], dict[str, str]]
+) -> Iterator[Callable[[int, Tensor], None]]:
+    """Yields a function of the tokens just scored and of the sums so far, which `measure` shows.
 
     The sums are read only when the bar is drawn: reading makes a GPU's host wait.
     """
@@ -50,9 +52,7 @@ def perplexity_bar(tokens: int, shown: bool) -> Iterator[Callable[[int, Tensor],
         so_far: list[Tensor] = []
 
         def show() -> None:
-            nll_sum, count = so_far[0].tolist()
-            perplexity = PerplexityReport(nll_sum, int(count)).perplexity
-            bar.set_postfix(perplexity=f"{perplexity:.4g}")
+            bar.set_postfix(**measure(so_far[0]))
 
         def advance(scored: int, sums: Tensor) -> None:
             so_far[:] = [sums]
@@ -62,3 +62,9 @@ def perplexity_bar(tokens: int, shown: bool) -> Iterator[Callable[[int, Tensor],
         yield advance
         if so_far:
             show()
+
+
+def running_perplexity(sums: Tensor) -> dict[str, str]:
+    """Return the perplexity of (sum of NLL, number of tokens)."""
+    nll_sum, count = sums.tolist()
+    return {"perplexity": f"{PerplexityReport(nll_sum, int(count)).perplexity:.4g}"}

@@ -167,6 +167,7 @@ class EvaluationReport(PerplexityReport):
     partial: bool = False  # interrupted: some windows are not in it
     mean_nll_document_stderr: float | None = None  # of `mean_nll`, documents as clusters
     recipe: str | None = None  # whose windows and counts these are, see RECIPES
+    after: str | None = None  # the marker after which documents are scored
     per_document: tuple[PerplexityReport, ...] | None = None
     per_position: tuple[PerplexityReport, ...] | None = None
     per_window: tuple[PerplexityReport, ...] | None = None

@@ -13,7 +13,7 @@ from ..distributed.collectives import all_reduce, rank_and_size
 from .documents import Document
 from .language_model import LanguageModel
 from .nll_sums import document_stderr, reciprocal_rank
-from .progress import perplexity_bar
+from .progress import running_perplexity, token_bar
 from .report import EvaluationReport, PerplexityReport
 from .windows import Window
 
@@ -23,12 +23,14 @@ NLL, SQUARES, TOKENS, TOP1, RECIPROCAL = range(5)
 
 
 class Wanted(NamedTuple):
-    """Which parts have a report of their own."""
+    """What a caller asks for: ranks, parts with a report of their own, and a progress bar."""
 
+    rank: bool
     per_document: bool
     per_position: bool
     per_window: bool
     groups: Sequence[str] | None  # of the documents
+    progress: bool
 
 
 class Scoring:
@@ -57,7 +59,7 @@ class Scoring:
         turns = range(this_rank, -(-len(plan) // size) * size, size)
         tokens = sum(self.windows[i].scored for chosen in plan[this_rank::size] for i in chosen)
         try:
-            with perplexity_bar(tokens, progress and this_rank == 0) as advance:
+            with token_bar(tokens, progress and this_rank == 0, running_perplexity) as advance:
                 for turn in turns:
                     sums = self._batch(plan[turn % len(plan)])
                     if turn < len(plan):

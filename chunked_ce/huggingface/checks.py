@@ -14,7 +14,7 @@ from ..checks.values import LOGIT_DTYPES, integer, is_dtensor, shape
 
 LOGITS_WERE_MADE = (
     "the model uses its logits before the loss for more than a factor, a softcap or a slice of the "
-    "tokens, so they are computed after all: chunked_ce.huggingface.enable saves nothing here"
+    "tokens, so they are computed after all: chunked_ce.huggingface.{} saves nothing here"
 )
 
 NO_LABELS = (
@@ -24,6 +24,21 @@ NO_LABELS = (
     "compute_loss_func takes them away too: leave it out. A trainer that takes its loss from the "
     "logits, as some of TRL's do, passes none: call enable(model, without_labels=True)"
 )
+
+NO_LABELS_TO_DISTILL = (
+    "a model that is distilled (chunked_ce.huggingface.distill) trains without labels, so its "
+    "logits are computed and the teacher is not asked: pass labels, -100 where nothing is to be "
+    "learned"
+)
+
+
+def logits_of(student: bool) -> str:
+    """Return the warning about logits that cannot be deferred."""
+    return (
+        f"the logits of the {'student' if student else 'teacher'} are computed whole, because its "
+        "head is no plain linear layer or because the model uses its logits for more than a "
+        "factor, a softcap or a slice of the tokens"
+    )
 
 
 def causal_lm(model: Any) -> nn.Module:
@@ -91,6 +106,12 @@ def output_head(model: Any) -> nn.Module:
         )
     # PEFT's modules_to_save keeps copies of it, which are followed.
     return deferrable_head(model, getattr(head, "original_module", head))
+
+
+def input_device(given: dict[str, Any]) -> torch.device | None:
+    """Return where a model's token ids are."""
+    ids = given.get("input_ids")
+    return ids.device if isinstance(ids, Tensor) else None
 
 
 def is_linear(head: Any) -> bool:

@@ -118,7 +118,7 @@ class DeferredLogits(Reductions):
             hidden=self._hidden, factors=self.factors, dtype=self.dtype, device=self.device,
             classes=self._classes,
         )  # fmt: skip
-        return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
+        return type(self)(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
         scale, cap = self.factors
@@ -173,7 +173,7 @@ class DeferredLogits(Reductions):
     __truediv__ = div
 
     def reshape(self, *shape: Any) -> Any:
-        if self._is_deferred() and not any(isinstance(n, torch.dtype) for n in shape):
+        if self._is_deferred():
             no_memory = torch.empty((), device="meta").expand(self.shape)
             new = no_memory.reshape(*shape).shape
             if new[-1:] == self.shape[-1:] and no_memory.numel():
@@ -184,7 +184,9 @@ class DeferredLogits(Reductions):
         return self.tensor().reshape(*shape)
 
     def view(self, *shape: Any) -> Any:
-        return self.reshape(*shape) if self._is_deferred() else self.tensor().view(*shape)
+        if not self._is_deferred() or any(isinstance(n, torch.dtype) for n in shape):
+            return self.tensor().view(*shape)
+        return self.reshape(*shape)
 
     def split(self, size: Any, dim: int = 0) -> tuple[Any, ...]:
         if type(size) is not int or size < 1 or dim != 0 or not self._has_rows():

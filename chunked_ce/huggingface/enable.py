@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import loss as loss_checks
 from . import checks
+from .backward import can_follow
 from .calls import Call, Deferring, positions
 from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
@@ -84,18 +85,26 @@ def enable(
         >>> handle.disable()
     """
     model = checks.causal_lm(model)
+    head = refuse_others(model)
+    label_smoothing = loss_checks.label_smoothing(label_smoothing)
+    return Enabled(model, head, Deferring(evaluation, without_labels), label_smoothing)
+
+
+def refuse_others(model: nn.Module) -> nn.Module:
+    """Return the head of a model that can be enabled."""
     checks.not_enabled(STATE in vars(model))
     head = checks.output_head(model)
     checks.calls_loss_function(model)
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     checks.replaceable_loss(model, (ForCausalLMLoss, causal_lm_loss))
-    label_smoothing = loss_checks.label_smoothing(label_smoothing)
-    return Enabled(model, head, Deferring(evaluation, without_labels), label_smoothing)
+    return head
 
 
 class Enabled:
     """Hold what :func:`enable` changed, and undo it."""
+
+    _function, _no_labels = "enable", checks.NO_LABELS
 
     def __init__(
         self, model: nn.Module, head: nn.Module, wanted: Deferring, label_smoothing: float
@@ -105,18 +114,25 @@ class Enabled:
         self._model = model
         self._factors: tuple[float, float | None] | None = None  # of the last step's logits
         self._deferring = False
+        self._returning = False  # whether backward begins at the logits, for want of a loss
         self._warned: set[str] = set()
         self._positions = positions(model)
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
-        loss: Callable[..., Tensor] = causal_lm_loss
-        if label_smoothing:
-            loss = functools.partial(causal_lm_loss, label_smoothing=label_smoothing)
         self._change(
             model, forward=MethodType(_model_forward(model), model),
-            _loss_function=loss, _replicate_for_data_parallel=checks.no_replica,
+            _loss_function=self._loss_of_model(), _replicate_for_data_parallel=checks.no_replica,
         )  # fmt: skip
         self._kept: list[Any] = []  # heads whose weight FSDP2 would free
         self._enable_head(head)
+
+    def _loss_of_model(self) -> Callable[..., Tensor]:
+        if self._label_smoothing:
+            return functools.partial(causal_lm_loss, label_smoothing=self._label_smoothing)
+        return causal_lm_loss
+
+    def _run(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model's own forward."""
+        return run(*args, **kwargs)
 
     def _change(self, module: nn.Module, **values: Any) -> None:
         for name, value in {STATE: self, **values}.items():
@@ -205,7 +221,7 @@ class Enabled:
     def _on_use(self) -> None:
         """Say once that the model itself uses its logits, so that nothing is saved."""
         if self._deferring and not torch.compiler.is_compiling():
-            self._warn(checks.LOGITS_WERE_MADE)
+            self._warn(checks.LOGITS_WERE_MADE.format(self._function))
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -216,11 +232,13 @@ class Enabled:
         """Return whether a forward that begins may defer."""
         training, compiling = self._model.training, torch.compiler.is_compiling()
         deferring = self._wanted.wants(call, training, compiling)
+        if deferring and not call.has("labels") and torch.is_grad_enabled():
+            deferring = can_follow(self._model)
         if not compiling:
             if deferring:
                 self._enable_new_head()
             elif training and torch.is_grad_enabled() and not self._wanted.without_labels:
-                self._warn(checks.NO_LABELS)
+                self._warn(self._no_labels)
         return deferring
 
     def _note_factors(self, outputs: Any) -> None:
@@ -248,9 +266,9 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
             return run(*args, **kwargs)
         call = Call(state._positions, args, kwargs)
         before, deferring = state._deferring, state._prepare(call)
-        state._deferring = deferring
+        state._deferring, state._returning = deferring, not call.has("labels")
         try:
-            outputs = run(*args, **kwargs)
+            outputs = state._run(run, args, kwargs)
         finally:
             state._deferring = before
         if deferring:

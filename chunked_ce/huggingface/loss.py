@@ -98,11 +98,9 @@ def causal_lm_loss(
         >>> torch.allclose(loss, chunked_ce.huggingface.causal_lm_loss(logits, ids))
         True
     """
-    checks.causal_lm_labels(logits, labels, shift_labels)
-    num_items = checks.num_items_in_batch(num_items_in_batch)
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels, num_items = labels_and_items(
+        logits, labels, num_items_in_batch, ignore_index, shift_labels
+    )
     product = logits.linear() if isinstance(logits, DeferredLogits) else None
     device = logits.device if product is None else product[0].device
     target = shift_labels.to(device, non_blocking=True).reshape(logits.shape[:-1])
@@ -125,3 +123,19 @@ def causal_lm_loss(
     loss, stats = found
     moved = (None if s is None else s.to(logits.device) for s in stats)
     return loss.to(logits.device), TokenStats(*moved)  # type: ignore[arg-type]
+
+
+def labels_and_items(
+    logits: Tensor | DeferredLogits,
+    labels: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    ignore_index: int,
+    shift_labels: Tensor | None,
+) -> tuple[Tensor, int | Tensor | None]:
+    """Check a model's labels; return one for each row of logits, and what "mean" divides by."""
+    checks.causal_lm_labels(logits, labels, shift_labels)
+    num_items = checks.num_items_in_batch(num_items_in_batch)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels, num_items

@@ -41,7 +41,9 @@ class HeadCalls:
         # Where no token counts, a row of zeros tells what wants a gradient, of zeros.
         index = self.indices[0] if self.indices else slice(0, 0)
         x = self._hidden_states(index) if self.indices else input.new_zeros(1, input.shape[1])
+        state = checks.state_of_head(head)
         first = self._call(index, x)
+        checks.unchanged_head(state, head)
         self._first = first if self.indices else None
         self.dtype = first.logits.dtype
         self.parameters = leaves_of(first.logits, first.x, getattr(head, "gathered", ()))
@@ -129,8 +131,9 @@ class HeadGradients:
         )
         if self.input is not None:
             of_input = next(found)
-            if of_input is not None:
-                self.input[chunk.index] = of_input
+            if of_input is None:
+                checks.head_without_gradient()
+            self.input[chunk.index] = of_input
         for i, wanted in enumerate(self.for_parameters):
             one = next(found) if wanted else None
             sum = self.sums[i]

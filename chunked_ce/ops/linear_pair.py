@@ -3,7 +3,8 @@
 chunked_ce::linear_pair  each token's loss; and where their weights are known, their weighted sum
                          and the student's gradients of that
 
-Memory: one chunk of each model's logits and the gradients. The teacher gets no gradient.
+Memory: one chunk of each model's logits and the gradients; with a softcap of the student's one
+chunk more, in float32 for its derivative. The teacher gets no gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.divergence import Divergence
-from ..core.head import IDENTITY, compute_dtype
+from ..core.head import IDENTITY, Head, compute_dtype
 from ..core.reduction import apply_weight, is_scored
 from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
 from .library import library
@@ -24,11 +25,13 @@ library.define(
     "linear_pair(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor teacher_input, "
     "Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? token_weight, "
     "int ignore_index, str kind, float beta, float temperature, float cross_entropy_weight, "
-    "SymInt vocab_size, str backend, int rows_per_chunk, ScalarType acc_dtype, bool[] wanted, "
-    "bool reuse) -> "
+    "SymInt vocab_size, float? softcap, float logit_scale, float? teacher_softcap, "
+    "float teacher_logit_scale, str backend, int rows_per_chunk, ScalarType acc_dtype, "
+    "bool[] wanted, bool reuse) -> "
     "(Tensor loss, Tensor total, Tensor input_grad, Tensor weight_grad, Tensor bias_grad)"
 )
-_ARGUMENTS = 19
+_ARGUMENTS = 23
+_BACKEND = 10  # its index in the options, which follow the token weights
 
 
 def _linear_pair(
@@ -43,9 +46,12 @@ def _linear_pair(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    kind, beta, temperature, cross_entropy_weight, vocab_size, backend, *options_ = options
-    rows_per_chunk, acc_dtype, wanted, _ = options_
-    how, run = Divergence(kind, beta, temperature), backends.pair_backend(backend)
+    how, (cross_entropy_weight, vocab_size) = Divergence(*options[:3]), options[3:5]
+    head, teacher_head = Head(*options[5:7]), Head(*options[7:9])
+    backend, rows_per_chunk, acc_dtype, wanted, _ = options[9:]
+    run = backends.pair_backend(backend)
+    if target is not None and cross_entropy_weight:
+        backends.check_targets(target, vocab_size, ignore_index, on_host=target.is_cpu)
     ignored = None if target is None else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
     losses = input.new_zeros(len(input), dtype=compute_dtype(input.dtype))
@@ -58,24 +64,24 @@ def _linear_pair(
         strict=True,
     ):
         skip = None if ignored is None else ignored[index]
+        derivative = head.derivative(logits) if any(wanted) else 1.0
+        head.apply_(logits)
+        teacher_head.apply_(of_teacher)
         stats = run.pair_stats(logits, of_teacher, skip, how, vocab_size)
         losses[index] = stats.loss
-        of_tokens = None if token_weight is None else token_weight[index]
-        of_labels = None
+        of_tokens, of_labels = None if token_weight is None else token_weight[index], None
         if target is not None and cross_entropy_weight:
-            loss, of_labels = _cross_entropy(
-                backend, logits, target[index],
-                None if of_tokens is None else of_tokens * cross_entropy_weight, ignore_index,
-                vocab_size, any(wanted),
-            )  # fmt: skip
+            weights = None if of_tokens is None else of_tokens * cross_entropy_weight
+            given = (backend, logits, target[index], weights, ignore_index, vocab_size)
+            loss, of_labels = _cross_entropy(*given, with_gradient=any(wanted))
             losses[index] += cross_entropy_weight * loss
         if any(wanted):
-            assert of_tokens is not None
-            given = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
-            grad = run.pair_gradient(*given, inplace=True)
-            gradients.add(index, x, grad if of_labels is None else grad.add_(of_labels))
-            del given, grad
-        del x, logits, of_teacher  # the last chunk ends before the gradients are rounded
+            to_student = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
+            grad = run.pair_gradient(*to_student, inplace=True)
+            grad = grad if of_labels is None else grad.add_(of_labels)
+            gradients.add(index, x, grad if head == IDENTITY else grad.mul_(derivative))
+            del to_student, grad, of_labels
+        del x, logits, of_teacher, derivative  # before the gradients are rounded
     total = losses if token_weight is None else apply_weight(losses, token_weight)
     return losses, total.sum(), *gradients.finish()
 
@@ -132,7 +138,7 @@ class _LinearPair(torch.autograd.Function):
             upstream = token_weight if ctx.is_sum else of_losses.contiguous()
             _, _, *grads = _call(*given, upstream, *ctx.options, ctx.wanted, ctx.reuse)
         scale = of_total if ctx.is_sum else None
-        scaled = scale_gradients(grads, ctx.wanted, scale, ctx.options[6], reuse=ctx.reuse)
+        scaled = scale_gradients(grads, ctx.wanted, scale, ctx.options[_BACKEND], reuse=ctx.reuse)
         return *scaled, *(None,) * (_ARGUMENTS - 3)
 
 

@@ -42,9 +42,9 @@ static inline REAL KIND(log1p_below)(REAL v)
 }
 
 /* log m less the larger of log p and log q, negated: m is that times 1 + share (exp(-|d|) - 1). */
-static inline REAL KIND(above_mixture)(REAL d, REAL beta)
+static inline REAL KIND(above_mixture)(REAL d, REAL beta, REAL rest)
 {
-    REAL share = d > 0 ? 1 - beta : beta, below = d > 0 ? -d : d, series = 0;
+    REAL share = d > 0 ? rest : beta, below = d > 0 ? -d : d, series = 0;
     for (int n = 13; n > 1; n--)
         series = (1 + below * series) * (REAL)(1.0 / n);
     series = below * (1 + below * series);
@@ -93,7 +93,7 @@ static void KIND(load_pair)(const Pair *job, const KIND(PairRow) * numbers, cons
 static void KIND(add_terms)(const Pair *job, const REAL *p, const REAL *q, const REAL *d, int64_t n,
                             double *loss, double *student_kl)
 {
-    const REAL beta = (REAL)job->beta;
+    const REAL beta = (REAL)job->beta, rest = (REAL)(1 - job->beta);
     REAL sum = 0, of_student = 0;
     if (job->kind == FORWARD) {
 #pragma omp simd reduction(+ : sum)
@@ -107,11 +107,11 @@ static void KIND(add_terms)(const Pair *job, const REAL *p, const REAL *q, const
     } else {
 #pragma omp simd reduction(+ : sum, of_student)
         for (int64_t i = 0; i < n; i++) {
-            REAL mixture = beta * q[i] + (1 - beta) * p[i], larger = KIND(above_mixture)(d[i], beta);
+            REAL mixture = beta * q[i] + rest * p[i], larger = KIND(above_mixture)(d[i], beta, rest);
             of_student += KIND(excess)(p[i], d[i] > 0 ? larger - d[i] : larger, mixture);
             sum += KIND(excess)(q[i], d[i] > 0 ? larger : larger + d[i], mixture);
         }
-        sum = beta * sum + (1 - beta) * of_student;
+        sum = beta * sum + rest * of_student;
     }
     *loss += (double)sum;
     *student_kl += (double)of_student;
@@ -120,7 +120,7 @@ static void KIND(add_terms)(const Pair *job, const REAL *p, const REAL *q, const
 /* dL/d(z / T), written over d */
 static void KIND(slopes)(const Pair *job, REAL student_kl, int64_t n, KIND(PairBlock) * block)
 {
-    const REAL beta = (REAL)job->beta, *p = block->p, *q = block->q;
+    const REAL beta = (REAL)job->beta, rest = (REAL)(1 - job->beta), *p = block->p, *q = block->q;
     REAL *d = block->d;
     if (job->kind == FORWARD) {
 #pragma omp simd
@@ -138,8 +138,8 @@ static void KIND(slopes)(const Pair *job, REAL student_kl, int64_t n, KIND(PairB
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
-            REAL larger = KIND(above_mixture)(d[i], beta), above = d[i] > 0 ? larger - d[i] : larger;
-            d[i] = p[i] == 0 ? 0 : p[i] * ((1 - beta) * (above - student_kl));
+            REAL larger = KIND(above_mixture)(d[i], beta, rest), above = d[i] > 0 ? larger - d[i] : larger;
+            d[i] = p[i] == 0 ? 0 : p[i] * (rest * (above - student_kl));
         }
     }
 }

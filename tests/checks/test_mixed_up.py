@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from chunked_ce import (
     BCEWithLogitsLoss,
     CrossEntropyLoss,
+    DistillationLoss,
     LinearCrossEntropyLoss,
     Perplexity,
     binary_cross_entropy_with_logits,
@@ -29,6 +30,7 @@ from chunked_ce.distributed import (
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_token_stats,
 )
+from chunked_ce.huggingface import distill
 
 N, V, D = 6, 7, 5
 X, T = torch.randn(N, V), torch.arange(N)
@@ -126,7 +128,8 @@ def test_module_as_weight():
     "function",
     [
         *(cross_entropy, token_stats, linear_cross_entropy, linear_token_stats, bce, kl_div),
-        *(linear_kl_div, evaluate_perplexity, loglikelihood, perplexity, Perplexity),
+        *(linear_kl_div, evaluate_perplexity, loglikelihood, perplexity, Perplexity, distill),
+        DistillationLoss,
         *(getattr(distributed, name) for name in distributed.__all__),
     ],
 )

@@ -166,7 +166,7 @@ def test_positions_are_binned_without_losing_any(tokens, first):
         ("{m} --text /dev/zero", "/dev/zero: a device; expected a file of text"),
         ("{m} --text {t}/good --json {t}/good", "good' is a file of --text, which it would overwrite"),
         ("{m} --text {t}/good --json {t}/link", "link' is a file of --text, which it would overwrite"),
-        ("{m} --text {t}/good --json {m}/config.json", "is a file of the model, which it would overwrite"),
+        ("{m} --text {t}/good --json {m}/config.json", "is a file of a model, which it would overwrite"),
         ("{m} --text {t}/good --json {t}/a.png --plot {t}/x/../a.png", "is that of --json"),
     ],
 )  # fmt: skip
@@ -282,7 +282,7 @@ def test_other_kinds_of_pictures(folder, tmp_path, suffix, start, capsys):
 
 
 def test_much_text_is_announced_step_by_step(folder, monkeypatch, capfd):
-    monkeypatch.setattr(perplexity, "_MUCH_TEXT", 10)
+    monkeypatch.setattr(perplexity, "MUCH_TEXT", 10)
     assert main(["perplexity", str(folder), "--text", *texts(folder), "--device", "cpu"]) == 0
     err = capfd.readouterr().err
     size = sum(len(t.encode()) for t in TEXTS) / 1e6

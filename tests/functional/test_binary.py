@@ -48,6 +48,8 @@ def compare(loss, exact, x):
 @pytest.mark.parametrize("shape", [(3, 101), (2, 2, 37), (9,), (4, 1)], ids=str)
 @pytest.mark.parametrize("labels", ["soft", "hard", "indices"])
 def test_labels(backend, device, dtype, shape, labels):
+    if backend == "triton" and len(shape) == 3 and dtype != torch.float32:
+        pytest.skip("the interpreter is slow, and no kernel sees both the dtype and the shape")
     x = (torch.randn(shape, dtype=torch.float64, device=device) * 4).to(dtype)
     y = torch.rand(shape) if labels == "soft" else (torch.rand(shape) < 0.1).float()
     target = by_index(y) if labels == "indices" else y
@@ -59,7 +61,9 @@ def test_labels(backend, device, dtype, shape, labels):
         (None, torch.rand(shape, device=device)),
         (None, torch.rand(shape[-1], device=device)),
     ):
-        if backend == "triton" and (reduction == "sum" or (weight is None) != (pos_weight is None)):
+        if backend == "triton" and (reduction, weight is None, pos_weight is None) not in (
+            ("mean", True, True), ("none", False, False),
+        ):  # fmt: skip
             continue  # the kernels see no difference
 
         def loss(x, r=reduction, w=weight, v=pos_weight):

@@ -1,6 +1,7 @@
-"""Compile every kernel for its GPUs on this machine. No kernel spills.
+"""Compile every kernel on this machine. No kernel spills.
 
-This file builds float16 with the installed Triton. `make compile` builds all dtypes with every version.
+This file builds float16 for one GPU with the installed Triton. `make compile` builds all dtypes for all GPUs with
+every version.
 """
 
 import json
@@ -22,14 +23,16 @@ def compile_kernels(*arguments, **variables):
 
 
 def test_float16_spills(tmp_path):
-    done = compile_kernels("--dtype", "float16", "--json", str(tmp_path / "built.json"))
+    done = compile_kernels(
+        "--dtype", "float16", "--target", "gfx942", "--json", str(tmp_path / "built.json")
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     built = json.loads((tmp_path / "built.json").read_text())
     assert {b["kernel"] for b in built} == {
         "token_stats_kernel", "merge_parts_kernel", "token_grad_kernel", "loss_and_grad_kernel",
         "binary_kernel", "pair_stats_kernel", "pair_grad_kernel",
     }  # fmt: skip
-    assert {b["target"] for b in built} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {b["target"] for b in built} == {"gfx942"}
     assert all(b["size"] > 0 and b["spills"] == 0 for b in built)
     assert "FP_FUSION" not in done.stderr  # Triton 3.9 warns where fusion is not stated
 

@@ -108,7 +108,7 @@ def test_every_target(backend, device, shape, kind):
     weight = torch.rand(vocab, device=device)
     weight[1] = 0
     all_options = itertools.product(("mean", "sum", "none"), (0.0, 0.1), (None, weight))
-    few = (("mean", 0.1, weight), ("none", 0.0, weight), ("sum", 0.1, None))
+    few = (("mean", 0.1, weight), ("none", 0.0, None))  # the interpreter is slow
     for reduction, smoothing, w in few if backend == "triton" else all_options:
         options = dict(reduction=reduction, label_smoothing=smoothing, weight=w)
 
@@ -541,7 +541,7 @@ def test_linear_every_target(backend, device, kind, smoothing):
     weight = torch.rand(vocab, device=device)
     ours, theirs, more = kinds((*rows, vocab), -1, device)[kind]
     ours, theirs = to(device, ours), to(device, theirs)
-    for reduction, of_classes in itertools.product(("mean", "none"), (None, weight)):
+    for reduction, of_classes in (("mean", None), ("none", weight)):
         options = dict(weight=of_classes, reduction=reduction, label_smoothing=smoothing)
         leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
         loss = linear_cross_entropy(

@@ -59,7 +59,28 @@ def test_nearly_equal_rows_keep_their_digits(backend, device, kind):
         truth = oracle.kl_div(x, y, kind=kind, reduction="none")
         ours = kl_div(x, y, kind=kind, reduction="none", backend=backend)
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=0)
-    assert (kl_div(x, x.clone(), kind=kind, reduction="none", backend=backend).abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_rows_give_exactly_zero(backend, device, kind):
+    for dtype in FLOATS if backend != "triton" else FLOATS[:1]:
+        x, _, _ = pair(3, 301, dtype, device)
+        x[0] += 1e3
+        x[1, 7] = -math.inf
+        options = dict(kind=kind, beta=0.3, temperature=0.7, reduction="none", backend=backend)
+        assert (kl_div(x, x.clone(), **options) == 0).all()
+        assert (gradient(lambda x, o=options: kl_div(x, x.detach(), **o).sum(), x) == 0).all()
+
+
+def test_small_and_large_shares_and_temperatures(backend, device):
+    x, y, _ = pair(3, 77, device=device)
+    for beta in (0.03, 0.97):
+        check(
+            x, y, kind="jsd", beta=beta, reduction="none", upstream=torch.ones(3), backend=backend
+        )
+    for kind in KINDS:  # nearly one class; far smoother than the logits
+        for temperature in (0.05, 10.0):
+            check(x, y, kind=kind, temperature=temperature, backend=backend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,6 +180,37 @@ def test_definitions_of_torch_and_gkd(backend, device):
         torch.testing.assert_close(kl_div(x, y, kind="jsd", beta=beta, backend=backend), same)
 
 
+def liger(x, y, labels, beta, temperature, weight_hard, weight_soft):
+    """Liger's fused linear JSD, as its kernel and its distillation losses define it.
+
+    With P of the teacher and Q of the student: beta KL(P|M) + (1 - beta) KL(Q|M), M = beta P +
+    (1 - beta) Q, summed over the tokens that count and divided by their number; the hard loss is
+    the cross-entropy at temperature 1, by the same number.
+    """
+    keep = labels != -100
+    log_q, log_p = ((t / temperature).log_softmax(-1)[keep] for t in (x, y))
+    m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    each = beta * log_p.exp() * (log_p - m) + (1 - beta) * log_q.exp() * (log_q - m)
+    if beta == 0:
+        each = log_p.exp() * (log_p - log_q)
+    if beta == 1:
+        each = log_q.exp() * (log_q - log_p)
+    hard = F.cross_entropy(x[keep], labels[keep], reduction="sum")
+    return (weight_soft * each.sum() + weight_hard * hard) / keep.sum()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_same_numbers_as_liger(backend, device, beta):
+    x, y, target = pair(9, 60, device=device)
+    theirs = liger(x.double(), y.double(), target, beta, 2.0, 0.3, 0.7)
+    weight = torch.eye(60, device=device)  # the logits are the hidden states
+    ours = chunked_ce.linear_kl_div(
+        x, weight, y, weight, kind="jsd", beta=beta, temperature=2.0, target=target,
+        cross_entropy_weight=0.3 / 0.7, backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(0.7 * ours.double(), theirs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.framework
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(backend, device, kind):
@@ -226,6 +278,7 @@ X, Y = torch.zeros(3, 5), torch.zeros(3, 5)
         ((X, Y), dict(reduction="batchmean"), "reduction is 'batchmean'"),
         ((X, Y), dict(token_weight=torch.ones(5)), "expected one weight per target"),
         ((X, Y), dict(reduction="sum", num_items=3), "num_items is what reduction='mean' divides"),
+        ((X, Y), dict(labels=torch.zeros(3)), "no argument labels: did you mean target"),
         ((X[:, :0], Y[:, :0]), {}, "no classes in its last dimension"),
     ],
 )

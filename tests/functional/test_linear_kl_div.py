@@ -9,7 +9,7 @@ from torch import nn
 from chunked_ce import kl_div, linear_kl_div
 
 KINDS = ("forward", "reverse", "jsd")
-N, D, TEACHER_D, V = 23, 16, 24, 301
+N, D, TEACHER_D, V = 11, 16, 24, 151  # several chunks of tokens; several ragged tiles
 
 
 def models(dtype=torch.float32, device="cpu"):
@@ -51,7 +51,7 @@ def test_values_and_gradients(backend, device, kind, reduction, cross_entropy_we
         tensors = models(dtype, device)
         target = torch.randint(V, (N,), device=device)
         target[::5] = -100
-        options = dict(kind=kind, beta=0.3, temperature=2.0, token_chunk_size=7, backend=backend)
+        options = dict(kind=kind, beta=0.3, temperature=2.0, token_chunk_size=4, backend=backend)
         given = (reduction, cross_entropy_weight)
         ours, grads = losses(tensors, target, dtype, *given, **options)
         truth, of_truth = losses(tensors, target, torch.float64, *given, truth=True, **options)
@@ -76,7 +76,7 @@ def test_weights_num_items_and_no_target(backend, device):
         (target, "mean", dict(num_items=torch.tensor(50))),
         (target, "mean", dict(num_items=50, token_weight=weight)),
     ):
-        options |= dict(kind="reverse", token_chunk_size=10, backend=backend)
+        options |= dict(kind="reverse", token_chunk_size=6, backend=backend)
         ours, grads = losses(tensors, labels, torch.float32, reduction, 0.0, **options)
         truth, of_truth = losses(
             tensors, labels, torch.float64, reduction, 0.0, truth=True, **options
@@ -87,6 +87,57 @@ def test_weights_num_items_and_no_target(backend, device):
         for a, b in zip(grads, of_truth, strict=True):
             worst = (a.grad.double() - b.grad).abs().max() / b.grad.abs().max()
             assert worst < 3 * ULP[torch.float32]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_softcap_and_scale_of_each_model(backend, device, kind, reduction):
+    """Gemma 2's cap, Granite's factor: the two models' own, in one pass and in two."""
+    if backend == "triton" and kind != "forward":
+        pytest.skip("the interpreter is slow; the transforms are not in the kernels")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, w, b, tx, tw = models(dtype, device)
+        target = torch.randint(V, (N,), device=device)
+        target[::5] = -100
+        for cap, scale, teacher_cap, teacher_scale in ((3.0, 1.5, None, 0.25), (None, 0.3, 2.0, 1)):
+            given = dict(kind=kind, temperature=1.5, token_chunk_size=7, backend=backend)
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            ours = linear_kl_div(
+                *leaves[:2], tx, tw, linear_bias=leaves[2], target=target, reduction=reduction,
+                cross_entropy_weight=0.7, softcap=cap, logit_scale=scale,
+                teacher_softcap=teacher_cap, teacher_logit_scale=teacher_scale, **given,
+            )  # fmt: skip
+            truth = [t.double().clone().requires_grad_() for t in (x, w, b)]
+            z = oracle.logits(truth[0] @ truth[1].T + truth[2], cap, scale)
+            y = oracle.logits(tx.double() @ tw.double().T, teacher_cap, teacher_scale)
+            tokens = dict(target=target, reduction=reduction)
+            expected = oracle.kl_div(z, y, kind=kind, temperature=1.5, **tokens)
+            expected = expected + 0.7 * oracle.cross_entropy(z, **tokens)
+            step = 4 * ULP[dtype]  # the logits are rounded by the product and by the transforms
+            torch.testing.assert_close(ours.double(), expected, rtol=step, atol=step)
+            ours.sum().backward()
+            expected.sum().backward()
+            for a, b_ in zip(leaves, truth, strict=True):
+                worst = (a.grad.double() - b_.grad).abs().max() / b_.grad.abs().max()
+                assert worst < step
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(backend, device, kind, reduction):
+    shapes = ((5, 4), (11, 4), (11,), (5, 3), (11, 3))
+    x, w, b, tx, tw = (torch.randn(s, dtype=torch.float64, device=device) for s in shapes)
+    target = torch.tensor([1, -100, 3, 10, 0], device=device)
+
+    def loss(x, w, b):
+        return linear_kl_div(
+            x, w, tx, tw, linear_bias=b, kind=kind, beta=0.2, temperature=1.3, target=target,
+            reduction=reduction, cross_entropy_weight=0.5, softcap=4.0, teacher_softcap=2.0,
+            token_chunk_size=2, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in (x, w, b)])
 
 
 def test_padded_heads_and_batches():
@@ -146,6 +197,10 @@ X, W, TX, TW = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, 5), torch.ze
             "there is no target",
         ),
         ((X, W, TX, TW), dict(beta=-1), "beta is -1.0"),
+        ((X, W, TX, TW), dict(softcap=0), "softcap is 0.0, expected a number above 0"),
+        ((X, W, TX, TW), dict(teacher_softcap=-1), "teacher_softcap is -1.0"),
+        ((X, W, TX, TW), dict(teacher_logit_scale="2"), "teacher_logit_scale must be a number"),
+        ((X, W, TX, TW), dict(teacher_head=TW), "did you mean teacher_weight"),
         ((X, W, TX, TW), dict(target=torch.zeros(2, dtype=torch.long)), "target has shape"),
         ((X, W, TX.bfloat16(), TW), {}, "dtype"),
         ((X, W.T, TX, TW), {}, r"linear_weight of shape \[4, 7\] takes hidden states of 7"),

@@ -22,7 +22,7 @@ def loss_of(names: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_train_without_the_logits(capsys):
     names = run_block(PAGE, "handle.disable()")
-    assert capsys.readouterr().out == f"{names['input_ids'].shape}\n"
+    assert capsys.readouterr().out == f"{torch.Size((2, 16, 1000))}\n"
     expected, grads = loss_of(names)
     assert isinstance(names["model"](names["input_ids"]).logits, torch.Tensor), "disabled"
     torch.testing.assert_close(names["outputs"].loss.detach(), expected, rtol=1e-6, atol=0)
@@ -66,3 +66,20 @@ def test_trl():
     pytest.importorskip("trl")
     names = run_block(PAGE, "ModelsLoss")
     assert issubclass(names["ModelsLoss"], names["SFTTrainer"])
+
+
+def test_without_labels():
+    names = run_block(PAGE, "enable(policy, without_labels=True)")
+    assert names["logits"]._real is None and names["logp"]._real is None
+    probs = names["logits"].tensor().softmax(-1)
+    torch.testing.assert_close(names["entropies"], torch.special.entr(probs).sum(-1))
+    chosen = probs.gather(-1, names["input_ids"][:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(names["logprobs"], chosen.log())
+    assert all(p.grad is not None for p in names["policy"].parameters())
+
+
+def test_preferences():
+    pytest.importorskip("trl")
+    names = run_block(PAGE, "selective_log_softmax(logits")
+    assert all(p.grad is not None for p in names["policy"].parameters())
+    assert all(p.grad is None for p in names["reference"].parameters())

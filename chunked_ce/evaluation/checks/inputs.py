@@ -24,12 +24,14 @@ def model(value: Any) -> None:
         )
 
 
-def no_more_positional(arguments: tuple[Any, ...]) -> None:
+def no_more_positional(
+    arguments: tuple[Any, ...], function: str = "evaluate_perplexity", models: str = "model"
+) -> None:
     if arguments:
         raise TypeError(
-            "evaluate_perplexity takes model and input_ids by position, and got "
+            f"{function} takes {models} and input_ids by position, and got "
             f"{type(arguments[0]).__name__} as well: text and its tokenizer are passed by name, "
-            "evaluate_perplexity(model, text=..., tokenizer=...)"
+            f"{function}({models}, text=..., tokenizer=...)"
         )
 
 

@@ -12,7 +12,7 @@ from ...checks.values import LOGIT_DTYPES, integer, names, shape
 
 def context_length(value: Any, model: Any, tokenizer: Any) -> int:
     """Return `value`, or the context length of the model's configuration."""
-    longest = _longest(model, tokenizer)
+    longest = longest_context(model, tokenizer)
     if value is None:
         if longest is None:
             raise ValueError(
@@ -43,7 +43,7 @@ def too_long(length: int, model: Any) -> ValueError:
     )
 
 
-def _longest(model: Any, tokenizer: Any) -> int | None:
+def longest_context(model: Any, tokenizer: Any) -> int | None:
     """Return the most tokens that the model, or else its tokenizer, claims to take."""
     if (configured := configured_context(model)) is not None:
         return configured
