@@ -9,6 +9,7 @@ from .distillation import *
 from .heads import *
 from .keywords import hides_unknown as hides_unknown
 from .keywords import known_options as known_options
+from .keywords import names_unknown as names_unknown
 from .keywords import unknown_keywords as unknown_keywords
 from .labels import *
 from .linear import *

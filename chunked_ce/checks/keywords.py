@@ -1,11 +1,13 @@
 """Keywords that a function does not have: which of its own was meant.
 
-A function takes `**unknown: NoReturn`, which costs a call nothing, and refuses what it finds there.
+The losses that a step calls take `**unknown: NoReturn`, which costs nothing, and refuse what they
+find there. Other functions are wrapped by `names_unknown`.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -54,6 +56,20 @@ def hides_unknown(function: F) -> F:
     known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
     return function
+
+
+def names_unknown(function: F) -> F:
+    """Return `function` with a sentence about keywords that it does not have."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*positional: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in known:
+                raise TypeError(unexpected(function.__name__, name, known))
+        return function(*positional, **keywords)
+
+    return call  # type: ignore[return-value]
 
 
 def unknown_keywords(function: Callable[..., Any], unknown: Mapping[str, object]) -> NoReturn:

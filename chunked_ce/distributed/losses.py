@@ -9,8 +9,6 @@ Programs are started by `torchrun`; gloo works on a CPU, NCCL on GPUs.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +31,7 @@ __all__ = [
 ]
 
 
-@checks.hides_unknown
+@checks.names_unknown
 def vocab_parallel_token_stats(
     input: Tensor,
     target: Tensor,
@@ -49,7 +47,6 @@ def vocab_parallel_token_stats(
     argmax: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> TokenStats:
     """:func:`chunked_ce.token_stats` of logits whose classes lie on several ranks.
 
@@ -99,8 +96,6 @@ def vocab_parallel_token_stats(
         >>> (stats.logprob - 0.1 * stats.entropy).sum().backward()
         >>> dist.destroy_process_group()
     """
-    if unknown:
-        checks.unknown_keywords(vocab_parallel_token_stats, unknown)
     checks.no_transforms("vocab_parallel_token_stats", transforms.is_active())
     call = call_on_logits(input, target, group, vocab_start, vocab_size)
     checks.flags(entropy=entropy, mean_logprob=mean_logprob, argmax=argmax)
@@ -111,7 +106,7 @@ def vocab_parallel_token_stats(
     return shard_stats(call.input, call.target, options)
 
 
-@checks.hides_unknown
+@checks.names_unknown
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -129,7 +124,6 @@ def vocab_parallel_cross_entropy(
     num_items: int | Tensor | None = None,
     inplace_backward: bool = False,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> Tensor:
     """:func:`chunked_ce.cross_entropy` of logits [..., C] whose classes lie on several ranks.
 
@@ -162,8 +156,6 @@ def vocab_parallel_cross_entropy(
         (2.0794, -0.4375)
         >>> dist.destroy_process_group()
     """
-    if unknown:
-        checks.unknown_keywords(vocab_parallel_cross_entropy, unknown)
     checks.no_transforms("vocab_parallel_cross_entropy", transforms.is_active())
     call = call_on_logits(input, target, group, vocab_start, vocab_size)
     checks.reduction(reduction)
@@ -184,7 +176,7 @@ def vocab_parallel_cross_entropy(
     return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))
 
 
-@checks.hides_unknown
+@checks.names_unknown
 def vocab_parallel_linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -207,7 +199,6 @@ def vocab_parallel_linear_cross_entropy(
     token_chunk_size: int | None = None,
     drop_ignored: bool | None = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> Tensor:
     """:func:`chunked_ce.linear_cross_entropy` with a head whose rows lie on several ranks.
 
@@ -249,8 +240,6 @@ def vocab_parallel_linear_cross_entropy(
         (2.0794, -0.375)
         >>> dist.destroy_process_group()
     """
-    if unknown:
-        checks.unknown_keywords(vocab_parallel_linear_cross_entropy, unknown)
     checks.no_transforms("vocab_parallel_linear_cross_entropy", transforms.is_active())
     head = dict(linear_weight=linear_weight, linear_bias=linear_bias)
     (weight, bias), group, vocab_start, vocab_size = local_parts(

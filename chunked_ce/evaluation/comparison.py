@@ -30,7 +30,7 @@ _SETTINGS = ("context_length", "stride", "full_last_window", "bos", "eos")
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def compare_models(
     model: Any,
     base: Any,
@@ -56,7 +56,6 @@ def compare_models(
     progress: bool = False,
     group: Any = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> ComparisonReport:
     """Measure how far a model is from a base: KL divergence, same top token, paired perplexity.
 
@@ -108,8 +107,6 @@ def compare_models(
     >>> f"{report.perplexity.value:.1f} against {report.base_perplexity.value:.1f}"
     '8.0 against 16.0'
     """
-    if unknown:
-        checks.unknown_keywords(compare_models, unknown)
     checks.no_more_positional(positional, "compare_models", "model, base")
     flags(full_last_window=full_last_window, take_turns=take_turns)
     pair = Pair(model, base, _devices(model, base, device, take_turns), take_turns, backend)

@@ -30,7 +30,7 @@ from .windows import batches, sliding_windows
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def evaluate_perplexity(
     model: Any,
     input_ids: Tensor | Sequence[Any] | None = None,
@@ -57,7 +57,6 @@ def evaluate_perplexity(
     progress: bool = False,
     group: Any = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> EvaluationReport:
     """Compute the perplexity of a causal language model on documents, each token scored once.
 
@@ -124,8 +123,6 @@ def evaluate_perplexity(
     >>> f"{report.perplexity:.1f} per token, {report.tokens} tokens"
     '16.0 per token, 4 tokens'
     """
-    if unknown:
-        checks.unknown_keywords(evaluate_perplexity, unknown)
     checks.no_more_positional(positional)
     wanted = Wanted(rank, per_document, per_position, per_window, groups, progress)
     where = _device(model, device, wanted, full_last_window, backend)
@@ -138,6 +135,7 @@ def evaluate_perplexity(
     parts = Parts(mask, spans, after)
     planner = partial(plan_windows, parts) if recipe is None else partial(plan_recipe, recipe)
     plan = planner(source, context_length, stride, full_last_window, bos, eos)
+    plan.settings["after"] = after
     return _score(model, plan, wanted, where, batch_size, group, backend)
 
 
@@ -203,5 +201,5 @@ def plan_windows(
     settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
     lengths = [len(document.ids) for document in documents]
     windows = scoring_windows(sliding_windows(lengths, context_length, **settings), documents)
-    settings |= dict(context_length=context_length, bos=before, eos=after, after=parts.after)
+    settings |= dict(context_length=context_length, bos=before, eos=after)
     return Prepared(documents, windows, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ class Loglikelihood(NamedTuple):
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def loglikelihood(
     model: Any,
     pairs: Sequence[tuple[Any, Any]],
@@ -37,7 +37,6 @@ def loglikelihood(
     batch_size: int = 8,
     device: torch.device | str | None = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> list[Loglikelihood]:
     """Compute each continuation's log-probability after its context, and whether it is greedy.
 
@@ -65,8 +64,6 @@ def loglikelihood(
     >>> same.is_greedy, other.is_greedy, same.logprob > other.logprob
     (True, False, True)
     """
-    if unknown:
-        checks.unknown_keywords(loglikelihood, unknown)
     checks.model(model)
     where = checks.device(device_of(model) if device is None else device)
     context_length = checks.context_length(context_length, model, None)

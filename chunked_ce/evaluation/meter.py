@@ -19,11 +19,10 @@ from .report import PerplexityReport
 
 
 @torch.no_grad()
-@checks.hides_unknown
+@checks.names_unknown
 def perplexity(
-    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1,
-    **unknown: NoReturn,
-) -> Tensor:  # fmt: skip
+    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, dim: int = -1
+) -> Tensor:
     """Compute the perplexity per token of one batch.
 
     exp(sum of NLL / number of targets that are not `ignore_index`).
@@ -47,8 +46,6 @@ def perplexity(
     >>> f"{perplexity(torch.zeros(3, 16), torch.tensor([1, 2, -100])):.1f}"
     '16.0'
     """
-    if unknown:
-        checks.unknown_keywords(perplexity, unknown)
     ignore_index = checks.meter_ignore_index(ignore_index)
     return perplexity_of(batch_sums(input, target, ignore_index, dim, rank=False))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import check_targets, choose_backend
+from ..backends import choose_backend
 from ..core.head import compute_dtype
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
@@ -18,7 +18,7 @@ from .head_loss import autocast
 FlatHead = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, D], weight, bias
 
 
-@checks.hides_unknown
+@checks.names_unknown
 def kl_div(
     input: Tensor,
     teacher: Tensor,
@@ -33,7 +33,6 @@ def kl_div(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> Tensor:
     """Return the divergence of a student from a teacher, both given by logits, streamed.
 
@@ -82,8 +81,6 @@ def kl_div(
         >>> bool(chunked_ce.kl_div(student, student.detach()) == 0)
         True
     """
-    if unknown:
-        checks.unknown_keywords(kl_div, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(kl_div, locals())
     kind, beta, temperature = checks.divergence(kind, beta, temperature)
@@ -103,7 +100,7 @@ def kl_div(
     return make_reduction(reduction, labels, skipped, token_weight, num_items, dtype).reduce(loss)
 
 
-@checks.hides_unknown
+@checks.names_unknown
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -130,7 +127,6 @@ def linear_kl_div(
     chunk_bytes: int | None = None,
     token_chunk_size: int | None = None,
     backend: str = "auto",
-    **unknown: NoReturn,
 ) -> Tensor:
     """Return the divergence of two models given by hidden states and heads, without their logits.
 
@@ -186,42 +182,63 @@ def linear_kl_div(
         ... )
         >>> loss.backward()
     """
-    if unknown:
-        checks.unknown_keywords(linear_kl_div, unknown)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
     divergence = checks.divergence(kind, beta, temperature)
+    heads = checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale)
     student, teacher = _flat_heads(
         (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
     )
     ce_weight = checks.distilled_tokens(input, teacher_input, target, cross_entropy_weight)
-    checks.reduction(reduction)
-    checks.token_weight(token_weight, input.shape[:-1], input)
-    num_items = checks.num_items(num_items, reduction, input)
+    tokens = _checked_tokens(input, reduction, token_weight, num_items)
     ignore_index = checks.ignore_index(ignore_index)
     classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
-    if target is not None and ce_weight:
-        check_targets(target, classes, ignore_index, on_host=target.is_cpu)
+    options = (
+        *divergence, ce_weight, classes, *heads, choose_backend(backend, input.device),
+        _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
+        checks.acc_dtype(acc_dtype, student[1]),
+    )  # fmt: skip
+    return _loss_of_heads(input, student, teacher, target, ignore_index, tokens, options)
+
+
+def _checked_tokens(
+    input: Tensor, reduction: str, token_weight: Tensor | None, num_items: Any
+) -> tuple[str, Tensor | None, int | Tensor | None]:
+    """Return how the tokens' losses become one, as `make_reduction` takes it."""
+    checks.reduction(reduction)
+    checks.token_weight(token_weight, input.shape[:-1], input)
+    return reduction, token_weight, checks.num_items(num_items, reduction, input)
+
+
+def _loss_of_heads(
+    input: Tensor,
+    student: FlatHead,
+    teacher: FlatHead,
+    target: Tensor | None,
+    ignore_index: int,
+    tokens: tuple[str, Tensor | None, int | Tensor | None],
+    options: tuple[Any, ...],
+) -> Tensor:
+    """Call the operator, in one pass where the weights of the losses are known; reduce."""
     labels, skipped = _targets(input, target, ignore_index)
+    reduction, token_weight, num_items = tokens
     dtype = compute_dtype(input.dtype)
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
-    fused = reduction != "none" and reduction_spec.allows_grad_in_forward(student[0].dtype)
+    fused = _is_sum(reduction_spec, student[0])
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
     losses: Tensor
     total: Tensor
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
-        *student, *teacher, None if target is None else target.reshape(-1),
-        weights, ignore_index, *divergence, ce_weight, classes,
-        *checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale),
-        choose_backend(backend, input.device),
-        _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
-        checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
+        *student, *teacher, None if target is None else target.reshape(-1), weights, ignore_index,
+        *options, [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
-    if not fused:
-        return reduction_spec.reduce(losses.view(input.shape[:-1]))
-    if losses.numel() == 0 and reduction_spec.divisor is not None:  # the mean of nothing: NaN
-        return total + torch.zeros_like(total) / reduction_spec.divisor
-    return total
+    return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
+
+
+def _is_sum(reduction_spec: Reduction, hidden: Tensor) -> bool:
+    """Return whether the loss is a sum of weights known in forward; the mean of nothing is NaN."""
+    known = reduction_spec.allows_grad_in_forward(hidden.dtype)
+    return known and reduction_spec.name != "none" and len(hidden) > 0
 
 
 def _rows_per_chunk(

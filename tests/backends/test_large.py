@@ -17,7 +17,9 @@ from chunked_ce import (
     Perplexity,
     binary_cross_entropy_with_logits,
     cross_entropy,
+    kl_div,
     linear_cross_entropy,
+    linear_kl_div,
     token_stats,
 )
 
@@ -48,6 +50,15 @@ chunked_ce.cross_entropy(far, target, inplace_backward=inplace, backend=backend)
 assert torch.equal(results[0], small.grad)
 assert torch.equal(logits, small.grad) == inplace
 logits.copy_(small.detach())
+other = torch.empty_like(small).copy_(torch.randn(rows, vocab))  # of a pair of rows, either is far
+pairs = ((small, other), (logits, other)), ((other, small), (other, logits))
+for near, at_a_distance in () if inplace else pairs:
+    grads = []
+    for x, y in (near, at_a_distance):
+        x = x.detach().requires_grad_()
+        chunked_ce.kl_div(x, y.detach(), kind="jsd", backend=backend).backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 results.clear()
 far = Own.apply(torch.zeros(1, requires_grad=True))
 chunked_ce.cross_entropy(
@@ -180,7 +191,7 @@ def relative_error(ours, truth):
 
 
 def every_function(x, hidden, weight, target, meter):
-    """Call eight functions."""
+    """Call ten functions."""
     leaf = x.clone().requires_grad_()
     cross_entropy(leaf, target, label_smoothing=0.1).backward()
     cross_entropy(leaf * 1, target, grad_in_forward=True, inplace_backward=True).backward()
@@ -190,6 +201,8 @@ def every_function(x, hidden, weight, target, meter):
     linear_cross_entropy(*leaves, target, token_chunk_size=4).backward()
     linear_cross_entropy(*leaves, target, reduction="none").sum().backward()
     binary_cross_entropy_with_logits(leaf, target[:, None]).backward()
+    kl_div(leaf, x.flip(0), kind="jsd", target=target).backward()
+    linear_kl_div(*leaves, hidden[:, :3], weight[:, :3], token_chunk_size=4).backward()
     meter.update(x, target)
     with pytest.raises(IndexError):
         cross_entropy(x, target + 1000)
@@ -210,7 +223,7 @@ def test_memory_after_many_calls(calls):
             every_function(*arguments, meter)
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         before = memory_mib()
-        for _ in range(calls // 8):
+        for _ in range(calls // 10):
             every_function(*arguments, meter)
         growth = memory_mib() - before
         assert (

@@ -12,6 +12,7 @@ N, V, D, K = 0, 1, 8, 3  # tokens and classes by their place in the sizes below
 SHAPES = {
     "x": (N, V), "y": (N,), "weight": (V,), "h": (N, D), "head": (V, D), "bias": (V,),
     "prob": (N, V), "labels": (N, V), "top": (N, K), "top_prob": (N, K), "token_weight": (N,),
+    "teacher": (N, V), "teacher_h": (N, K), "teacher_head": (V, K),
 }  # fmt: skip
 
 
@@ -44,6 +45,12 @@ FUNCTIONS = {
     "head, top k": lambda h, head, top, top_prob: c.linear_cross_entropy(h, head, (top, top_prob)),
     "head, statistics": lambda h, head, y, weight: _sum(
         c.linear_token_stats(h, head, y, weight=weight, **ALL)
+    ),
+    "distillation": lambda x, teacher, y, token_weight: c.kl_div(
+        x, teacher, kind="jsd", target=y, token_weight=token_weight
+    ),
+    "distillation, heads": lambda h, head, teacher_h, teacher_head, bias, y: c.linear_kl_div(
+        h, head, teacher_h, teacher_head, linear_bias=bias, target=y, cross_entropy_weight=0.5
     ),
     "binary": lambda x, labels, weight: c.binary_cross_entropy_with_logits(
         x, labels, weight, pos_weight=weight

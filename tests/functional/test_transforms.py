@@ -24,6 +24,7 @@ torch.manual_seed(0)
 N, V, D, B, K = 5, 37, 8, 3, 2  # a batch B of samples that differ in every dimension's size
 X, H = torch.randn(N, V).double(), torch.randn(N, D).double()
 HEAD, BIAS = torch.randn(V, D).double(), torch.randn(V).double()
+TEACHER_H = torch.randn(N, 2).double()
 Y, W = torch.randint(0, V, (N,)), torch.rand(V).double()
 Y[1] = -100
 P, HOT = torch.randn(N, V).double().softmax(-1), torch.rand(N, V).double()
@@ -46,6 +47,11 @@ def _mixed(stats):
 def _reference_mixed(x):
     squares, logprob, entropy = _statistics(x)
     return (squares + 2 * logprob - entropy).sum()
+
+
+def _reverse_kl(x, y):
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) * (Y != -100)).sum() / (Y != -100).sum()
 
 
 # (ours, eager's), of logits or of hidden states
@@ -81,6 +87,16 @@ LOSSES = {
     "head's statistics": (
         lambda h: _mixed(c.linear_token_stats(h, HEAD, Y, entropy=True)),
         lambda h: _reference_mixed(h @ HEAD.T),
+        H,
+    ),
+    "distillation": (
+        lambda x: c.kl_div(x, x.detach().flip(-1), kind="reverse", target=Y),
+        lambda x: _reverse_kl(x, x.detach().flip(-1)),
+        X,
+    ),
+    "two heads": (
+        lambda h: c.linear_kl_div(h, HEAD, TEACHER_H, HEAD[:, :2], kind="reverse", target=Y),
+        lambda h: _reverse_kl(h @ HEAD.T, TEACHER_H @ HEAD[:, :2].T),
         H,
     ),
     "binary": (

@@ -62,6 +62,8 @@ def exactly(z: Tensor, y: Tensor, options: dict[str, Any], dtype: torch.dtype) -
     finite_loss = loss.nan_to_num(0.0, 0.0, 0.0)[..., None]
     of_slopes = torch.maximum(p, q) if kind == "forward" else p * (1.0 + apart + finite_loss)
     tolerance = 8.0 * eps * of_slopes * (2.0 + logs)
+    # A probability that is no normal number may be 0.
+    tolerance = tolerance + torch.finfo(wide).tiny * (1.0 + apart + finite_loss)
     least = LEAST[wide]
     gone = ((log_q < least) & (log_p == -torch.inf)) | ((log_p < least) & (log_q == -torch.inf))
     finite = (log_p > -torch.inf) | (log_q > -torch.inf)

@@ -22,7 +22,10 @@ from chunked_ce import (
     Perplexity,
     binary_cross_entropy_with_logits,
     cross_entropy,
+    kl_div,
     linear_cross_entropy,
+    linear_kl_div,
+    linear_token_stats,
     token_stats,
 )
 
@@ -41,6 +44,24 @@ def head_loss(x, target, **options):
     )
 
 
+def with_heads(loss):
+    """A loss of hidden states and a head, of x [N, V] alone."""
+
+    def of_logits(x, target):
+        weight = torch.linspace(-1, 1, V * D, device=x.device).to(x.dtype).view(V, D)
+        return loss(x[:, :D], weight.requires_grad_(x.requires_grad), target)
+
+    return of_logits
+
+
+def two_heads(hidden, weight, target):
+    teacher = torch.linspace(1, -2, V * 3, device=hidden.device).to(hidden).view(V, 3)
+    return linear_kl_div(
+        hidden, weight, hidden.detach()[:, :3], teacher, kind="reverse", target=target,
+        cross_entropy_weight=0.5, token_chunk_size=5,
+    )  # fmt: skip
+
+
 LOSSES = {
     "mean": cross_entropy,
     "each": lambda x, t: cross_entropy(x, t, reduction="none", label_smoothing=0.1).square().sum(),
@@ -55,6 +76,16 @@ LOSSES = {
     ),
     "head": head_loss,
     "head, each": lambda x, t: head_loss(x, t, reduction="none").square().sum(),
+    "distillation": lambda x, t: kl_div(x, x.detach().flip(0), kind="jsd", target=t),
+    "two heads": with_heads(two_heads),
+    "called head": with_heads(
+        lambda x, w, t: linear_cross_entropy(x, lambda h: h @ w.T, t, token_chunk_size=5)
+    ),
+    "statistics of a called head": with_heads(
+        lambda x, w, t: linear_token_stats(
+            x, lambda h: h @ w.T, t, entropy=True, token_chunk_size=5
+        ).entropy.sum()
+    ),
     "binary": lambda x, t: binary_cross_entropy_with_logits(x, t[:, None], ignore_index=-100),
 }
 

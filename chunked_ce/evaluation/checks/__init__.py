@@ -2,7 +2,7 @@
 
 from ...checks import hides_unknown as hides_unknown
 from ...checks import known_options as known_options
-from ...checks import unknown_keywords as unknown_keywords
+from ...checks import names_unknown as names_unknown
 from .comparison import *
 from .counts import *
 from .inputs import *
