@@ -113,7 +113,7 @@ def compare_models(
     backend_name(backend)
     checks.progress_bar(progress)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
-    where = _devices(model, base, device)
+    where = _devices(model, base, device, take_turns)
     group = None if group is None else process_group(group)
     context_length = checks.shared_context(context_length, model, base, tokenizer)
     batch_size = checks.at_least_one("batch_size", batch_size)
@@ -143,13 +143,20 @@ def compare_models(
     return report
 
 
-def _devices(model: Any, base: Any, device: Any) -> tuple[torch.device, torch.device]:
+def _devices(
+    model: Any, base: Any, device: Any, take_turns: bool
+) -> tuple[torch.device, torch.device]:
     """Return where the batches of each go."""
-    checks.model(model)
+
+    def place(model: Any) -> torch.device:
+        checks.model(model)
+        own = device_of(model)
+        checks.on_host(not take_turns or own.type == "cpu", own)
+        return checks.device(own if device is None else device)
+
+    own = place(model)
     with checks.naming("base"):
-        checks.model(base)
-    own, of_base = (device_of(m) if device is None else device for m in (model, base))
-    return checks.device(own), checks.device(of_base)
+        return own, place(base)
 
 
 def _check_base(base: Any, base_tokenizer: Any, source: Source, ids: list[Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
 from ..core.reduction import apply_weight, is_scored
-from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
+from .chunks import Gradients, chunks_of, gradient_like, scale_gradients, walk
 from .classes import check_classes
 from .library import (
     CLASSES_SCHEMA,
@@ -80,10 +80,9 @@ def _linear_loss(
     stats: list[bool],
 ) -> tuple[Any, ...]:
     backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
-    input, weight = input.detach(), weight.detach()
-    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    input, weight, head = input.detach(), weight.detach(), Head(softcap, logit_scale)
+    chunks = chunks_of(target, ignore_index, rows_per_chunk, drop_ignored, vocab_size, logits_dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     of_rows = new_stats(input, target.numel(), stats) if stats else None
@@ -123,7 +122,7 @@ def _linear_stats(
     if classes.indices is not None:
         check_classes(classes.indices, vocab_size)
     outputs = new_outputs(input, target, classes, *flags)
-    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
+    chunks = chunks_of(target, ignore_index, rows, drop_ignored, vocab_size, dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
     walked = walk(input, weight, bias, vocab_size, chunks, ignored, dtype)
@@ -143,7 +142,7 @@ def _linear_stats_grad(
 ) -> tuple[Tensor, ...]:
     classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:22]
     ignore_index, vocab_size, _, _, _, rows, drop_ignored, acc_dtype, dtype = shared
-    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
+    chunks = chunks_of(target, ignore_index, rows, drop_ignored, vocab_size, dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     gradients = Gradients(input, weight, bias, vocab_size, arguments[22], acc_dtype, chunks)
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, dtype):

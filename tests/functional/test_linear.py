@@ -412,6 +412,29 @@ def test_compile_fullgraph(tracer, reduction):
 
 
 @pytest.mark.framework
+def test_export_for_any_number_of_tokens(monkeypatch):
+    """The default chunk depends on their number: the operator chooses it."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(V, 8))
+
+        def forward(self, x, target):
+            return linear_cross_entropy(x, self.weight, target)
+
+    model, tokens = Loss(), torch.export.Dim("tokens", min=1)
+    arguments = torch.randn(12, 8), torch.randint(0, V, (12,))
+    shapes = {0: tokens}, {0: tokens}
+    exported = torch.export.export(model, arguments, dynamic_shapes=shapes).module()
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20 * chunks.padded_row_bytes(V, 4))
+    monkeypatch.setattr(chunks, "_CPU_CHUNK_BYTES", 20 * chunks.padded_row_bytes(V, 4))
+    for n in (1, 12, 20, 21, 90):  # of 20 tokens in a chunk
+        x, target = torch.randn(n, 8), torch.randint(0, V, (n,))
+        torch.testing.assert_close(exported(x, target), model(x, target))
+
+
+@pytest.mark.framework
 def test_operators_are_well_formed():
     x, w, b, target = head()
     ops, chunk = torch.ops.chunked_ce, (4, True, torch.float32, torch.float32)
