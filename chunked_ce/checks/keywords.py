@@ -34,12 +34,12 @@ _ELSEWHERE = {
     "teacher_weight": ("teacher_head", "teacher_lm_head"),
     "kind": ("divergence", "loss_type"),
     "return_stats": ("return_lse", "lse_return", "return_token_accuracy", "return_z_loss"),
+    "group": ("cp_group", "dp_group", "process_group", "tp_group"),
     "dim": ("axis", "class_dim"),
     "inplace_backward": ("inplace", "inplace_backwards"),
     "chunk_bytes": ("chunk_size",),
     "token_chunk_size": ("num_chunks", "batch_chunk_size"),
     "vocab_start": ("vocab_start_index", "vocab_offset"),
-    "group": ("process_group", "tp_group", "cp_group", "dp_group"),
     "context_length": ("max_length", "max_seq_len", "block_size"),
     "cu_seqlens": ("cu_seq_lens", "cu_seqlens_q", "seqlens"),
 }
