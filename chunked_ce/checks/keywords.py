@@ -33,6 +33,8 @@ _ELSEWHERE = {
     "teacher_input": ("teacher_hidden", "teacher_hidden_states"),
     "teacher_weight": ("teacher_head", "teacher_lm_head"),
     "kind": ("divergence", "loss_type"),
+    "return_stats": ("return_lse", "lse_return", "return_token_accuracy", "return_z_loss"),
+    "group": ("process_group", "cp_group", "dp_group"),
     "dim": ("axis", "class_dim"),
     "inplace_backward": ("inplace", "inplace_backwards"),
     "chunk_bytes": ("chunk_size",),
