@@ -135,6 +135,7 @@ def evaluate_perplexity(
     parts = Parts(mask, spans, after)
     planner = partial(plan_windows, parts) if recipe is None else partial(plan_recipe, recipe)
     plan = planner(source, context_length, stride, full_last_window, bos, eos)
+    plan.settings["after"] = after
     return _score(model, plan, wanted, where, batch_size, group, backend)
 
 
@@ -200,5 +201,5 @@ def plan_windows(
     settings: dict[str, Any] = dict(stride=stride, full_last_window=full_last_window)
     lengths = [len(document.ids) for document in documents]
     windows = scoring_windows(sliding_windows(lengths, context_length, **settings), documents)
-    settings |= dict(context_length=context_length, bos=before, eos=after, after=parts.after)
+    settings |= dict(context_length=context_length, bos=before, eos=after)
     return Prepared(documents, windows, settings)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from chunked_ce import evaluate_perplexity
+from chunked_ce.evaluation import token_starts as module
 from chunked_ce.evaluation.token_starts import token_starts
 
 
@@ -133,12 +134,21 @@ def test_end_of_text_goes_with_what_is_before_it(model, tokenizer):
     counts = dict(tokenizer=tokenizer, bos=True, eos=True)
     to_end = evaluate_perplexity(model, text=text, after="an ", **counts)
     before = evaluate_perplexity(model, text=text, spans=[[(18, 24)]], **(counts | dict(eos=False)))
-    inner = evaluate_perplexity(model, text=text, spans=[[(18, 23)]], **counts)
+    inner = [
+        evaluate_perplexity(model, text=text, spans=[[(2, 10)]], **(counts | dict(eos=eos)))
+        for eos in (True, False)
+    ]
     assert to_end.tokens == before.tokens + 1 and to_end.bytes == before.bytes
-    assert inner.tokens <= before.tokens
+    assert inner[0].tokens == inner[1].tokens and inner[0].nll_sum == inner[1].nll_sum
     with warnings.catch_warnings(action="ignore"):
         own = evaluate_perplexity(model, text=text + END, after="an ", **counts)
     assert (own.tokens, own.bytes) == (to_end.tokens, to_end.bytes)
+
+
+@pytest.mark.parametrize(("last", "tokens"), [(True, 3), (False, 1)])
+def test_end_of_text_goes_with_the_last_token_of_a_mask(model, last, tokens):
+    report = evaluate_perplexity(model, [[3, 4, 5, 6]], mask=[[0, 0, 1, last]], eos=2)
+    assert report.tokens == tokens
 
 
 def test_padded_ids_and_their_mask(model):
@@ -168,11 +178,12 @@ def metaspace():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_starts_of_tokens():
+def test_starts_of_tokens(monkeypatch):
     """Lower case, whose tokens are found by offsets; a prefix space; bytes, without offsets."""
     text = "The cats sat."
     lower, spaces, of_bytes = wordpiece(), metaspace(), ByT5Tokenizer()
     assert token_starts(text, lower(text)["input_ids"], lower) == [0, 4, 7, 9, 12]
+    monkeypatch.setattr(module, "_from_offsets", lambda *args: pytest.fail("bytes are enough"))
     ids = spaces(text)["input_ids"]
     starts = token_starts(text, ids, spaces)
     pieces = spaces.convert_ids_to_tokens(ids)

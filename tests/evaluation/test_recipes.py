@@ -151,6 +151,14 @@ def test_llama_cpp(model, bos, text):
     assert ours.tokens == tokens == 255 * ours.windows and ours.bos == (0 if bos else None)
 
 
+def test_llama_cpp_drops_one_last_newline(model):
+    """Each "q" is a token and so is the newline: without it there are too few for two windows."""
+    arguments = dict(tokenizer=byte_tokenizer(), recipe="llama.cpp-512")
+    with pytest.raises(ValueError, match="at least 1024 tokens of text, got 1023"):
+        evaluate_perplexity(model, text="q" * 1023 + "\n", **arguments)
+    assert evaluate_perplexity(model, text="q" * 1023 + "\n\n", **arguments).windows == 2
+
+
 @BOS
 @pytest.mark.parametrize("texts", [LONG, SHORT], ids=["long", "short"])
 def test_hf_stride(model, model_700, bos, texts):
