@@ -207,6 +207,10 @@ def test_lm_eval_without_bos_takes_eos(model):
     tokenizer.bos_token = None
     report = evaluate_perplexity(model, text=SHORT, tokenizer=tokenizer, recipe="lm-eval-rolling")
     assert report.bos == tokenizer.eos_token_id
+    ids = [[3, 4, 5]]  # of a model whose BOS is 1 and EOS is 2
+    assert evaluate_perplexity(causal_lm(), ids, recipe="lm-eval-rolling").bos == 1
+    without = causal_lm(bos_token_id=None)
+    assert evaluate_perplexity(without, ids, recipe="lm-eval-rolling").bos == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
