@@ -38,10 +38,11 @@ fuzz: .venv/dev
 mutate: .venv/dev
 	$(BIN)/python tests/mutation/run.py $(ARGS)
 
-# Lines that the fast tests reach, kernels by way of the interpreter.
+# Lines that the fast tests reach, kernels by way of the interpreter; then those of the CPU kernels in C, by gcov.
 coverage: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered \
 	  -m 'not long and not struck' $(ARGS)
+	sh tests/coverage_c.sh $(CURDIR)/$(BIN)/python
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ memory      peak extra memory of a step, each in a fresh process (needs /proc)
 small       few rows; the fixed cost of a call
 vocabulary  time per logit from V = 4096 to a million
 masked      half of the classes at -inf, -1e4 or -100, where exp is slow on a CPU
+stats       the loss that returns lse and logprob, or entropy, rank and argmax too, against the loss
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from . import measure, options
 from .cases import BOTH, DTYPES, FORWARD, LOGITS, MODES, Case, batch_of
-from .providers import COMPILED, EAGER, INPLACE, OURS
+from .providers import ALL_STATS, COMPILED, EAGER, INPLACE, OURS, STATS
 from .records import Comparison
 from .runner import Runner, Timed, median_of, ratios, spread
 
@@ -54,6 +55,7 @@ VOCABULARY_BOUND = 1.5  # most time per logit / least
 MASKS = (float("-inf"), -1e4, -100.0)
 MASKED_TOKENS = 512
 MASKED_BOUND = 1.3  # time / time unmasked
+STATS_BOUND = 1.03  # time / time without return_stats
 UNMASKED = "unmasked"
 
 
@@ -173,12 +175,21 @@ def _masked_batches(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     return batches, target % max(1, case.V // 4) * 2  # classes that neither half takes
 
 
+def stats(config: Config, runner: Runner) -> None:
+    bounds = {(STATS, mode, OURS): STATS_BOUND for mode in MODES}
+    for name, dtype in DTYPES.items():
+        case = Case(LOGITS, config.tokens, 0, config.vocab, dtype)
+        timed = runner.time(case, [OURS, STATS, ALL_STATS])
+        compare_times(runner, timed, bounds, name)
+
+
 SECTIONS: dict[str, Callable[[Config, Runner], None]] = {
     "time": time,
     "memory": memory,
     "small": small,
     "vocabulary": vocabulary,
     "masked": masked,
+    "stats": stats,
 }
 
 

@@ -27,6 +27,7 @@ ONE_PASS, ONE_PASS_INPLACE = (
     "chunked_ce grad_in_forward",
     "chunked_ce grad_in_forward inplace_backward",
 )
+STATS, ALL_STATS = f"{OURS} return_stats", f"{OURS} return_stats of all"
 TORCH, CUT, LIGER = "F.linear_cross_entropy", "cut-cross-entropy", "liger"
 CUT_FILTER = "cut-cross-entropy (filter)"
 QUACK, FLASH = "quack", "flash-attn"
@@ -167,6 +168,16 @@ def _our_linear(name: str, computes: str, exact: bool = True, **options: Any) ->
     )  # fmt: skip
 
 
+def _with_stats(provider: Provider, name: str, wanted: bool | tuple[str, ...]) -> Provider:
+    """Describe the loss that returns the statistics of its pass too."""
+
+    def load(device: str) -> Loss:
+        loss: Any = provider.load(device)
+        return lambda *batch: loss(*batch, return_stats=wanted)[0]
+
+    return provider._replace(name=name, load=load, computes=f"{provider.computes}; returns them")
+
+
 def _behind_head(provider: Provider) -> Provider:
     """Describe the loss from logits after F.linear."""
 
@@ -209,7 +220,13 @@ _LINEAR = (
                 acc_dtype=torch.bfloat16),
     _our_linear(f"{OURS} 1 GiB chunks", "larger chunks of tokens", chunk_bytes=1 << 30),
 )  # fmt: skip
+_LOGGED = ("entropy", "rank", "argmax")
+_STATS = tuple(
+    _with_stats(provider, name, wanted)
+    for provider in (_our_loss(), _our_linear(OURS, "chunks of tokens and their statistics"))
+    for name, wanted in ((STATS, True), (ALL_STATS, _LOGGED))
+)
 _HEADED = (LIGER, QUACK, FLASH, OURS, INPLACE, ONE_PASS_INPLACE)
 TABLE = (
-    *_FROM_LOGITS, *_LINEAR, *(_behind_head(p) for p in _FROM_LOGITS if p.name in _HEADED)
+    *_FROM_LOGITS, *_LINEAR, *_STATS, *(_behind_head(p) for p in _FROM_LOGITS if p.name in _HEADED)
 )  # fmt: skip

@@ -42,7 +42,7 @@ def pair_stats(
         terms = class_terms(_log_probs(views, stats, flat, how), how)
         stats.loss[flat] += terms[0].sum(1)
         stats.student_kl[flat] += terms[1].sum(1)
-    stats = PairStats(*(t.to(dtype) for t in stats))
+    stats = PairStats(*(t.to(dtype, copy=True) for t in stats))  # each in memory of its own
     return stats if ignored is None else PairStats(*(t.masked_fill(ignored, 0.0) for t in stats))
 
 

@@ -20,6 +20,10 @@ class Measure(NamedTuple):
     `stderr` is of the tokens, as if they were independent. `document_stderr` is of documents that
     are resampled whole (bootstrap): tokens of one document are not independent, so it is the one
     to trust where there are many documents. With one document it is None.
+
+    >>> from chunked_ce import Measure
+    >>> Measure(0.25, 0.01).stderr
+    0.01
     """
 
     value: float
@@ -37,6 +41,13 @@ class TokenComparison(NamedTuple):
         logprob: log-probability of the token by the model.
         base_logprob: log-probability of the token by the base.
         same_top: True where both models have the same likeliest token.
+
+    >>> import torch, chunked_ce
+    >>> def model(ids):
+    ...     return torch.zeros(*ids.shape, 16)
+    >>> report = chunked_ce.compare_models(model, model, [[1, 2, 3]], context_length=4)
+    >>> report.per_token.position.tolist(), report.per_token.same_top.tolist()
+    ([1, 2], [True, True])
     """
 
     document: Tensor
@@ -65,6 +76,17 @@ class Comparison:
 
     These are the measures of llama.cpp's `llama-perplexity --kl-divergence`. An error that does
     not exist is None.
+
+    >>> import torch, chunked_ce
+    >>> def model(ids):
+    ...     return torch.zeros(*ids.shape, 16)
+    >>> documents = [[1, 2, 3], [4, 5]]
+    >>> report = chunked_ce.compare_models(
+    ...     model, model, documents, context_length=4, per_document=True
+    ... )
+    >>> report.per_document[1]
+    Comparison(KL(base‖model) 0 nats per token over 1 token, same top token 100.00%, perplexity \
+16 against 16)
     """
 
     tokens: int
@@ -109,6 +131,13 @@ class ComparisonReport(Comparison):
     `per_document` is of each document in turn, if asked for. `per_group` is of each group that
     documents were given. `per_token` holds the numbers of each token, and is not in `to_dict`.
     Only in a partial report are `windows_scored` fewer than `windows`.
+
+    >>> import torch, chunked_ce
+    >>> def model(ids):
+    ...     return torch.zeros(*ids.shape, 16)
+    >>> report = chunked_ce.compare_models(model, model, [[1, 2, 3]], context_length=4)
+    >>> report.vocab_size, report.windows, report.mean_kl.value
+    (16, 1, 0.0)
     """
 
     per_token: TokenComparison
@@ -132,7 +161,18 @@ class ComparisonReport(Comparison):
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
-    """Raised on Ctrl-C; `report` is of the windows scored until then, and is marked partial."""
+    """Raised on Ctrl-C; `report` is of the windows scored until then, and is marked partial.
+
+    >>> import torch, chunked_ce
+    >>> def model(ids):
+    ...     return torch.zeros(*ids.shape, 16)
+    >>> try:
+    ...     report = chunked_ce.compare_models(model, model, [[1, 2, 3]], context_length=4)
+    ... except chunked_ce.ComparisonInterrupted as interruption:
+    ...     report = interruption.report
+    >>> report.partial
+    False
+    """
 
     def __init__(self, report: ComparisonReport) -> None:
         super().__init__(str(report))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -183,27 +185,52 @@ def linear_kl_div(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return transforms.call(linear_kl_div, locals())
     divergence = checks.divergence(kind, beta, temperature)
+    heads = checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale)
     student, teacher = _flat_heads(
         (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
     )
     ce_weight = checks.distilled_tokens(input, teacher_input, target, cross_entropy_weight)
-    checks.reduction(reduction)
-    checks.token_weight(token_weight, input.shape[:-1], input)
-    num_items = checks.num_items(num_items, reduction, input)
+    tokens = _checked_tokens(input, reduction, token_weight, num_items)
     ignore_index = checks.ignore_index(ignore_index)
     classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
+    options = (
+        *divergence, ce_weight, classes, *heads, choose_backend(backend, input.device),
+        _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
+        checks.acc_dtype(acc_dtype, student[1]),
+    )  # fmt: skip
+    return _loss_of_heads(input, student, teacher, target, ignore_index, tokens, options)
+
+
+def _checked_tokens(
+    input: Tensor, reduction: str, token_weight: Tensor | None, num_items: Any
+) -> tuple[str, Tensor | None, int | Tensor | None]:
+    """Return how the tokens' losses become one, as `make_reduction` takes it."""
+    checks.reduction(reduction)
+    checks.token_weight(token_weight, input.shape[:-1], input)
+    return reduction, token_weight, checks.num_items(num_items, reduction, input)
+
+
+def _loss_of_heads(
+    input: Tensor,
+    student: FlatHead,
+    teacher: FlatHead,
+    target: Tensor | None,
+    ignore_index: int,
+    tokens: tuple[str, Tensor | None, int | Tensor | None],
+    options: tuple[Any, ...],
+) -> Tensor:
+    """Call the operator, in one pass where the weights of the losses are known; reduce."""
     labels, skipped = _targets(input, target, ignore_index)
+    reduction, token_weight, num_items = tokens
     dtype = compute_dtype(input.dtype)
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
     fused = _is_sum(reduction_spec, student[0])
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None
+    losses: Tensor
+    total: Tensor
     losses, total, *_ = torch.ops.chunked_ce.linear_pair(
-        *student, *teacher, None if target is None else target.reshape(-1),
-        weights, ignore_index, *divergence, ce_weight, classes,
-        *checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale),
-        choose_backend(backend, input.device),
-        _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
-        checks.acc_dtype(acc_dtype, student[1]), [False] * 3, not torch.compiler.is_compiling(),
+        *student, *teacher, None if target is None else target.reshape(-1), weights, ignore_index,
+        *options, [False] * 3, not torch.compiler.is_compiling(),
     )  # fmt: skip
     return total if fused else reduction_spec.reduce(losses.view(input.shape[:-1]))
 

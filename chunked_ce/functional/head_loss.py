@@ -110,7 +110,8 @@ def operands_and_options(
     classes = checks.linear_vocab_size(vocab_size, weight)
     row_bytes = padded_row_bytes(classes, logits_dtype.itemsize)
     tokens = input.numel() // input.shape[-1]
-    default = default_rows(tokens, row_bytes, input.device.type)
+    known = not torch.compiler.is_compiling()  # 0: the operator chooses, for any number of tokens
+    default = default_rows(tokens, row_bytes, input.device.type) if known else 0
     shared = (
         ignore_index,
         classes,

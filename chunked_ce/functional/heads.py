@@ -33,11 +33,13 @@ def plain_linear(head: object) -> nn.Linear | None:
     return head if plain and not any(hooks) else None
 
 
-def is_sharded(head: object) -> bool:
-    """Return whether a head must be gathered before it is called on chunks.
+def is_called_apart(head: object) -> bool:
+    """Return whether a loss with this head is a call within another: see `sharded_heads.call`.
 
     Tensor parallelism that converts the head's inputs in hooks gathers its logits instead.
     """
+    if torch.compiler.is_compiling() and plain_linear(head) is None:
+        return True
     if not isinstance(head, nn.Module):
         return False
     itself, *within = head.modules()

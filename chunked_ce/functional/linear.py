@@ -14,7 +14,7 @@ from ..core.row_stats import TokenStats
 from ..ops import transforms
 from . import sharded_heads
 from .head_loss import LinearHead, as_weight, linear_loss, operands_and_options
-from .heads import is_sharded
+from .heads import is_called_apart
 from .shift import next_tokens
 from .targets import AnyTarget
 
@@ -209,7 +209,7 @@ def linear_cross_entropy(
     """
     if unknown:
         checks.unknown_keywords(linear_cross_entropy, unknown)
-    if callable(linear_weight) and is_sharded(linear_weight):
+    if callable(linear_weight) and is_called_apart(linear_weight):
         return sharded_heads.call(linear_cross_entropy, locals())
     head, linear_weight, linear_bias = as_weight(linear_weight, linear_bias, input, logits_dtype)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

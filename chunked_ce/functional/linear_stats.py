@@ -13,7 +13,7 @@ from ..ops import transforms
 from ..ops.library import Classes
 from . import sharded_heads
 from .head_loss import LinearHead, as_weight, operands_and_options, outputs_of_head
-from .heads import is_sharded
+from .heads import is_called_apart
 from .shift import ROWS, next_tokens
 
 
@@ -112,7 +112,7 @@ def linear_token_stats(
     """
     if unknown:
         checks.unknown_keywords(linear_token_stats, unknown)
-    if callable(linear_weight) and is_sharded(linear_weight):
+    if callable(linear_weight) and is_called_apart(linear_weight):
         return sharded_heads.call(linear_token_stats, locals())
     head, linear_weight, linear_bias = as_weight(linear_weight, linear_bias, input, logits_dtype)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

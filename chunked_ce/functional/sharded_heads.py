@@ -8,12 +8,12 @@ each rank's piece gets its piece of the gradient.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,8 +25,15 @@ _OPERANDS = ("input", "target")
 
 
 def call(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
-    """Return `function(**arguments)` with the head in `linear_weight` gathered."""
+    """Return `function(**arguments)` with the head in `linear_weight` gathered.
+
+    While torch.compile traces, the call is a graph break: a tracer would go through the head's
+    calls on chunks whose number depends on the targets, and autograd within them.
+    """
     arguments = {name: arguments[name] for name in inspect.signature(function).parameters}
+    if torch.compiler.is_compiling():
+        untraced: Callable[..., Result] = torch.compiler.disable(function)
+        return untraced(**arguments)
     head = arguments["linear_weight"]
     checks.head_arguments(head, arguments["linear_bias"], None, plain=True)
     if not checks.is_fully_sharded(head):
@@ -35,10 +42,10 @@ def call(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
     checks.hidden_states(arguments["input"])
     checks.no_hooks_but_fsdp(head)
     forward = head.forward
+    linear = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
 
     def of_all_chunks(hidden: Tensor) -> Result:
-        linear = type(head).forward is nn.Linear.forward
-        given = _linear(head.weight, head.bias) if linear else _called(functools.partial(forward))
+        given = _linear(head.weight, head.bias) if linear else _called(forward)
         return function(**arguments | given | dict(input=hidden))
 
     with _as_forward(head, of_all_chunks):

@@ -118,7 +118,7 @@ class DeferredLogits(Reductions):
             hidden=self._hidden, factors=self.factors, dtype=self.dtype, device=self.device,
             classes=self._classes,
         )  # fmt: skip
-        return DeferredLogits(self.head, parent=self, operation=operation, **{**state, **changes})
+        return type(self)(self.head, parent=self, operation=operation, **{**state, **changes})
 
     def _scaled(self, factor: float, operation: Callable[[Tensor], Tensor]) -> Any:
         scale, cap = self.factors

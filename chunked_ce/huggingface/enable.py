@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import loss as loss_checks
 from . import checks
+from .backward import can_follow
 from .calls import Call, Deferring, positions
 from .deferred import DeferredLogits, scale_and_softcap
 from .evaluated import as_tensors
@@ -113,6 +114,7 @@ class Enabled:
         self._model = model
         self._factors: tuple[float, float | None] | None = None  # of the last step's logits
         self._deferring = False
+        self._returning = False  # whether backward begins at the logits, for want of a loss
         self._warned: set[str] = set()
         self._positions = positions(model)
         self._changes: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
@@ -230,6 +232,8 @@ class Enabled:
         """Return whether a forward that begins may defer."""
         training, compiling = self._model.training, torch.compiler.is_compiling()
         deferring = self._wanted.wants(call, training, compiling)
+        if deferring and not call.has("labels") and torch.is_grad_enabled():
+            deferring = can_follow(self._model)
         if not compiling:
             if deferring:
                 self._enable_new_head()
@@ -262,7 +266,7 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
             return run(*args, **kwargs)
         call = Call(state._positions, args, kwargs)
         before, deferring = state._deferring, state._prepare(call)
-        state._deferring = deferring
+        state._deferring, state._returning = deferring, not call.has("labels")
         try:
             outputs = state._run(run, args, kwargs)
         finally:

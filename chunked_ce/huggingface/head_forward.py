@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .backward import deferred_class, follow
 from .deferred import DeferredLogits
 from .head import Head, logits_of_a_token
 
@@ -34,7 +35,7 @@ def head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor 
     if checks.freed_after_forward(self):
         state._keep_gathered(self)
     if plain:
-        return DeferredLogits(Head.capture(input, self.weight, self.bias, state._on_use), input)
+        return _defer(state, Head.capture(input, self.weight, self.bias, state._on_use))
 
     def call(hidden: Tensor) -> Tensor:
         before, state._deferring = state._deferring, False  # so that a layer within it computes
@@ -46,7 +47,14 @@ def head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor 
 
     width = call.out_features = logits_of_a_token(self, call, input)  # type: ignore[attr-defined]
     given = (input, call, width, list(self.parameters()), state._on_use)
-    return DeferredLogits(Head.of_call(*given), input)
+    return _defer(state, Head.of_call(*given))
+
+
+def _defer(state: Enabled, head: Head) -> DeferredLogits:
+    if not state._returning:
+        return DeferredLogits(head, head.hidden)
+    follow(state._model, head.hidden)
+    return deferred_class()(head, head.hidden)
 
 
 def head_copied(self: Any, memo: dict[int, Any]) -> Any:

@@ -59,6 +59,21 @@ def chunk_indices(target: Tensor, ignore_index: int, rows: int, drop_ignored: bo
     return [kept[start : start + size] for start in starts]
 
 
+def chunks_of(
+    target: Tensor,
+    ignore_index: int,
+    rows: int,
+    drop_ignored: bool,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> list[Index]:
+    """Return `chunk_indices`; 0 `rows` are the default, which a tracer cannot know."""
+    if not rows:
+        row_bytes = padded_row_bytes(vocab_size, dtype.itemsize)
+        rows = default_rows(target.numel(), row_bytes, target.device.type)
+    return chunk_indices(target, ignore_index, rows, drop_ignored)
+
+
 class Logits:
     """Logits of one chunk after another, in one buffer whose rows start on 128 bytes.
 

@@ -9,6 +9,7 @@ Memory: one chunk of logits, the gradients, and a sum in `acc_dtype` where chunk
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from .. import backends, checks
 from ..core.head import Head, compute_dtype
 from ..core.reduction import apply_weight, is_scored
-from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
+from . import flops
+from .chunks import Gradients, chunks_of, gradient_like, scale_gradients, walk
 from .classes import check_classes
 from .library import (
     CLASSES_SCHEMA,
@@ -80,10 +82,9 @@ def _linear_loss(
     stats: list[bool],
 ) -> tuple[Any, ...]:
     backends.check_targets(target, vocab_size, ignore_index, on_host=target.device.type == "cpu")
-    input, weight = input.detach(), weight.detach()
-    chunks = chunk_indices(target, ignore_index, rows_per_chunk, drop_ignored)
+    input, weight, head = input.detach(), weight.detach(), Head(softcap, logit_scale)
+    chunks = chunks_of(target, ignore_index, rows_per_chunk, drop_ignored, vocab_size, logits_dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    head = Head(softcap, logit_scale)
     total = input.new_zeros((), dtype=compute_dtype(input.dtype))
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     of_rows = new_stats(input, target.numel(), stats) if stats else None
@@ -123,7 +124,7 @@ def _linear_stats(
     if classes.indices is not None:
         check_classes(classes.indices, vocab_size)
     outputs = new_outputs(input, target, classes, *flags)
-    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
+    chunks = chunks_of(target, ignore_index, rows, drop_ignored, vocab_size, dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
     walked = walk(input, weight, bias, vocab_size, chunks, ignored, dtype)
@@ -143,7 +144,7 @@ def _linear_stats_grad(
 ) -> tuple[Tensor, ...]:
     classes, upstream, shared = Classes(*arguments[:5]), arguments[5:13], arguments[13:22]
     ignore_index, vocab_size, _, _, _, rows, drop_ignored, acc_dtype, dtype = shared
-    chunks = chunk_indices(target, ignore_index, rows, drop_ignored)
+    chunks = chunks_of(target, ignore_index, rows, drop_ignored, vocab_size, dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
     gradients = Gradients(input, weight, bias, vocab_size, arguments[22], acc_dtype, chunks)
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, dtype):
@@ -245,11 +246,19 @@ class _LinearStats(torch.autograd.Function):
         return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 19
 
 
+def _register_flops() -> None:
+    """Tell torch's FlopCounterMode of the operators, where it is imported: that takes 0.3 s."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is not None and torch.ops.chunked_ce.linear_loss not in counter.flop_registry:
+        flops.register(counter)
+
+
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _differentiable_linear_loss(*arguments: Any) -> Any:
+    _register_flops()
     if _needs_gradient(*arguments[:3]):
         if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
             checks.compiled_transform()
@@ -261,6 +270,7 @@ def _differentiable_linear_loss(*arguments: Any) -> Any:
 
 
 def _differentiable_linear_stats(*arguments: Any) -> Any:
+    _register_flops()
     if _needs_gradient(*arguments[:3]):
         if torch._C._are_functorch_transforms_active():  # of a compiled program, within it
             checks.compiled_transform()

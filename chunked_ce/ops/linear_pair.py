@@ -46,11 +46,10 @@ def _linear_pair(
     ignore_index: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    kind, beta, temperature, cross_entropy_weight, vocab_size, *options_ = options
-    softcap, scale, teacher_softcap, teacher_scale, backend, *options_ = options_
-    rows_per_chunk, acc_dtype, wanted, _ = options_
-    how, run = Divergence(kind, beta, temperature), backends.pair_backend(backend)
-    head, teacher_head = Head(softcap, scale), Head(teacher_softcap, teacher_scale)
+    how, (cross_entropy_weight, vocab_size) = Divergence(*options[:3]), options[3:5]
+    head, teacher_head = Head(*options[5:7]), Head(*options[7:9])
+    backend, rows_per_chunk, acc_dtype, wanted, _ = options[9:]
+    run = backends.pair_backend(backend)
     if target is not None and cross_entropy_weight:
         backends.check_targets(target, vocab_size, ignore_index, on_host=target.is_cpu)
     ignored = None if target is None else ~is_scored(target, ignore_index)
@@ -70,28 +69,19 @@ def _linear_pair(
         teacher_head.apply_(of_teacher)
         stats = run.pair_stats(logits, of_teacher, skip, how, vocab_size)
         losses[index] = stats.loss
-        of_tokens = None if token_weight is None else token_weight[index]
-        of_labels = None
+        of_tokens, of_labels = None if token_weight is None else token_weight[index], None
         if target is not None and cross_entropy_weight:
-            loss, of_labels = _cross_entropy(
-                backend, logits, target[index],
-                None if of_tokens is None else of_tokens * cross_entropy_weight, ignore_index,
-                vocab_size, any(wanted),
-            )  # fmt: skip
+            weights = None if of_tokens is None else of_tokens * cross_entropy_weight
+            given = (backend, logits, target[index], weights, ignore_index, vocab_size)
+            loss, of_labels = _cross_entropy(*given, with_gradient=any(wanted))
             losses[index] += cross_entropy_weight * loss
         if any(wanted):
-            assert of_tokens is not None
-            given = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
-            grad = run.pair_gradient(*given, inplace=True)
+            to_student = (logits, of_teacher, skip, stats, of_tokens, how, vocab_size)
+            grad = run.pair_gradient(*to_student, inplace=True)
             grad = grad if of_labels is None else grad.add_(of_labels)
             gradients.add(index, x, grad if head == IDENTITY else grad.mul_(derivative))
-            del given, grad
-        del (
-            x,
-            logits,
-            of_teacher,
-            derivative,
-        )  # the last chunk ends before the gradients are rounded
+            del to_student, grad, of_labels
+        del x, logits, of_teacher, derivative  # before the gradients are rounded
     total = losses if token_weight is None else apply_weight(losses, token_weight)
     return losses, total.sum(), *gradients.finish()
 

@@ -103,7 +103,7 @@ def assert_loss(loss, expected, dtype):
 
 
 @case
-def losses_and_gradients():
+def test_loss_gradient():
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for name, options in LOSSES.items():
             x, target = batch(dtype)
@@ -120,7 +120,7 @@ def losses_and_gradients():
 
 
 @case
-def shards_of_all_sizes():
+def test_loss_shard_sizes():
     for dtype in (torch.float32, torch.float64):
         for sizes in SIZES.values():
             x, target = batch(dtype)
@@ -132,7 +132,7 @@ def shards_of_all_sizes():
 
 
 @case
-def targets_of_small_integers():
+def test_target_small_integers():
     """More classes than uint8 can count."""
     world, rank = dist.get_world_size(), dist.get_rank()
     x, target = torch.randn(N, 300, dtype=torch.float64), torch.randint(0, 256, (N,))
@@ -147,7 +147,7 @@ def targets_of_small_integers():
 
 
 @case
-def equal_shards_need_no_start_and_may_be_padded():
+def test_shards_equal_padded():
     world, rank = dist.get_world_size(), dist.get_rank()
     x, target = batch()
     columns = -(-V // world)
@@ -164,17 +164,17 @@ def equal_shards_need_no_start_and_may_be_padded():
 
 
 @case
-def blocks_smaller_than_a_shard():
+def test_loss_small_blocks():
     usual, torch_blocks.WIDTH = torch_blocks.WIDTH, 6
     try:
-        shards_of_all_sizes()
-        statistics_with_any_upstream_gradient()
+        test_loss_shard_sizes()
+        test_statistics_upstream()
     finally:
         torch_blocks.WIDTH = usual
 
 
 @case
-def statistics_with_any_upstream_gradient():
+def test_statistics_upstream():
     names = ("lse", "logprob", "entropy", "mean_logprob")
     for dtype in (torch.float32, torch.float64):
         for head in ({}, dict(softcap=4.0)):
@@ -204,7 +204,7 @@ def statistics_with_any_upstream_gradient():
 
 
 @case
-def a_confident_token_keeps_its_1e_8():
+def test_loss_confident_token():
     for offset in (0.0, 8192.0):
         x = torch.full((2, V), -40.0)
         x[0, 3], x[0, 97] = 30.0, 30.0 - 18.5  # the rest of the sum in another shard
@@ -220,7 +220,7 @@ def a_confident_token_keeps_its_1e_8():
 
 
 @case
-def infinities_and_nan():
+def test_loss_non_finite():
     start, stop = shards((37, 11))
     for first, last in ((0, 37), (37, V), (5, 37), (90, V)):
         x, target = batch()
@@ -243,7 +243,7 @@ def infinities_and_nan():
 
 
 @case
-def ignored_rows_and_no_rows():
+def test_loss_ignored_rows():
     x, target = batch()
     x[0] = math.nan
     loss, grad, here = of_logits(vocab_parallel_cross_entropy, x, target)
@@ -266,7 +266,7 @@ def ignored_rows_and_no_rows():
 
 
 @case
-def any_strides_and_dimensions():
+def test_input_strides():
     start, stop = shards((37, 11))
     x = torch.randn(2, 4, V)
     target = torch.randint(0, V, (2, 3), dtype=torch.int32)
@@ -283,7 +283,7 @@ def any_strides_and_dimensions():
 
 
 @case
-def token_weights_have_gradients():
+def test_token_weight_gradient():
     x, target = batch()
     weight = torch.rand(N, requires_grad=True)
     loss, grad, here = of_logits(vocab_parallel_cross_entropy, x, target, token_weight=weight)
@@ -294,7 +294,7 @@ def token_weights_have_gradients():
 
 
 @case
-def the_gradient_over_the_logits():
+def test_gradient_in_place():
     start, stop = shards((37, 11))
     x, target = batch()
     leaf = x[:, start:stop].clone().requires_grad_()
@@ -352,7 +352,7 @@ def assert_near(ours, expected, tolerance):
 
 
 @case
-def the_head_and_the_loss_in_one():
+def test_head_loss():
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
         for name, options in LOSSES.items():
             upstream = torch.randn(N, dtype=torch.float64) if name == "none" else 3.7
@@ -369,7 +369,7 @@ def the_head_and_the_loss_in_one():
 
 
 @case
-def heads_of_all_kinds():
+def test_head_options():
     for sizes in SIZES.values():
         loss, expected, grads, exact = of_head(sizes=sizes, token_chunk_size=4)
         assert_near(loss, expected, 1e-6)
@@ -392,7 +392,7 @@ def heads_of_all_kinds():
 
 
 @case
-def kernels():
+def test_backend_triton():
     if dist.get_world_size() > 2 or importlib.util.find_spec("triton") is None:
         return  # the interpreter is slow, and two ranks show it
     fuse_multiply_add()
@@ -430,7 +430,7 @@ def kernels():
 
 
 @case
-def one_exchange_forward_and_none_backward():
+def test_exchange_count():
     calls = []
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     gather, total = getattr(dist, name), dist.all_reduce
@@ -454,7 +454,7 @@ def one_exchange_forward_and_none_backward():
 
 
 @case
-def perplexity_of_all_ranks():
+def test_perplexity_ranks():
     start, stop = shards((37, 11))
     meter, whole = chunked_ce.Perplexity(), chunked_ce.Perplexity()
     for n in (4, 9):
@@ -468,7 +468,7 @@ def perplexity_of_all_ranks():
 
 
 @case
-def evaluation_is_that_of_one_process():
+def test_evaluation_ranks():
     """Ranks that score unequal numbers of tokens add up sums, not means."""
     rank = dist.get_rank()
     tokens, labels = unequal_batches()
@@ -486,7 +486,7 @@ def evaluation_is_that_of_one_process():
 
 
 @case
-def dtensors_bring_their_mesh():
+def test_dtensor_mesh():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     world = dist.get_world_size()
@@ -520,7 +520,7 @@ def dtensors_bring_their_mesh():
 
 
 @case
-def a_group_among_several():
+def test_group_of_several():
     world, rank = dist.get_world_size(), dist.get_rank()
     if world < 4:
         return
@@ -545,7 +545,7 @@ def a_group_among_several():
 
 
 @case
-def ranks_that_disagree():
+def test_ranks_disagree():
     world, rank = dist.get_world_size(), dist.get_rank()
     x, target = batch()
     start, stop = shards((37, 11))
@@ -595,7 +595,7 @@ def ranks_that_disagree():
 
 
 @case
-def copies_where_shards_were_expected():
+def test_shards_copies():
     world, rank = dist.get_world_size(), dist.get_rank()
     x, target = batch()
     hidden, head, equal = torch.randn(N, D), torch.randn(V, D), dict(match="bring the same values")
@@ -619,7 +619,7 @@ def copies_where_shards_were_expected():
 
 
 @case
-def a_mesh_of_data_and_tensor_parallelism():
+def test_mesh_data_tensor():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     replicas = dist.get_world_size() // 2
@@ -653,7 +653,7 @@ def a_mesh_of_data_and_tensor_parallelism():
 
 
 @case
-def bad_input():
+def test_bad_input():
     x, target = batch()
     for arguments, options, error, message in (
         (([1.0], target), {}, TypeError, "input must be a Tensor of logits, got list"),
@@ -720,7 +720,7 @@ def one_process_step(model, tokens, labels):
 
 
 @case
-def ddp_is_one_process():
+def test_training_ddp():
     world, rank = dist.get_world_size(), dist.get_rank()
     tokens, labels = unequal_batches()
     expected, grads, after = one_process_step(Model(), tokens, labels)
@@ -740,7 +740,7 @@ def ddp_is_one_process():
 
 
 @case
-def fsdp2_is_one_process():
+def test_training_fsdp2():
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 

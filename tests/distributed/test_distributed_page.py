@@ -49,6 +49,19 @@ dist.all_reduce(mean)
 torch.testing.assert_close(mean, expected.detach(), rtol=1e-5, atol=0)
 """
 
+OF_CONTEXT = """
+whole = [t.detach().clone().requires_grad_() for t in (body.weight, weight)]
+expected = torch.nn.functional.cross_entropy(
+    (whole[0][tokens] @ whole[1].T).flatten(0, 1), labels.flatten()
+)
+expected.backward()
+total = loss.detach().clone()
+dist.all_reduce(total)
+torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=0)
+for ours, alone in zip((body.weight, weight), whole, strict=True):
+    torch.testing.assert_close(ours.grad, alone.grad, rtol=1e-4, atol=1e-6)
+"""
+
 OF_HEAD = """
 torch.manual_seed(0)
 alone = Model()
@@ -63,6 +76,7 @@ CHECKS = {
     "vocab_parallel_cross_entropy": OF_TENSOR_PARALLEL,
     "LinearCrossEntropyLoss": OF_FSDP,
     "self.head, labels, shift=True": OF_HEAD,
+    "group=dist.group.WORLD": OF_CONTEXT,
 }
 
 

@@ -478,6 +478,15 @@ def test_a_base_of_stored_logits_cannot_take_turns(gpt2):
     assert report.logits_stored and not report.base_logits_stored
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_turns_begin_on_the_host(place):
+    models = [Tiny(), Tiny()]
+    models[place].to("meta")
+    name = "^base: " if place else "^"
+    with pytest.raises(ValueError, match=name + "take_turns moves models from the host, but model"):
+        compare_models(*models, IDS, context_length=4, take_turns=True, device="cpu")
+
+
 def test_a_model_that_cannot_be_moved(gpt2):
     class Fixed(Tiny):
         def to(self, *_):

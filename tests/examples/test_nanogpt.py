@@ -117,6 +117,10 @@ def test_a_loss_of_predictions_and_labels_as_torchtitan_calls_it() -> None:
     """Micro-batches of unequal padding, each a sum over its tokens, by the tokens of all of them."""
     torch.manual_seed(0)
     names = run_block("docs/training.md", "global_valid_tokens")
+    pred, labels = names["pred"].detach()[0], names["labels"][0]  # [T, V], as torchtitan packs
+    loss, metrics = names["loss_fn"](pred, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(pred, labels, reduction="sum"))
+    assert metrics == {}
     logits = names["pred"].detach().requires_grad_()
     F.cross_entropy(logits.flatten(0, 1), names["labels"].flatten()).backward()
     torch.testing.assert_close(names["pred"].grad, logits.grad, rtol=1e-5, atol=1e-7)

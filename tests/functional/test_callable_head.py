@@ -309,6 +309,61 @@ def test_bad_heads(head, options, error, said):
         linear_cross_entropy(X, head, T, **options)
 
 
+def test_a_head_that_stops_the_gradient_of_hidden_states():
+    w, (x, target) = torch.randn(V, D, requires_grad=True), batch()
+    loss = linear_cross_entropy(x, lambda h: h.detach() @ w.t(), target, token_chunk_size=5)
+    loss.backward()
+    torch.testing.assert_close(loss, F.cross_entropy(x @ w.t(), target))
+    assert not x.grad.any() and w.grad.any()
+
+
 def test_a_head_without_gradients_says_so():
     with pytest.raises(RuntimeError, match="do not depend on it differentiably"):
         linear_cross_entropy(X.clone().requires_grad_(), lambda h: h.detach(), T)
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("reduction", ["mean", "none", "statistics"])
+@pytest.mark.parametrize("name", ["adapted", "fake_quantized", "function"])
+def test_compile_breaks_the_graph_at_a_head_that_is_called(name, reduction):
+    w, (x, target) = torch.randn(V, D, requires_grad=True), batch()
+    head = (lambda h: h @ w.t()) if name == "function" else HEADS[name]()
+    leaves = [w] if name == "function" else [p for p in head.parameters() if p.requires_grad]
+    traced = []
+
+    def seen(hidden):
+        traced.append(torch.compiler.is_compiling())
+        return head(hidden)
+
+    def loss(x):
+        if reduction == "statistics":
+            return -linear_token_stats(2.0 * x, seen, target, token_chunk_size=5).logprob.sum()
+        options = dict(token_chunk_size=5, reduction=reduction)
+        return 2.0 * linear_cross_entropy(2.0 * x, seen, target, **options).sum()
+
+    def values(function):
+        out = function(x)
+        return [out, *torch.autograd.grad(out, [x, *leaves])]
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    for _ in range(2):
+        for ours, expected in zip(values(compiled), values(loss), strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert traced and not any(traced)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.framework
+def test_compile_fullgraph_with_a_linear_layer():
+    layer, (x, target) = nn.Linear(D, V), batch()
+
+    def loss(x):
+        return linear_cross_entropy(2.0 * x, layer, target, token_chunk_size=5)
+
+    leaves = [x, layer.weight, layer.bias]
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+    ours, expected = (torch.autograd.grad(value, leaves) for value in (found, loss(x)))
+    torch.testing.assert_close(found, loss(x))
+    torch.testing.assert_close(ours, expected)

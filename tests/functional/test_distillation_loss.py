@@ -15,7 +15,7 @@ TARGET = torch.tensor([[1, 2, 7], [3, 7, 11]])
 SHARED = dict(kind="jsd", beta=0.2, temperature=1.5, ignore_index=7, vocab_size=12, backend="torch")
 TRANSFORMS = dict(softcap=2.0, logit_scale=0.5, teacher_softcap=3.0, teacher_logit_scale=0.7)
 LINEAR = SHARED | TRANSFORMS | dict(
-    cross_entropy_weight=0.3, acc_dtype=torch.float64, chunk_bytes=99, token_chunk_size=None
+    cross_entropy_weight=0.3, acc_dtype=torch.float64, chunk_bytes=999, token_chunk_size=None
 )  # fmt: skip
 OF_CALLS = {"target", "token_weight", "num_items", "linear_bias", "teacher_bias"}
 

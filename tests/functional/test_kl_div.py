@@ -241,6 +241,8 @@ def test_operators(backend):
     given = (y, target == -100, "jsd", 0.4, 2.0, 37, backend)
     torch.library.opcheck(operator.default, (x.requires_grad_(), *given))
     stats = [s.detach() for s in operator(x, *given)]
+    for outputs in (stats, operator(x.detach().double(), *given)):  # the results share no memory
+        assert len({s.untyped_storage().data_ptr() for s in outputs}) == len(outputs)
     arguments = (x.detach(), *given[:2], *stats, torch.randn(3), *given[2:])
     torch.library.opcheck(torch.ops.chunked_ce.pair_grad.default, arguments)
 

@@ -83,7 +83,7 @@ def test_pytorch_195829_a_large_bias_of_all_classes(backend, case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_mlx_4188_an_offset_of_one_of_two_rows(backend, device, kind):
     """A common offset costs the digits that the logits have lost, and no others; of one row too."""
-    x, y = torch.randint(-40, 41, (2, 5, 301)).to(device) / 8
+    x, y = torch.randint(-40, 41, (2, 2, 130)).to(device) / 8
     for offset in (1e4, 1e5):  # multiples of 1/8 stay what they are
         leaf = x.clone().requires_grad_()
         loss = kl_div(leaf, y + offset, kind=kind, backend=backend)

@@ -67,6 +67,7 @@ folder = Path(sys.argv[1])
 text = folder / "text.txt"
 argv = ["perplexity", str(folder), "--text", str(text), "--device", "cpu", "--json", str(folder / "out.json")]
 assert main([*argv, "--plot", str(folder / "out.png")]) == 0
+assert main(["compare", str(folder), *argv[1:], "--plot", str(folder / "out.png")]) == 0
 assert main(["plan", "--config", str(folder)]) == 0
 model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 ids = torch.randint(3, 300, (2, 20))

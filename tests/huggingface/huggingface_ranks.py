@@ -1,6 +1,7 @@
 """One rank of test_huggingface_ranks.py: a training step of an enabled model, against one process."""
 
 import contextlib
+import functools
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -180,6 +181,50 @@ def prepared(gradients, rank: int, expected) -> None:
         check(gradients, model, step(model, rank, after="freed"), expected)
 
 
+def step_without_labels(model, rank: int) -> torch.Tensor:
+    """The same loss, by log-probabilities of the logits that the model returns."""
+    size = (BATCH + 1) // dist.get_world_size()
+    mine = rows(slice(size * rank, size * (rank + 1)))
+    labels = mine["labels"][:, 1:]
+    mask = labels != -100
+    items = mask.sum()
+    dist.all_reduce(items)
+    logits = model(input_ids=mine["input_ids"]).logits[:, :-1]
+    chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    loss = -(chosen * mask).sum() / items * dist.get_world_size()
+    loss.backward()
+    assert isinstance(logits, torch.Tensor) or logits._real is None
+    return loss.detach()
+
+
+def without_labels(rank: int) -> None:
+    """DDP and FSDP2 find no loss among the outputs, and notice backward all the same."""
+
+    def wrap_head(model):
+        fully_shard(model.lm_head, reshard_after_forward=True)
+        return fully_shard(model)
+
+    def wrap_layers(model):
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    wraps = {
+        "Llama": DistributedDataParallel,
+        "Qwen2": functools.partial(DistributedDataParallel, find_unused_parameters=True),
+        "Granite": functools.partial(DistributedDataParallel, static_graph=True),
+        "Gemma2": fully_shard, "Mistral": wrap_head, "Qwen3": wrap_layers,
+    }  # fmt: skip
+    for name, wrap in wraps.items():
+        expected, gradients = whole(build(name))
+        model = build(name)
+        enable(model, without_labels=True)
+        wrapped = wrap(model)
+        for _ in range(2):
+            model.zero_grad()
+            check(gradients, model, step_without_labels(wrapped, rank), expected)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -201,6 +246,7 @@ def main() -> None:
             enable(model)
         check(gradients, model, step(model, rank, after="freed"), expected)
 
+    without_labels(rank)
     head_of_its_own_group(rank)
     perplexity_of_sharded()
     kept_head(gradients, rank, expected)

@@ -7,6 +7,7 @@ the place of a function, of which @triton.jit cannot read the source, and does n
 chunked_ce/kernels is a link to kernels/; cosmic-ray starts an interpreter for each mutant, and the
 imports of torch and triton take longer than the tests that kill it. Here they are imported once and
 the process is forked: each child writes its mutant into a copy of the package and runs pytest there.
+The CPU kernels in C are built anew for each of their mutants, without vectors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from operators import Mutant, mutants
+import c_operators
+import operators
+from operators import Mutant
 from table import TESTS
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +108,23 @@ def in_a_child(where: Path, tests: list[list[str]], limit: float) -> tuple[str, 
     return "hung", time.monotonic() - began
 
 
-def sample(source: str, count: int, seed: int) -> list[Mutant]:
-    found = mutants(source)
+def is_c(module: str) -> bool:
+    return module.endswith((".c", ".h"))
+
+
+def build(where: Path) -> bool:
+    """Return whether the CPU kernels compile."""
+    backends = where / "chunked_ce" / "backends"
+    for library in backends.glob("cpu_*.bin"):
+        library.unlink()
+    flags = "-std=gnu11 -O1 -w -fopenmp-simd -fno-math-errno -shared -fPIC -pthread"
+    sources = sorted(map(str, (where / "kernels" / "cpu").glob("*.c")))
+    command = ["gcc", *flags.split(), "-o", str(backends / "cpu_base.bin"), *sources, "-lm"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def sample(module: str, source: str, count: int, seed: int) -> list[Mutant]:
+    found = (c_operators if is_c(module) else operators).mutants(source)
     chosen = random.Random(seed).sample(range(len(found)), min(count, len(found)))
     return [found[i] for i in sorted(chosen)]
 
@@ -126,13 +145,17 @@ def attack(
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder).resolve()
         copy_of_the_package(where)
+        if is_c(module) and not build(where):
+            sys.exit("the CPU kernels do not compile")
         if limit is None:
             limit = 3 * time_without_a_fault(where, module) + 10
         run = killed = 0
-        for mutant in sample(source, count, seed):
+        for mutant in sample(module, source, count, seed):
             if lines and mutant.line not in lines:
                 continue
             (where / module).write_text(mutant.source, "utf-8")
+            if is_c(module) and not build(where):
+                continue
             outcome, took = in_a_child(where, TESTS[module], limit)
             run, killed = run + 1, killed + (outcome != "passed")
             mark = "SURVIVED" if outcome == "passed" else outcome

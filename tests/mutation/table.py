@@ -66,7 +66,50 @@ _LINEAR = _of(
     "(torch- or torch] or not triton) and not compile and not operators and not readme",
 )
 
+_FRAMEWORK = "not compile and not operators and not gradcheck and not threads"
+_PAIRS = [
+    _of("test_kl_div", f"not triton and {_FRAMEWORK}"),
+    _of("test_reports_of_losses", "not triton"),
+]
+_HEADS_OF_PAIRS = [
+    _of("test_linear_kl_div", f"not triton and {_FRAMEWORK}"),
+    _of("test_reports_of_losses", "not triton"),
+    _of("test_laws_of_pairs", "fast and heads"),
+]
+_CALLED = [_of("test_callable_head"), _of("test_laws_of_pairs", "fast and called")]
+_CPU = [
+    _of("test_backend_cpu", "not instruction_sets"),
+    _of("test_token_stats", "cpu and not compile"),
+    _of("test_grad_in_forward", "cpu and not compile"),
+    _of("test_drop_in", "cpu"),
+]
+_CPU_PAIRS = [_of("test_kl_div", f"cpu and {_FRAMEWORK}"), _of("test_fuzz_kl_div", "fast and cpu")]
+
 TESTS: dict[str, list[list[str]]] = {
+    "chunked_ce/core/divergence.py": _PAIRS,
+    "chunked_ce/backends/torch_pair.py": _PAIRS,
+    "chunked_ce/backends/cpu_pair.py": _PAIRS,
+    "chunked_ce/ops/pair.py": _PAIRS,
+    "chunked_ce/ops/linear_pair.py": _HEADS_OF_PAIRS,
+    "chunked_ce/functional/distillation.py": [*_PAIRS, *_HEADS_OF_PAIRS],
+    "chunked_ce/checks/distillation.py": [
+        _of("test_kl_div", "(bad or options) and not triton"),
+        _of("test_linear_kl_div", "(bad or options or padded) and not triton"),
+        _of("test_mixed_up"),
+    ],
+    "chunked_ce/ops/head_calls.py": _CALLED,
+    "chunked_ce/ops/callable_head.py": _CALLED,
+    "kernels/cpu/divergence.h": _CPU_PAIRS,
+    "kernels/cpu/pair.c": _CPU_PAIRS,
+    "kernels/cpu/statistics.h": _CPU,
+    "kernels/cpu/gradient.h": _CPU,
+    "kernels/cpu/exp_f32.h": [*_CPU[:2], *_CPU_PAIRS[:1]],
+    "kernels/cpu/exp_f64.h": [*_CPU[:2], *_CPU_PAIRS[:1]],
+    "kernels/cpu/load.h": [*_CPU, *_CPU_PAIRS],
+    "kernels/cpu/rows.h": _CPU,
+    "kernels/cpu/run.c": _CPU,
+    "kernels/cpu/finish.c": _CPU,
+    "kernels/cpu/elementwise.c": [_of("test_backend_cpu_binary"), _of("test_binary", "cpu and not compile")],
     "chunked_ce/core/row_stats.py": _TORCH,
     "chunked_ce/backends/torch_blocks.py": [
         *(*_TORCH[:2], _TORCH[5], *_TORCH[2:5]),
@@ -86,6 +129,7 @@ TESTS: dict[str, list[list[str]]] = {
         _of("test_linear", "token_weight or num_items or loss_scale"),
     ],
     "chunked_ce/functional/targets.py": [_TORCH[3], _of("test_drop_in", "torch or device or signatures or positional or ignore_index_error")],
+    "chunked_ce/functional/distributions.py": [_TORCH[3], _of("test_drop_in", "torch or device or signatures")],
     "chunked_ce/core/class_logits.py": [_TORCH[3], _of("test_drop_in", "torch or device or signatures or positional or ignore_index_error")],
     "chunked_ce/evaluation/windows.py": [_of("test_windows")],
     "chunked_ce/evaluation/documents.py": [_of("test_evaluation"), _of("test_scored_bytes")],

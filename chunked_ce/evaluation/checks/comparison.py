@@ -96,6 +96,14 @@ def resamples(value: Any) -> int:
     return number
 
 
+def on_host(there: bool, device: torch.device) -> None:
+    if not there:
+        raise ValueError(
+            f"take_turns moves models from the host, but model is on {device}: pass "
+            "model.to('cpu'), and device= to say where they take turns"
+        )
+
+
 def head_can_wait(deferred: bool) -> None:
     if not deferred:
         raise ValueError(
