@@ -263,6 +263,14 @@ def test_the_report_names_the_recipe(model):
     assert describe("llama.cpp-512", None).endswith("second half scored, no BOS")
 
 
+def test_a_file_name_as_text_warns(model, tmp_path):
+    (tmp_path / "a.txt").write_text("what the file holds")
+    text, tokenizer = [str(tmp_path / "a.txt")], byte_tokenizer()
+    with pytest.warns(UserWarning, match="names a file") as caught:
+        evaluate_perplexity(model, text=text, tokenizer=tokenizer, recipe="lm-eval-rolling")
+    assert caught[0].filename == __file__
+
+
 IDS = list(range(3, 203)) * 6
 
 
