@@ -15,6 +15,7 @@ COMMANDS = {  # command: (module, its function, what it does)
     "full": ("suites", "full", "every provider over vocabularies: minutes"),
     "cpu": ("cpu", "main", "the losses from logits on the CPU beside their bounds; --busy N"),
     "linear": ("linear", "main", "head and loss together on the CPU beside their bounds"),
+    "distillation": ("distillation", "main", "two heads and their divergence beside eager's"),
     "weight_traffic": ("weight_traffic", "main", "bytes of the weight gradient, counted"),
     "perplexity": ("perplexity", "main", "peak memory of scoring text"),
     "log_probabilities": ("log_probabilities", "main", "peak memory of a policy-gradient step"),

@@ -16,7 +16,7 @@ from chunked_ce.backends import triton_pair as pair_triton
 from chunked_ce.core.divergence import KINDS, Divergence, PairStats
 from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
-from chunked_ce.core.row_stats import ClassWeights
+from chunked_ce.core.row_stats import ClassWeights, TokenStats
 
 PLAIN, CAPPED = Head(None, 1.0), Head(30.0, 0.5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,5 +135,7 @@ def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Cal
             vocab -= 7
         arguments: Any = (x, numbers.long(), *loss_options, -100, vocab, head)
         options: Any = dict(inplace=False, on_clusters=on_clusters)
+        if everything:
+            options["stats"] = TokenStats(numbers, numbers)
         label = f"one pass {dtype} {form} {'everything' if everything else ''}"
         yield label, partial(backend_triton.loss_and_gradient, *arguments, **options)

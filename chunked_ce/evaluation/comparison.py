@@ -7,8 +7,8 @@ tokens has the logits of both models at a time; see :mod:`chunked_ce.evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from contextlib import nullcontext
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ from ..distributed.checks import process_group
 from . import checks
 from .comparison_estimates import compare_tokens
 from .comparison_report import ComparisonInterrupted, ComparisonReport, TokenComparison
-from .documents import Source
+from .documents import Document, Prepared, Source
 from .evaluate import plan_windows
 from .language_model import LanguageModel, device_of, evaluating, examine
 from .pair_scoring import BASE_LOGPROB, KL, LOGPROB, SAME_TOP, SCORED, PairScoring, on_device
 from .parts import Parts
 from .progress import describe_text, describe_windows
 from .windows import Window, batches
+
+_SETTINGS = ("context_length", "stride", "full_last_window", "bos", "eos")
 
 
 @torch.no_grad()
@@ -105,42 +107,48 @@ def compare_models(
     >>> f"{report.perplexity.value:.1f} against {report.base_perplexity.value:.1f}"
     '8.0 against 16.0'
     """
-    flags(
-        full_last_window=full_last_window, per_document=per_document, progress=progress,
-        take_turns=take_turns,
-    )  # fmt: skip
     checks.no_more_positional(positional, "compare_models", "model, base")
-    backend_name(backend)
-    checks.progress_bar(progress)
+    flags(full_last_window=full_last_window, take_turns=take_turns)
+    pair = Pair(model, base, _devices(model, base, device, take_turns), take_turns, backend)
+    wanted = _checked(Wanted(vocab_size, groups, per_document, seed, resamples, progress), backend)
     checks.one_source(input_ids, text, attention_mask, tokenizer)
-    where = _devices(model, base, device, take_turns)
     group = None if group is None else process_group(group)
-    context_length = checks.shared_context(context_length, model, base, tokenizer)
     batch_size = checks.at_least_one("batch_size", batch_size)
-    seed = checks.seed(seed)
-    resamples = checks.resamples(resamples)
+    context_length = checks.shared_context(context_length, model, base, tokenizer)
     describe_text(text, shown=progress)
     source = Source(model, tokenizer, text, input_ids, attention_mask)
     plan = plan_windows(Parts(), source, context_length, stride, full_last_window, bos, eos)
-    ids = [document.ids for document in plan.documents]
-    checks.ids_known("document", ids, model, None)
-    _check_base(base, base_tokenizer, source, ids)
-    groups = checks.document_groups(groups, len(ids), None)
-    describe_windows(ids, len(plan.windows), shown=progress)
-    with evaluating(model), evaluating(base):
-        examined = _examine((model, base), ids, context_length, where, backend, take_turns)
-        tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-        sizes = examined[0].vocab_size, examined[1].vocab_size
-        classes = checks.shared_classes(vocab_size, *sizes, tokens, max(int(d.max()) for d in ids))
-        prepared = plan.documents, plan.windows
-        scoring = PairScoring(*examined, *prepared, where, classes, backend, take_turns)
-        interrupted = scoring.run(batches(plan.windows, batch_size), group, progress)
-    settings = plan.settings | dict(partial=interrupted, took_turns=take_turns)
-    settings |= dict(seed=seed, resamples=resamples, vocab_size=classes)
-    report = _report(scoring, groups, per_document, settings)
-    if interrupted:
-        raise ComparisonInterrupted(report)
-    return report
+    _check_readable(base, base_tokenizer, source, plan.documents)
+    return _score(pair, plan, tokenizer, wanted, batch_size, group)
+
+
+class Pair(NamedTuple):
+    """The two models and where they run."""
+
+    model: Any
+    base: Any
+    devices: tuple[torch.device, torch.device]
+    take_turns: bool
+    backend: str
+
+
+class Wanted(NamedTuple):
+    """What is to be compared and reported."""
+
+    vocab_size: int | None
+    groups: Sequence[str] | None
+    per_document: bool
+    seed: int
+    resamples: int
+    progress: bool
+
+
+def _checked(wanted: Wanted, backend: str) -> Wanted:
+    flags(per_document=wanted.per_document, progress=wanted.progress)
+    backend_name(backend)
+    checks.progress_bar(wanted.progress)
+    seed, resamples = checks.seed(wanted.seed), checks.resamples(wanted.resamples)
+    return wanted._replace(seed=seed, resamples=resamples)
 
 
 def _devices(
@@ -159,8 +167,12 @@ def _devices(
         return own, place(base)
 
 
-def _check_base(base: Any, base_tokenizer: Any, source: Source, ids: list[Tensor]) -> None:
-    """Check that the base reads the same tokens."""
+def _check_readable(
+    base: Any, base_tokenizer: Any, source: Source, documents: list[Document]
+) -> None:
+    """Check that both models read the same tokens."""
+    ids = [document.ids for document in documents]
+    checks.ids_known("document", ids, source.model, None)
     tokenizer, text = source.tokenizer, source.text
     if base_tokenizer is not None:
         checks.same_tokenizer(tokenizer, base_tokenizer, [text] if isinstance(text, str) else text)
@@ -170,21 +182,49 @@ def _check_base(base: Any, base_tokenizer: Any, source: Source, ids: list[Tensor
         checks.ids_known("document", ids, base, None)
 
 
+def _score(
+    pair: Pair, plan: Prepared, tokenizer: Any, wanted: Wanted, batch_size: int, group: Any
+) -> ComparisonReport:
+    """Return the report of the planned windows; raise it where Ctrl-C left some of them out."""
+    ids = [document.ids for document in plan.documents]
+    groups = checks.document_groups(wanted.groups, len(ids), None)
+    describe_windows(ids, len(plan.windows), shown=wanted.progress)
+    with evaluating(pair.model), evaluating(pair.base):
+        model, base = _examine(pair, ids, plan.settings["context_length"])
+        tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+        classes = checks.shared_classes(
+            wanted.vocab_size, model.vocab_size, base.vocab_size, tokens, max(map(_highest, ids))
+        )
+        scoring = PairScoring(
+            model, base, plan.documents, plan.windows, pair.devices, classes, pair.backend,
+            pair.take_turns,
+        )  # fmt: skip
+        interrupted = scoring.run(batches(plan.windows, batch_size), group, wanted.progress)
+    settings = {name: plan.settings[name] for name in _SETTINGS}
+    settings |= dict(seed=wanted.seed, resamples=wanted.resamples, vocab_size=classes)
+    settings |= dict(partial=interrupted, took_turns=pair.take_turns)
+    report = _report(scoring, groups, wanted.per_document, settings)
+    if interrupted:
+        raise ComparisonInterrupted(report)
+    return report
+
+
+def _highest(ids: Tensor) -> int:
+    return int(ids.max())
+
+
 def _examine(
-    models: tuple[Any, Any],
-    ids: list[Tensor],
-    context_length: int,
-    devices: tuple[torch.device, torch.device],
-    backend: str,
-    take_turns: bool,
+    pair: Pair, ids: list[Tensor], context_length: int
 ) -> tuple[LanguageModel, LanguageModel]:
     """Try both models on a few tokens."""
-    examined = []
-    names: tuple[AbstractContextManager[None], ...] = (nullcontext(), checks.naming("base"))
-    for model, device, named in zip(models, devices, names, strict=True):
-        with named, on_device(model, device) if take_turns else nullcontext():
-            examined.append(examine(model, "document", ids, context_length, device, backend))
-    return examined[0], examined[1]
+
+    def tried(model: Any, device: torch.device) -> LanguageModel:
+        with on_device(model, device) if pair.take_turns else nullcontext():
+            return examine(model, "document", ids, context_length, device, pair.backend)
+
+    model = tried(pair.model, pair.devices[0])
+    with checks.naming("base"):
+        return model, tried(pair.base, pair.devices[1])
 
 
 def _report(

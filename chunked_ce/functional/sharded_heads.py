@@ -8,7 +8,6 @@ each rank's piece gets its piece of the gradient.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,10 +42,10 @@ def call(function: Callable[..., Result], arguments: dict[str, Any]) -> Result:
     checks.hidden_states(arguments["input"])
     checks.no_hooks_but_fsdp(head)
     forward = head.forward
+    linear = type(head).forward is nn.Linear.forward and "forward" not in vars(head)
 
     def of_all_chunks(hidden: Tensor) -> Result:
-        linear = type(head).forward is nn.Linear.forward
-        given = _linear(head.weight, head.bias) if linear else _called(functools.partial(forward))
+        given = _linear(head.weight, head.bias) if linear else _called(forward)
         return function(**arguments | given | dict(input=hidden))
 
     with _as_forward(head, of_all_chunks):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..checks.values import is_dtensor
 from ..core.head import Head
 from ..core.reduction import is_scored
 from .chunks import Index, chunk_indices
@@ -46,7 +45,9 @@ class HeadCalls:
         checks.unchanged_head(state, head)
         self._first = first if self.indices else None
         self.dtype = first.logits.dtype
-        self.parameters = leaves_of(first.logits, first.x, getattr(head, "gathered", ()))
+        leaves = leaves_of(first.logits, getattr(head, "gathered", ()))
+        self.parameters = [leaf for leaf in leaves if leaf is not first.x]
+        self.sees_input = len(leaves) > len(self.parameters)  # not where the head detaches it
         if self.with_grad and input.requires_grad and not first.logits.requires_grad:
             checks.head_without_gradient()
 
@@ -131,9 +132,10 @@ class HeadGradients:
         )
         if self.input is not None:
             of_input = next(found)
-            if of_input is None:
+            if of_input is not None:
+                self.input[chunk.index] = of_input
+            elif self.calls.sees_input:
                 checks.head_without_gradient()
-            self.input[chunk.index] = of_input
         for i, wanted in enumerate(self.for_parameters):
             one = next(found) if wanted else None
             sum = self.sums[i]
@@ -169,8 +171,8 @@ def _memory(t: Tensor) -> int:
     return address
 
 
-def leaves_of(logits: Tensor, x: Tensor, gathered: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Return the tensors that want a gradient and that the logits were computed from, but `x`.
+def leaves_of(logits: Tensor, gathered: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Return the tensors that want a gradient and that the logits were computed from.
 
     Those that were `gathered` for all chunks are in the place of what they were gathered from.
     """
@@ -184,7 +186,7 @@ def leaves_of(logits: Tensor, x: Tensor, gathered: Sequence[Tensor] = ()) -> lis
         seen.add(node)
         checks.head_of_fsdp(node.name() == "RegisterPostBackwardFunctionBackward")
         leaf = whole.get(node, getattr(node, "variable", None))
-        if isinstance(leaf, Tensor) and leaf is not x:
+        if isinstance(leaf, Tensor):
             checks.head_of_fsdp(_is_freed(leaf))
             found[id(leaf)] = leaf
         if node not in whole:
@@ -194,4 +196,5 @@ def leaves_of(logits: Tensor, x: Tensor, gathered: Sequence[Tensor] = ()) -> lis
 
 def _is_freed(t: Tensor) -> bool:
     """Return whether FSDP2 has freed a gathered weight after the head's call."""
-    return not is_dtensor(t) and t.numel() > 0 and not t.untyped_storage().size()
+    plain = type(t) in (Tensor, torch.nn.Parameter)  # others may have no memory of their own
+    return plain and t.numel() > 0 and not t.untyped_storage().size()

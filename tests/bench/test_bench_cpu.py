@@ -32,8 +32,8 @@ def run(tmp_path: Path, *arguments: str) -> list[dict[str, str]]:
 
 def test_csv_holds_the_figures_and_the_screen_the_bounds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "VOCABULARIES", (64, 300))
-    rows = run(tmp_path, "--only", "time", "small", "vocabulary", "masked")
-    assert {r["provider"] for r in rows} == PROVIDERS
+    rows = run(tmp_path, "--only", "time", "small", "vocabulary", "masked", "stats")
+    assert {r["provider"] for r in rows} == PROVIDERS | {providers.STATS, providers.ALL_STATS}
     assert {r["dtype"] for r in rows} == {"float32", "bfloat16"}
     assert {int(r["N"]) for r in rows} >= {16, 64, 8, 128, 1}  # time, small, a call's cost
     assert all(0 < float(r["q20"]) <= float(r["value"]) <= float(r["q80"]) for r in rows)
@@ -47,6 +47,7 @@ def test_csv_holds_the_figures_and_the_screen_the_bounds(tmp_path, monkeypatch, 
         ("loss alone, N = 128, V = 10, float32 forward+backward: chunked_ce / eager", "2.5"),
         ("forward: most / least time per logit", "1.5"),
         ("forward, upper half at -inf: chunked_ce / unmasked", "1.3"),
+        ("float32 forward+backward: chunked_ce return_stats / chunked_ce", "1.03"),
     ):
         (line,) = (s for s in printed.splitlines() if s.startswith(what))
         assert f"<= {bound} " in line and line.split()[-1] in ("ok", "MISSED")

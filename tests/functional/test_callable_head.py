@@ -309,6 +309,14 @@ def test_bad_heads(head, options, error, said):
         linear_cross_entropy(X, head, T, **options)
 
 
+def test_a_head_that_stops_the_gradient_of_hidden_states():
+    w, (x, target) = torch.randn(V, D, requires_grad=True), batch()
+    loss = linear_cross_entropy(x, lambda h: h.detach() @ w.t(), target, token_chunk_size=5)
+    loss.backward()
+    torch.testing.assert_close(loss, F.cross_entropy(x @ w.t(), target))
+    assert not x.grad.any() and w.grad.any()
+
+
 def test_a_head_without_gradients_says_so():
     with pytest.raises(RuntimeError, match="do not depend on it differentiably"):
         linear_cross_entropy(X.clone().requires_grad_(), lambda h: h.detach(), T)

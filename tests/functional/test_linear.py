@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunked_ce import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_stats
@@ -409,6 +412,34 @@ def test_compile_fullgraph(tracer, reduction):
         results.append((value.detach(), *(t.grad for t in tensors)))
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "frozen", "products"),
+    [("mean", False, 3), ("none", False, 4), ("mean", True, 2), ("none", True, 3)],
+)
+def test_flop_counter(reduction, frozen, products):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, w, _, target = head()
+    x, w = x.requires_grad_(), w.requires_grad_(not frozen)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, w, target, reduction=reduction).sum().backward()
+    assert counter.get_total_flops() == products * 2 * x.numel() * w.shape[0]
+
+
+def test_flop_counter_that_was_there_before_the_first_call():
+    """Formulas are registered late, because importing torch's counter takes long."""
+    code = """
+import torch, chunked_ce, sys
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+x, w = torch.randn(4, 8), torch.randn(10, 8)
+with FlopCounterMode(display=False) as counter:
+    chunked_ce.linear_cross_entropy(x, w, torch.arange(4))
+assert counter.get_total_flops() == 2 * 4 * 8 * 10
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.framework

@@ -1,5 +1,9 @@
 """`return_stats`: the statistics of the loss's own pass, and a loss that keeps its bits."""
 
+import ast
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import batch
@@ -14,6 +18,7 @@ from chunked_ce import (
     linear_token_stats,
     token_stats,
 )
+from chunked_ce.huggingface import causal_lm_loss
 
 N, D, V = 11, 8, 100
 EVERYTHING = ("entropy", "rank", "argmax")
@@ -388,3 +393,19 @@ def test_accuracy_entropy_and_z_loss_beside_the_fused_loss():
     torch.testing.assert_close(z_loss, 1e-4 * expected.lse[scored].square().mean())
     # The three terms make the loss.
     torch.testing.assert_close(loss.detach(), z_loss - stats.logprob[scored].mean())
+
+
+@pytest.mark.parametrize(
+    "function", [cross_entropy, linear_cross_entropy, causal_lm_loss], ids=lambda f: f.__name__
+)
+def test_overloads_have_the_arguments_of_the_function(function):
+    """Type checkers see these in place of the function. Only the type of return_stats differs."""
+    tree = ast.parse(Path(inspect.getsourcefile(function)).read_text())
+    found = [n for n in tree.body if getattr(n, "name", "") == function.__name__]
+    assert len(found) == 3
+    arguments = []
+    for one in found:
+        given = one.args.posonlyargs + one.args.args + one.args.kwonlyargs
+        texts = {a.arg: ast.unparse(a.annotation) for a in given if a.arg != "return_stats"}
+        arguments.append(texts)
+    assert arguments[0] == arguments[1] == arguments[2]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.huggingface import LogitsMade, batch, build, step
+from chunked_ce import token_stats
 from chunked_ce.huggingface import causal_lm_loss, enable
 
 
@@ -144,3 +145,32 @@ def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message) as caught:
         causal_lm_loss(*arguments, **options)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("way", ["loss", "enable"])
+def test_return_stats(way):
+    """The model's own keyword reaches its loss: the pair of a loss and its pass's statistics."""
+    model = build("Llama")
+    inputs = batch()
+    logits = model(input_ids=inputs["input_ids"]).logits.detach()
+    plain = causal_lm_loss(logits, inputs["labels"])
+    expected = token_stats(logits, shifted(inputs["labels"]), entropy=True, argmax=True)
+    if way == "enable":
+        enable(model)
+    else:
+        model.loss_function = causal_lm_loss
+    loss, stats = model(**inputs, return_stats=("entropy", "argmax")).loss
+    loss.backward()
+    assert model.lm_head.weight.grad is not None
+    torch.testing.assert_close(loss.detach(), plain)
+    assert stats.rank is None and not stats.lse.requires_grad
+    for name in ("lse", "logprob", "entropy"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name))
+    assert torch.equal(stats.argmax, expected.argmax)
+    assert (stats.argmax[..., -1] == -1).all()  # the last position predicts nothing
+
+
+def test_return_stats_bad_input():
+    logits, labels = loss_case()
+    with pytest.raises(ValueError, match="return_stats names 'accuracy'"):
+        causal_lm_loss(logits, labels, return_stats=["accuracy"])

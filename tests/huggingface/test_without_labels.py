@@ -108,3 +108,41 @@ def test_compiled(what):
     torch.testing.assert_close(ours, log_probs(stock(ids).logits, ids))
     for a, e in zip(model.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(a.grad, e.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_on_the_head():
+    """A head that is called: once for a chunk, and once more in backward."""
+    peft = pytest.importorskip("peft")
+    ids, results = batch()["input_ids"], []
+    for enabled in (False, True):
+        model = build("Llama")
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+        if enabled:
+            enable(model, without_labels=True)
+        logits = model(input_ids=ids).logits
+        assert isinstance(logits, DeferredLogits) == enabled
+        chosen = log_probs(logits, ids)
+        chosen.sum().backward()
+        assert not enabled or logits._real is None
+        results.append((chosen, *(p.grad for p in model.parameters() if p.grad is not None)))
+    assert len(results[0]) == 3
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast():
+    results, ids = [], batch()["input_ids"]
+    for enabled in (False, True):
+        model = build("Qwen3")
+        if enabled:
+            enable(model, without_labels=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids).logits
+        assert logits.dtype == torch.bfloat16
+        chosen = log_probs(logits.float(), ids)  # after autocast, as accelerate casts outputs
+        chosen.sum().backward()
+        results.append((chosen, *(p.grad for p in model.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)

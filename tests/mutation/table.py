@@ -129,6 +129,7 @@ TESTS: dict[str, list[list[str]]] = {
         _of("test_linear", "token_weight or num_items or loss_scale"),
     ],
     "chunked_ce/functional/targets.py": [_TORCH[3], _of("test_drop_in", "torch or device or signatures or positional or ignore_index_error")],
+    "chunked_ce/functional/distributions.py": [_TORCH[3], _of("test_drop_in", "torch or device or signatures")],
     "chunked_ce/core/class_logits.py": [_TORCH[3], _of("test_drop_in", "torch or device or signatures or positional or ignore_index_error")],
     "chunked_ce/evaluation/windows.py": [_of("test_windows")],
     "chunked_ce/evaluation/documents.py": [_of("test_evaluation"), _of("test_scored_bytes")],
