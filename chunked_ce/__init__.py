@@ -120,6 +120,8 @@ class _Moved(ModuleType):
     """The import path that `evaluation.documents` had before it moved."""
 
     def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # asked of every module, also while torch is being imported
+            raise AttributeError(name)
         return getattr(import_module(f"{__package__}.evaluation.documents"), name)
 
 
