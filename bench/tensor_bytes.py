@@ -126,9 +126,7 @@ def fake_gpu(architecture: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(clusters, "is_verified", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "has_wide_products", _has_wide_products))
         stack.enter_context(mock.patch.object(chunks, "adds_in_products", lambda x: True))
-        stack.enter_context(
-            mock.patch.object(head_loss, "autocast", lambda *operands: operands[:3])
-        )
+        stack.enter_context(mock.patch.object(head_loss, "autocast", lambda *given: given[:3]))
         for module in (logits, head_loss):
             stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))
         gpu_values = {"architecture": architecture, "processors": 132, "l2_bytes": 50 << 20}
