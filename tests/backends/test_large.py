@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,11 @@ def test_large_logits():
     stats = token_stats(logits, target)
     assert torch.equal(stats.lse[few], expected.lse)
     assert torch.equal(stats.logprob[few], expected.logprob)
+    teacher = torch.randn(vocab).bfloat16().expand_as(logits)
+    options = dict(kind="reverse", target=target, reduction="none")
+    of_pairs = kl_div(logits, teacher, **options)[few]
+    options |= dict(target=target[few])
+    assert torch.equal(of_pairs, kl_div(small.detach(), teacher[few], **options))
     logits.requires_grad_()
     grads = []
     leaf = WithoutCopy.apply(logits.detach(), torch.zeros(1, requires_grad=True), grads)
@@ -184,6 +190,30 @@ def test_large_vocabulary():
     F.cross_entropy(truth, target, label_smoothing=0.1).backward()
     noise = 2e-7 * float(truth.grad.abs().max())
     torch.testing.assert_close(logits.grad.double(), truth.grad, rtol=2e-6, atol=noise)
+
+
+@pytest.mark.long
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+def test_large_pairs(kind):
+    """Use a million pairs of rows, and a pair of 1.2 million classes; one row has no memory of its own."""
+    options = dict(kind=kind, reduction="none")
+    x, y = torch.randn(2, 20_000, 33)
+    many = x.repeat(50, 1).requires_grad_()
+    few = x.clone().requires_grad_()
+    losses = [kl_div(many, y.repeat(50, 1), **options), kl_div(few, y, **options)]
+    for loss in losses:
+        loss.sum().backward()
+    assert torch.equal(losses[0], losses[1].repeat(50))
+    assert torch.equal(many.grad, few.grad.repeat(50, 1))
+    x, y = torch.randn(3, 1_200_001), torch.randn(1, 1_200_001).expand(3, -1)
+    truth, leaf = x.double().requires_grad_(), x.clone().requires_grad_()
+    expected, loss = oracle.kl_div(truth, y, **options), kl_div(leaf, y, **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for each in (expected, loss):
+        each.sum().backward()
+    noise = 2e-7 * float(truth.grad.abs().max())
+    torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=1e-5, atol=noise)
 
 
 def relative_error(ours, truth):
