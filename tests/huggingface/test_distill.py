@@ -1,6 +1,8 @@
 """Two models of transformers, student and teacher: the loss and gradients of both models' logits."""
 
 import copy
+import doctest
+import inspect
 import warnings
 
 import oracle
@@ -78,6 +80,24 @@ def test_loss_and_gradients_without_logits(names, kind):
         student, teacher, kind=kind, beta=0.3, temperature=1.5, cross_entropy_weight=0.4
     )
     assert made == 0 and isinstance(outputs.logits, DeferredLogits)
+
+
+def test_gradient_checkpointing():
+    student, teacher = build("Llama"), teacher_of("GPT2")
+    truth, gradients = expected(student, teacher, batch())
+    student.zero_grad()
+    student.gradient_checkpointing_enable()
+    with distill(student, teacher):
+        loss = student(**batch()).loss
+        loss.backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)
+    ours = {n: p.grad for n, p in student.named_parameters()}
+    assert largest_difference(ours, gradients) < 2e-5
+
+
+def test_example_of_the_docstring():
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(distill), {}, "distill", None, 0)
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_padded_vocabularies():
