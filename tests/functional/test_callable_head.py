@@ -367,3 +367,36 @@ def test_compile_fullgraph_with_a_linear_layer():
     ours, expected = (torch.autograd.grad(value, leaves) for value in (found, loss(x)))
     torch.testing.assert_close(found, loss(x))
     torch.testing.assert_close(ours, expected)
+
+
+class Centered(nn.Linear):
+    """A head that keeps a running mean of what it sees."""
+
+    def __init__(self):
+        super().__init__(D, V)
+        self.register_buffer("center", torch.zeros(D))
+
+    def forward(self, hidden):
+        if self.training:
+            self.center.lerp_(hidden.detach().mean(0), 0.1)
+        return super().forward(hidden - self.center)
+
+
+def test_head_with_state_error():
+    """Each chunk would see another mean than the one before."""
+    head, (x, target) = Centered(), batch()
+    with pytest.raises(ValueError, match=r"keeps state between calls.*'center'.*head.eval\(\)"):
+        linear_cross_entropy(x, head, target)
+    loss = linear_cross_entropy(x, head.eval(), target, token_chunk_size=5)
+    torch.testing.assert_close(loss, F.cross_entropy(head(x), target))
+
+
+@pytest.mark.parametrize("size", [5, None])
+def test_gradients_in_memory_of_their_own(size):
+    """Autograd has one gradient for two weights that are added; clipping one must not clip both."""
+    a, b = (nn.Parameter(torch.randn(V, D)) for _ in range(2))
+    x, target = batch()
+    linear_cross_entropy(x, lambda h: h @ (a + b).T, target, token_chunk_size=size).backward()
+    expected = b.grad.clone()
+    a.grad.zero_()
+    assert torch.equal(b.grad, expected) and expected.any()
