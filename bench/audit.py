@@ -2,6 +2,7 @@
 
     python -m bench.audit --target sm_90 --dtype bfloat16 --vocab 50257 128256
     python -m bench.audit --against liger          the same figures of Liger-Kernel's loops
+    python -m bench.audit --pairs                  of the kernels of two rows, distillation's
     python -m bench.audit --growth                 programs and bytes from N = 1 to a million
     python -m bench.audit --csv audit.csv --json audit.json
 
@@ -20,6 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,8 +29,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from chunked_ce.backends import clusters, gpu
+from chunked_ce.backends import clusters, gpu, triton_pair
 from chunked_ce.backends import triton as backend_triton
+from chunked_ce.core.divergence import KINDS, Divergence, PairStats
 from chunked_ce.core.gradient import Coefficients
 from chunked_ce.core.head import Head
 from chunked_ce.core.row_stats import UNIFORM
@@ -122,6 +125,23 @@ def calls(vocab: int, dtype: torch.dtype, rows: int = ROWS) -> dict[str, tuple[C
     }
 
 
+def pair_calls(vocab: int, dtype: torch.dtype) -> dict[str, tuple[Call, float]]:
+    """Return the same of two rows of logits. Statistics read both rows twice."""
+    x, y = (torch.empty(ROWS, vocab, dtype=dtype, device="meta") for _ in range(2))
+    numbers, found = torch.empty(ROWS, device="meta"), dict[str, tuple[Call, float]]()
+    stats = PairStats(*[numbers] * len(PairStats._fields))
+    for kind in KINDS:
+        how = Divergence(kind, 0.5, 2.0)
+        given = (x, y, None, stats, numbers, how, vocab)
+        found[f"pair statistics, {kind}"] = (
+            partial(triton_pair.pair_stats, x, y, None, how, vocab), 4 * dtype.itemsize
+        )  # fmt: skip
+        found[f"pair gradient, {kind}"] = (
+            partial(triton_pair.pair_gradient, *given), 3 * dtype.itemsize
+        )  # fmt: skip
+    return found
+
+
 def recorded(call: Call, on: Gpu) -> list[Launch]:
     """Return the launches of `call` on a GPU."""
     with (
@@ -129,13 +149,15 @@ def recorded(call: Call, on: Gpu) -> list[Launch]:
         mock.patch.object(gpu, "processors", lambda device: on.processors),
         mock.patch.object(gpu, "l2_bytes", lambda device: on.l2_bytes),
         mock.patch.object(backend_triton, "on_device", lambda device: nullcontext()),
+        mock.patch.object(triton_pair, "on_device", lambda device: nullcontext()),
     ):
         return launches(call)
 
 
-def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
+def audit(target: str, dtype: str, vocab: int, pairs: bool = False) -> Iterator[Finding]:
     on = next(g for g in GPUS if g.target == target)
-    for name, (call, moved) in calls(vocab, getattr(torch, dtype)).items():
+    audited = pair_calls if pairs else calls
+    for name, (call, moved) in audited(vocab, getattr(torch, dtype)).items():
         for launch in recorded(call, on):
             if launch.name == "merge_parts_kernel":
                 continue  # a few numbers a row
@@ -146,7 +168,10 @@ def audit(target: str, dtype: str, vocab: int) -> Iterator[Finding]:
             ):
                 continue  # no other than "one pass", or not to be had
             built = build(launch, target)
-            yield from findings("chunked_ce", target, dtype, vocab, name, launch, built, moved)
+            found = findings("chunked_ce", target, dtype, vocab, name, launch, built, moved)
+            for i, finding in enumerate(found):  # of pairs the second visit brings the divergence
+                second = pairs and i and finding.part == "sums"
+                yield finding._replace(part="divergence") if second else finding
 
 
 def findings(
@@ -177,7 +202,7 @@ def findings(
 
     if target.startswith("gfx"):
         yield finding("kernel", None, 1)
-    elif "OPTIONS" in arguments and arguments["OPTIONS"].ON_CHIP:
+    elif getattr(arguments.get("OPTIONS"), "ON_CHIP", False):
         # A tile of a power of two holds the row: per logit that exists.
         yield finding("whole row", sass.whole(built.assembly), per_thread * vocab / tile)
     else:
@@ -275,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for target in args.target:
         for dtype in args.dtype:
             for vocab in args.vocab:
-                target_findings = list(audit(target, dtype, vocab))
+                target_findings = list(audit(target, dtype, vocab, args.pairs))
                 if args.against:
                     target_findings += liger(target, dtype, vocab)
                 found += target_findings
@@ -330,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     add("--vocab", nargs="+", type=_vocab, default=list(VOCABULARIES), metavar="V")
     add("--against", choices=["liger"], help="a peer that is installed")
+    add("--pairs", action="store_true", help="the kernels of two rows of logits instead")
     add("--growth", action="store_true", help="what launches do as N and V grow")
     add("--csv", type=Path, metavar="FILE")
     add("--json", type=Path, metavar="FILE")

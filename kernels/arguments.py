@@ -157,6 +157,7 @@ class PairOptions(NamedTuple):
 
     KIND: int  # of divergence
     HAS_IGNORED: bool
+    PADDED: bool  # columns at or past vocab_size exist in memory
     CONTIGUOUS: bool
     Y_CONTIGUOUS: bool
     Y_ALIGNED: bool

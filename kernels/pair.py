@@ -242,21 +242,20 @@ def pair_grad_kernel(
         grad, out_start, prefix, TILE.WIDTH, OPTIONS.GRAD_CONTIGUOUS, OPTIONS.GRAD_ALIGNED
     )
     first = tl.program_id(1) * SPAN
-    x_body, y_body = (
-        move_row(x_body, first, OPTIONS.CONTIGUOUS),
-        move_row(y_body, first, OPTIONS.Y_CONTIGUOUS),
-    )
+    x_body = move_row(x_body, first, OPTIONS.CONTIGUOUS)
+    y_body = move_row(y_body, first, OPTIONS.Y_CONTIGUOUS)
     out_body = move_row(out_body, first, OPTIONS.GRAD_CONTIGUOUS)
     length = tl.minimum(window.body - first, SPAN)
     for i in range(0, length, TILE.GROUPS * TILE.WIDTH):
         columns, valid = tile_at(i, length, TILE)
-        readable = valid & (columns < classes - prefix - first)
+        readable = tile_at(i, tl.minimum(length, classes), TILE)[1]
+        if OPTIONS.PADDED:  # a mask that differs within a group makes loads of 2 bytes, not of 16
+            readable = valid & (columns < classes - prefix - first)
         write_slopes(x_body, y_body, out_body, columns, valid, readable, row, weight, inverse,
                      shares, DTYPE, OPTIONS)  # fmt: skip
     if first == 0:
         edge, valid = edge_columns(window, columns_in_memory, TILE.WIDTH)
-        write_slopes(
-            Row(x.ptr + x_start, x.stride_v), Row(y.ptr + y_start, y.stride_v),
-            Row(grad.ptr + out_start, grad.stride_v), edge, valid, valid & (edge < classes),
-            row, weight, inverse, shares, DTYPE, OPTIONS,
-        )  # fmt: skip
+        x_row, y_row = Row(x.ptr + x_start, x.stride_v), Row(y.ptr + y_start, y.stride_v)
+        write_slopes(x_row, y_row, Row(grad.ptr + out_start, grad.stride_v), edge, valid,
+                     valid & (edge < classes), row, weight, inverse, shares, DTYPE,
+                     OPTIONS)  # fmt: skip

@@ -88,6 +88,7 @@ def _arguments(
     options = PairOptions(
         KIND=KINDS.index(how.kind),
         HAS_IGNORED=ignored is not None,
+        PADDED=vocab_size < x.shape[2],
         CONTIGUOUS=contiguous,
         Y_CONTIGUOUS=y.stride[2] == 1,
         Y_ALIGNED=y.is_aligned_as(x),

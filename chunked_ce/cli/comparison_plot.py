@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..evaluation.comparison_report import ComparisonReport
+from ..evaluation.report import counted
 from .perplexity_plot import NORMAL_95, position_bins
 
 BINS = 60
@@ -30,7 +31,8 @@ def draw(report: ComparisonReport, name: str, base_name: str, path: Path) -> Non
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         for handle in axes.legend(markerscale=2).legend_handles:
-            handle.set_alpha(max(handle.get_alpha() or 1.0, 0.4))
+            if handle.get_alpha() is not None:  # that of a point among thousands is faint
+                handle.set_alpha(max(handle.get_alpha(), 0.4))
     partial = " (partial: interrupted)" if report.partial else ""
     names = ["/".join(Path(n).parts[-2:]) for n in (name, base_name)]
     title = f"{names[0]} against {names[1]}: mean KL {report.mean_kl.value:.4g} nats per token, "
@@ -42,7 +44,9 @@ def draw(report: ComparisonReport, name: str, base_name: str, path: Path) -> Non
 def _draw_distribution(axes: Any, report: ComparisonReport) -> None:
     """Draw a histogram in bins of equal ratio, with the quantiles."""
     values = report.per_token.kl
-    values = values[values.isfinite()].clamp(min=LOWEST_KL)
+    finite = values.isfinite()
+    infinite = len(values) - int(finite.sum())
+    values = values[finite].clamp(min=LOWEST_KL)
     top = max(float(values.max()) if len(values) else 0.0, 10 * LOWEST_KL)
     low = float(values.min()) if len(values) else LOWEST_KL
     low = 10 ** math.floor(math.log10(low))
@@ -58,30 +62,42 @@ def _draw_distribution(axes: Any, report: ComparisonReport) -> None:
         if math.isfinite(value):
             axes.axvline(max(value, low), color="black", ls=style, label=f"{what}, {value:.3g}")
     axes.set_xscale("log")
-    few = f", {LOWEST_KL:g} or less on the left" if bool((values <= LOWEST_KL).any()) else ""
-    axes.set(xlabel=f"KL(base‖model) of a token (nats{few})", ylabel="tokens (%)")
+    notes = []
+    if bool((values <= LOWEST_KL).any()):
+        notes.append(f"{LOWEST_KL:g} or less on the left")
+    if infinite:
+        notes.append(f"without {counted(infinite, 'infinite token')}")
+    xlabel = "\n".join(["KL(base‖model) of a token (nats)", *filter(None, [", ".join(notes)])])
+    axes.set(xlabel=xlabel, ylabel="tokens (%)")
 
 
 def _draw_positions(axes: Any, report: ComparisonReport) -> None:
     """Draw the mean against the tokens of context, in bins of equal ratio, with errors."""
     tokens = report.per_token
     counts = torch.bincount(tokens.position)[1:]
-    points = []
-    for first, last in position_bins(counts.tolist()):
+    bins, points = position_bins(counts.tolist()), []
+    for first, last in bins:
         kl = tokens.kl[(tokens.position >= first) & (tokens.position <= last)]
         error = float(kl.std()) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
-        points.append((math.sqrt(first * last), float(kl.mean()), NORMAL_95 * error))
-    x, mean, spread = zip(*points, strict=True)
-    axes.plot(x, mean, ".-", color="tab:blue", label="mean KL(base‖model)")
+        if kl.isfinite().all():
+            points.append((math.sqrt(first * last), float(kl.mean()), NORMAL_95 * error))
+    infinite = len(bins) - len(points)
+    label = "mean KL(base‖model)"
+    if infinite:
+        label += f", infinite in {counted(infinite, 'bin')}"
+    x, mean, spread = zip(*points, strict=True) if points else ((), (), ())
+    axes.plot(x, mean, ".-", color="tab:blue", label=label)
     axes.fill_between(
         x,
         [m - s for m, s in zip(mean, spread, strict=True)],
         [m + s for m, s in zip(mean, spread, strict=True)],
         color="tab:blue", alpha=0.2, linewidth=0, label="± 1.96 standard errors",
     )  # fmt: skip
-    axes.axhline(
-        report.mean_kl.value, color="gray", ls=":", label=f"of all, {report.mean_kl.value:.3g}"
-    )
+    of_all = report.mean_kl.value
+    if math.isfinite(of_all):
+        axes.axhline(of_all, color="gray", ls=":", label=f"of all, {of_all:.3g}")
+    elif not points:
+        axes.set_xlim(1, len(counts) + 1)
     axes.set_ylim(bottom=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

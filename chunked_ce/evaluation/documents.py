@@ -118,7 +118,7 @@ def _warn_of_ends(rows: Sequence[list[int]], bos: int | None, eos: int | None) -
             warnings.warn(
                 f"document {having[0]}{more} {verb} with the {name.upper()} token, id {token}, "
                 f"already: it is counted once; leave it out of the documents, or pass {name}=False",
-                stacklevel=5,
+                stacklevel=7,
             )
 
 

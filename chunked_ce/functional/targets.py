@@ -115,7 +115,7 @@ def loss_and_stats(
     if apart:
         with torch.no_grad():
             others = statistics(wanted_of(labels, options.stats)).logged(options.stats)
-        found = others._replace(lse=found.lse, logprob=found.logprob)
+        found = TokenStats(found.lse, found.logprob, *others[2:])
     return loss, found
 
 

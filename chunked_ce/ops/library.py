@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.head import compute_dtype
-from ..core.row_stats import LOGGED, TokenStats, detach_stats
+from ..core.row_stats import TokenStats, detach_stats
 
 library = torch.library.Library("chunked_ce", "DEF")
 SHARED_SCHEMA = (
@@ -151,9 +151,9 @@ def stats_list(stats: TokenStats | None) -> list[Tensor]:
 
 def stats_from_list(found: Sequence[Tensor], wanted: Sequence[bool], target: Tensor) -> TokenStats:
     """Return an operator's list as TokenStats in the shape of `target`, detached."""
-    lse, logprob, *others = (t.detach().view(target.shape) for t in found)
-    names = [name for name, want in zip(LOGGED, wanted, strict=True) if want]
-    return TokenStats(lse, logprob, **dict(zip(names, others, strict=True)))
+    views = [t.detach().view(target.shape) for t in found]
+    entropy, rank, argmax = [views.pop(2) if want else None for want in wanted]
+    return TokenStats(views[0], views[1], entropy, None, rank, argmax)
 
 
 def flat_classes(classes: Classes) -> Classes:

@@ -50,6 +50,21 @@ def test_sm_90_bfloat16(tmp_path):
     assert cluster["instructions"] <= 22 and cluster["ctas_per_sm"] >= 2
 
 
+def test_pairs_of_rows(tmp_path):
+    """Distillation: 16-byte accesses at an odd vocabulary, few instructions where no log is taken."""
+    found = audit(tmp_path, "--vocab", "50257", "--pairs")
+    assert not [f for f in found if f["spills"]] and len(found) == 9
+    most = dict(forward=(17, 40, 40), reverse=(17, 40, 22), jsd=(17, 175, 135))
+    for kind, limits in most.items():
+        kernels = (f"pair statistics, {kind}", f"pair gradient, {kind}")
+        (sums,), (terms,) = (of(found, kernels[0], part) for part in ("sums", "divergence"))
+        (writing,) = of(found, kernels[1], "gradient")
+        for loop, limit in zip((sums, terms, writing), limits, strict=True):
+            assert loop["instructions"] <= limit and loop["registers"] <= 96
+        assert sums["accesses"] == terms["accesses"] == "LDG.E.128"
+        assert writing["accesses"] == "LDG.E.128 STG.E.128"
+
+
 def test_against_liger(tmp_path):
     pytest.importorskip("liger_kernel")
     found = audit(tmp_path, "--vocab", "50257", "--against", "liger")

@@ -1,6 +1,7 @@
 """`chunked-ce compare` on models saved here."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from language_models import TEXTS, byte_tokenizer, causal_lm
 
 from chunked_ce import compare_models
 from chunked_ce.cli import compare, main
+from chunked_ce.cli.comparison_plot import draw
+from chunked_ce.cli.comparison_table import table
 from chunked_ce.evaluation.pair_scoring import PairScoring
 
 for needed in ("matplotlib", "tokenizers", "transformers"):
@@ -110,6 +113,34 @@ def test_json_to_the_standard_output(models, capsys):
     assert main(arguments(models, "--json", "-")) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["tokens"] > 0 and "mean KL(base‖model)" in err
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("never", [5, 9], ids=["one token", "a token that comes late"])
+def test_infinite_divergences(never, tmp_path):
+    """A model that rules out what the base expects: every number says so, the picture too."""
+
+    def base(ids):
+        return torch.zeros(*ids.shape, 16)
+
+    def model(ids):
+        z = torch.zeros(*ids.shape, 16)
+        z[ids == never, 9] = -torch.inf
+        return z
+
+    ids = [1, 2, 3, 4, 5, 6, 7, 8] * 30 + [9, 9, 1]
+    report = compare_models(model, base, [ids], context_length=300)
+    assert report.kl_quantiles[0.5] == 0 and report.kl_quantiles[1.0] == math.inf
+    assert report.mean_kl == (math.inf, None, None)
+    rows = {line[:28].strip(): line[28:].split() for line in table(report, "a", "b").splitlines()}
+    assert rows["mean KL(base‖model)"] == ["inf", "nats", "per", "token"]
+    assert json.loads(report.to_json())["mean_kl"]["value"] == "inf"
+    for place in (tmp_path / "a.png", tmp_path / "b.svg"):
+        draw(report, "a", "b", place)
+        assert place.stat().st_size > 10_000
+    words = place.read_text()  # matplotlib writes each text of an SVG in a comment
+    infinite = int(report.per_token.kl.isinf().sum())
+    assert f"without {infinite} infinite token" in words and "infinite in " in words
 
 
 def interrupt_at(monkeypatch, call):

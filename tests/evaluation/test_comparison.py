@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from language_models import CONTEXT, TEXTS, VOCAB, Tiny, byte_tokenizer, causal_lm
 
 from chunked_ce import ComparisonInterrupted, TokenComparison, compare_models, evaluate_perplexity
-from chunked_ce.evaluation import language_model, pair_scoring
+from chunked_ce.evaluation import comparison, language_model, pair_scoring
 from chunked_ce.evaluation.comparison_estimates import compare_tokens
 from chunked_ce.ops import chunks
 
@@ -351,6 +351,16 @@ def test_an_interruption_before_anything_was_scored(gpt2, monkeypatch):
     interrupt_at(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt) as caught:
         compare_models(gpt2, gpt2, documents(40))
+    assert not isinstance(caught.value, ComparisonInterrupted)
+
+
+def test_an_interrupted_rank(gpt2, monkeypatch):
+    """The others wait for it: no report of its own may pass for theirs."""
+    interrupt_at(monkeypatch, 2)
+    monkeypatch.setattr(comparison, "process_group", lambda group: group)
+    monkeypatch.setattr(pair_scoring, "rank_and_size", lambda group: (0, 2))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        compare_models(gpt2, gpt2, documents(200), batch_size=1, group=object())
     assert not isinstance(caught.value, ComparisonInterrupted)
 
 

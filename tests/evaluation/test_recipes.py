@@ -207,6 +207,10 @@ def test_lm_eval_without_bos_takes_eos(model):
     tokenizer.bos_token = None
     report = evaluate_perplexity(model, text=SHORT, tokenizer=tokenizer, recipe="lm-eval-rolling")
     assert report.bos == tokenizer.eos_token_id
+    ids = [[3, 4, 5]]  # of a model whose BOS is 1 and EOS is 2
+    assert evaluate_perplexity(causal_lm(), ids, recipe="lm-eval-rolling").bos == 1
+    without = causal_lm(bos_token_id=None)
+    assert evaluate_perplexity(without, ids, recipe="lm-eval-rolling").bos == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -257,6 +261,14 @@ def test_the_report_names_the_recipe(model):
         "recipe llama.cpp-512: windows of 512, second half scored, BOS 0 at the start of each"
     )
     assert describe("llama.cpp-512", None).endswith("second half scored, no BOS")
+
+
+def test_a_file_name_as_text_warns(model, tmp_path):
+    (tmp_path / "a.txt").write_text("what the file holds")
+    text, tokenizer = [str(tmp_path / "a.txt")], byte_tokenizer()
+    with pytest.warns(UserWarning, match="names a file") as caught:
+        evaluate_perplexity(model, text=text, tokenizer=tokenizer, recipe="lm-eval-rolling")
+    assert caught[0].filename == __file__
 
 
 IDS = list(range(3, 203)) * 6

@@ -298,9 +298,10 @@ def test_bos_in_text(marked):
 def test_eos_in_text(marked):
     tokenizer, model = marked
     once = evaluate_perplexity(model, text="a cat", tokenizer=tokenizer, eos=True)
-    with pytest.warns(UserWarning, match="document 0 ends with the EOS token, id .*eos=False"):
+    says = "document 0 ends with the EOS token, id .*eos=False"
+    with pytest.warns(UserWarning, match=says) as caught:
         twice = evaluate_perplexity(model, text="a cat</s>", tokenizer=tokenizer, eos=True)
-    assert twice == once
+    assert twice == once and caught[0].filename == __file__
     text = evaluate_perplexity(model, text="a cat</s>", tokenizer=tokenizer)
     assert text.bytes == 9 and text.tokens == once.tokens
 

@@ -203,3 +203,13 @@ def test_trainer_that_logs_its_logits(trl, tmp_path):
     ours, theirs = (train(*rest, enabled, columns) for enabled in (True, False))
     assert_same_training(ours, theirs)
     assert 0 < ours[2] < theirs[2]
+
+
+def test_no_kernel_of_trl_reads_deferred_logits(trl):
+    """On a GPU it would take them for a tensor, and autograd would not see it."""
+    takes = getattr(trl.trainer.utils, "_supports_trl_loss_kernel", None)
+    if takes is None:
+        pytest.skip("this TRL asks otherwise")
+    logits = use(build("Llama"), True)(batch()["input_ids"]).logits
+    logits.device = torch.device("cuda")
+    assert not takes(logits) and logits._real is None

@@ -150,7 +150,7 @@ def texts(text: Any, *, empty: bool = False) -> list[str]:
             warnings.warn(
                 f"document {i} of text is {brief(document)}, which names a file: the name is "
                 "scored, not what the file holds; pass Path(name).read_text()",
-                stacklevel=6,
+                stacklevel=7,
             )
     return list(documents)
 
