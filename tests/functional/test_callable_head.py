@@ -400,3 +400,18 @@ def test_gradients_in_memory_of_their_own(size):
     expected = b.grad.clone()
     a.grad.zero_()
     assert torch.equal(b.grad, expected) and expected.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", ["hidden states", "head"])
+def test_one_side_frozen(frozen, reduction):
+    x, target = batch()
+    x, w = x.detach(), torch.randn(V, D)
+    leaf = (w if frozen == "hidden states" else x).requires_grad_()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss.sum(), leaf)[0]
+
+    ours = linear_cross_entropy(x, lambda h: h @ w.T, target, reduction=reduction)
+    expected = F.cross_entropy(x @ w.T, target, reduction=reduction)
+    torch.testing.assert_close(gradient(ours), gradient(expected))
