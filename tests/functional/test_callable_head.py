@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chunked_ce import linear_cross_entropy, linear_token_stats
+from chunked_ce import backends, linear_cross_entropy, linear_token_stats
 from chunked_ce.functional.heads import plain_linear
 
 N, D, V = 23, 16, 101
@@ -415,3 +415,14 @@ def test_one_side_frozen(frozen, reduction):
     ours = linear_cross_entropy(x, lambda h: h @ w.T, target, reduction=reduction)
     expected = F.cross_entropy(x @ w.T, target, reduction=reduction)
     torch.testing.assert_close(gradient(ours), gradient(expected))
+
+
+def test_options_without_gradients(monkeypatch):
+    """No gradient is computed under no_grad, also of hidden states that are a leaf."""
+    (x, target), w = batch(), torch.randn(V, D)
+    options = dict(label_smoothing=0.2, z_loss_weight=0.01, token_chunk_size=5)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(backends, "loss_and_gradient", None)
+        ours = linear_cross_entropy(x, lambda h: h @ w.T, target, **options)
+    expected = linear_cross_entropy(x, lambda h: h @ w.T, target, **options)
+    torch.testing.assert_close(ours, expected.detach())
