@@ -15,6 +15,8 @@ from .errors import UsageError
 STANDARD = Path("-")
 """The standard input or output, where a file is expected."""
 _PICTURES = (".png", ".pdf", ".svg")
+_OF_A_MODEL = ("config", "tokenizer", "vocab", "tokens", ".index")
+"""Parts of the names of the JSON files that a model is loaded from."""
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -29,7 +31,7 @@ def check_files(args: argparse.Namespace) -> None:
         check_writable(path, f"--{name}")
         real = path.resolve()
         folders = [Path(name).resolve() for name in (args.model, getattr(args, "base", args.model))]
-        if real.is_file() and real.parent in folders:
+        if real.is_file() and real.parent in folders and any(p in real.name for p in _OF_A_MODEL):
             taken[real] = "a file of a model"
         if real in taken:
             raise UsageError(
