@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from chunked_ce import backends
 from chunked_ce.backends import clusters, cpu_binary, gpu
 from chunked_ce.backends import cpu as backend_cpu
-from chunked_ce.functional import linear, logits
+from chunked_ce.functional import head_loss, logits
 from chunked_ce.ops import chunks, one_pass
 from chunked_ce.ops import linear as linear_ops
 from chunked_ce.ops import logits as ops
@@ -126,8 +126,8 @@ def fake_gpu(architecture: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(clusters, "is_verified", lambda device: False))
         stack.enter_context(mock.patch.object(chunks, "has_wide_products", _has_wide_products))
         stack.enter_context(mock.patch.object(chunks, "adds_in_products", lambda x: True))
-        stack.enter_context(mock.patch.object(linear, "autocast", lambda *operands: operands[:3]))
-        for module in (logits, linear):
+        stack.enter_context(mock.patch.object(head_loss, "autocast", lambda *given: given[:3]))
+        for module in (logits, head_loss):
             stack.enter_context(mock.patch.object(module, "choose_backend", _choose_backend))
         gpu_values = {"architecture": architecture, "processors": 132, "l2_bytes": 50 << 20}
         for name, value in gpu_values.items():

@@ -120,6 +120,8 @@ class _Moved(ModuleType):
     """The import path that `evaluation.documents` had before it moved."""
 
     def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # `inspect` asks every module for some, while torch is imported
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__package__}.evaluation.documents"), name)
 
 

@@ -60,7 +60,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: HeadCalls, *given: Any) -> tuple[Tensor, ...]:
         token_weight, divisor, stats, options, *tensors = given
-        ctx.calls, ctx.options, ctx.wanted = calls, options, list(ctx.needs_input_grad[5:])
+        # Under no_grad a leaf still says that it needs one.
+        ctx.wanted = [calls.with_grad and needed for needed in ctx.needs_input_grad[5:]]
+        ctx.calls, ctx.options = calls, options
         ctx.save_for_backward(token_weight, divisor, *tensors)
         of_rows = new_stats(
             calls.input.new_empty(0, dtype=calls.dtype), calls.target.numel(), stats

@@ -29,13 +29,17 @@ def results(x, target):
     loss = cross_entropy(x, target, label_smoothing=0.1, z_loss_weight=1e-3, backend="cpu")
     loss.backward()
     y = x.detach().clone().requires_grad_()
-    cross_entropy(y, target, reduction="sum", grad_in_forward=True, backend="cpu").backward()
+    options = dict(label_smoothing=0.1, z_loss_weight=1e-3, grad_in_forward=True, backend="cpu")
+    cross_entropy(y, target, reduction="sum", **options).backward()
     return [t.detach() for t in (*stats, loss, x.grad, y.grad)]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_bit_identity_threads_and_rows(threads, rows):
-    x = torch.randn(rows, 100_003) * 5
+@pytest.mark.parametrize(
+    "rows, dtype",
+    [(1, torch.float32), (3, torch.float32), (40, torch.float32), (3, torch.float64)],
+)
+def test_bit_identity_threads_and_rows(threads, rows, dtype):
+    x = torch.randn(rows, 100_003, dtype=dtype) * 5
     target = torch.randint(100_003, (rows,))
     target[rows // 2] = -100 if rows > 1 else 7
     threads(1)

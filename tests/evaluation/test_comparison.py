@@ -480,6 +480,14 @@ def test_bad_input(gpt2, given, error, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_warning_names_the_line_of_the_caller(gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cab").write_text("not this")
+    with pytest.warns(UserWarning, match="document 0 of text is 'cab', which names a file") as seen:
+        compare_models(gpt2, gpt2, text="cab", tokenizer=ABC, bos=False)
+    assert seen[0].filename == __file__
+
+
 def test_a_base_of_stored_logits_cannot_take_turns(gpt2):
     base = Tiny(lambda z: z + torch.linspace(0, 1, 160))
     with pytest.raises(ValueError, match="take_turns needs the base's hidden states and head"):

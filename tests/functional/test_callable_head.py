@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chunked_ce import linear_cross_entropy, linear_token_stats
+from chunked_ce import backends, linear_cross_entropy, linear_token_stats
 from chunked_ce.functional.heads import plain_linear
 
 N, D, V = 23, 16, 101
@@ -367,3 +367,62 @@ def test_compile_fullgraph_with_a_linear_layer():
     ours, expected = (torch.autograd.grad(value, leaves) for value in (found, loss(x)))
     torch.testing.assert_close(found, loss(x))
     torch.testing.assert_close(ours, expected)
+
+
+class Centered(nn.Linear):
+    """A head that keeps a running mean of what it sees."""
+
+    def __init__(self):
+        super().__init__(D, V)
+        self.register_buffer("center", torch.zeros(D))
+
+    def forward(self, hidden):
+        if self.training:
+            self.center.lerp_(hidden.detach().mean(0), 0.1)
+        return super().forward(hidden - self.center)
+
+
+def test_head_with_state_error():
+    """Each chunk would see another mean than the one before."""
+    head, (x, target) = Centered(), batch()
+    with pytest.raises(ValueError, match=r"keeps state between calls.*'center'.*head.eval\(\)"):
+        linear_cross_entropy(x, head, target)
+    loss = linear_cross_entropy(x, head.eval(), target, token_chunk_size=5)
+    torch.testing.assert_close(loss, F.cross_entropy(head(x), target))
+
+
+@pytest.mark.parametrize("size", [5, None])
+def test_gradients_in_memory_of_their_own(size):
+    """Autograd has one gradient for two weights that are added; clipping one must not clip both."""
+    a, b = (nn.Parameter(torch.randn(V, D)) for _ in range(2))
+    x, target = batch()
+    linear_cross_entropy(x, lambda h: h @ (a + b).T, target, token_chunk_size=size).backward()
+    expected = b.grad.clone()
+    a.grad.zero_()
+    assert torch.equal(b.grad, expected) and expected.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", ["hidden states", "head"])
+def test_one_side_frozen(frozen, reduction):
+    x, target = batch()
+    x, w = x.detach(), torch.randn(V, D)
+    leaf = (w if frozen == "hidden states" else x).requires_grad_()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss.sum(), leaf)[0]
+
+    ours = linear_cross_entropy(x, lambda h: h @ w.T, target, reduction=reduction)
+    expected = F.cross_entropy(x @ w.T, target, reduction=reduction)
+    torch.testing.assert_close(gradient(ours), gradient(expected))
+
+
+def test_options_without_gradients(monkeypatch):
+    """No gradient is computed under no_grad, also of hidden states that are a leaf."""
+    (x, target), w = batch(), torch.randn(V, D)
+    options = dict(label_smoothing=0.2, z_loss_weight=0.01, token_chunk_size=5)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(backends, "loss_and_gradient", None)
+        ours = linear_cross_entropy(x, lambda h: h @ w.T, target, **options)
+    expected = linear_cross_entropy(x, lambda h: h @ w.T, target, **options)
+    torch.testing.assert_close(ours, expected.detach())

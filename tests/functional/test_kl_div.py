@@ -236,14 +236,14 @@ def test_compile_and_transforms(backend):
 
 @pytest.mark.framework
 def test_operators(backend):
-    x, y, target = pair(3, 40)
+    x, y, target = pair((2, 3), 40)
     operator = torch.ops.chunked_ce.pair_stats
     given = (y, target == -100, "jsd", 0.4, 2.0, 37, backend)
     torch.library.opcheck(operator.default, (x.requires_grad_(), *given))
     stats = [s.detach() for s in operator(x, *given)]
     for outputs in (stats, operator(x.detach().double(), *given)):  # the results share no memory
         assert len({s.untyped_storage().data_ptr() for s in outputs}) == len(outputs)
-    arguments = (x.detach(), *given[:2], *stats, torch.randn(3), *given[2:])
+    arguments = (x.detach(), *given[:2], *stats, torch.randn(2, 3), *given[2:])
     torch.library.opcheck(torch.ops.chunked_ce.pair_grad.default, arguments)
 
 
@@ -272,6 +272,8 @@ X, Y = torch.zeros(3, 5), torch.zeros(3, 5)
         ((X, Y), dict(temperature=-2.0), "temperature is -2.0"),
         ((X, torch.zeros(3, 7)), {}, "input has 5 columns, but teacher has 7: .* pass vocab_size"),
         ((X, torch.zeros(3, 7)), dict(vocab_size=6), "expected a number from 1 to 5"),
+        ((X, Y), dict(vocab_size=0), "vocab_size is 0, expected a number from 1 to 5"),
+        ((X[0], torch.tensor(0.0)), {}, r"teacher has shape \[\], but input has shape \[5\]"),
         ((X, torch.zeros(2, 5)), {}, r"teacher has shape \[2, 5\], but input has shape \[3, 5\]"),
         ((X, torch.zeros(3, 5, requires_grad=True)), {}, r"gets none: pass teacher.detach\(\)"),
         ((X, torch.zeros(3, 5, dtype=torch.long)), {}, "teacher has dtype torch.int64"),
