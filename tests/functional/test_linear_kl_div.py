@@ -126,6 +126,8 @@ def test_softcap_and_scale_of_each_model(backend, device, kind, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(backend, device, kind, reduction):
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter; kl_div's gradcheck runs the same kernels")
     shapes = ((5, 4), (11, 4), (11,), (5, 3), (11, 3))
     x, w, b, tx, tw = (torch.randn(s, dtype=torch.float64, device=device) for s in shapes)
     target = torch.tensor([1, -100, 3, 10, 0], device=device)
