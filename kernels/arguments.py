@@ -157,6 +157,7 @@ class PairOptions(NamedTuple):
 
     KIND: int  # of divergence
     HAS_IGNORED: bool
+    HAS_NORMS: bool  # all but the loss and `student_kl` is given, of more classes than these
     PADDED: bool  # columns at or past vocab_size exist in memory
     CONTIGUOUS: bool
     Y_CONTIGUOUS: bool

@@ -141,12 +141,31 @@ def pair_divergence(x, y, x_body, y_body, window, classes, row, inverse, shares,
     return loss, student_kl
 
 
+@triton.jit
+def load_row(numbers, number):
+    """Return the PairRow of a pair of rows."""
+    return PairRow(
+        tl.load(numbers.max + number), tl.load(numbers.log_sum + number),
+        tl.load(numbers.teacher_max + number), tl.load(numbers.teacher_log_sum + number),
+        tl.load(numbers.shift + number), tl.load(numbers.student_kl + number),
+    )  # fmt: skip
+
+
+@triton.jit
+def row_of_sums(student, teacher, inverse):
+    """Return the PairRow of two RunningSums, without its `student_kl`."""
+    base, teacher_base = bases(student.m, teacher.m)
+    above = (teacher.m - teacher_base) - (student.m - base)
+    shift = above * inverse + tl.log(teacher.s / student.s)
+    return PairRow(student.m, tl.log(student.s), teacher.m, tl.log(teacher.s), shift, shift)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pair_stats_kernel(
     x,  # Address of the student's logits
     y,  # Address of the teacher's
     ignored_ptr,  # [rows] booleans, read where HAS_IGNORED
-    numbers,  # PairNumbers, written
+    numbers,  # PairNumbers, written; and read where HAS_NORMS
     inner_rows,
     vocab_size,
     temperature: "fp64",
@@ -154,7 +173,10 @@ def pair_stats_kernel(
     TILE: tl.constexpr,
     OPTIONS: tl.constexpr,
 ):
-    """Write the numbers of a pair of rows; 0 of one that is ignored."""
+    """Write the numbers of a pair of rows; 0 of one that is ignored.
+
+    With HAS_NORMS, all but the loss and `student_kl` stays as it was.
+    """
     number = tl.program_id(0)
     DTYPE: tl.constexpr = tl.float64 if x.ptr.dtype.element_ty == tl.float64 else tl.float32
     inverse, shares = tl.full([], 1.0 / temperature, DTYPE), mixture_shares(beta, DTYPE)
@@ -167,13 +189,13 @@ def pair_stats_kernel(
     x_row, y_row = Row(x.ptr + x_start, x.stride_v), Row(y.ptr + y_start, y.stride_v)
     prefix = window.prefix
     x_body, y_body = pair_bodies(x, y, x_start, y_start, prefix, TILE, OPTIONS)
-    student, teacher = pair_sums(
-        x_row, y_row, x_body, y_body, window, classes, inverse * LOG2_E, DTYPE, TILE, OPTIONS
-    )
-    base, teacher_base = bases(student.m, teacher.m)
-    above = (teacher.m - teacher_base) - (student.m - base)
-    shift = above * inverse + tl.log(teacher.s / student.s)
-    row = PairRow(student.m, tl.log(student.s), teacher.m, tl.log(teacher.s), shift, shift)
+    if OPTIONS.HAS_NORMS:
+        row = load_row(numbers, number)
+    else:
+        student, teacher = pair_sums(
+            x_row, y_row, x_body, y_body, window, classes, inverse * LOG2_E, DTYPE, TILE, OPTIONS
+        )
+        row = row_of_sums(student, teacher, inverse)
     loss, student_kl = pair_divergence(
         x_row, y_row, x_body, y_body, window, classes, row, inverse, shares, DTYPE, TILE, OPTIONS
     )
@@ -183,7 +205,7 @@ def pair_stats_kernel(
     tl.store(numbers.log_sum + number, tl.where(scored, row.log_sum, 0.0))
     tl.store(numbers.teacher_max + number, tl.where(scored, row.teacher_max, 0.0))
     tl.store(numbers.teacher_log_sum + number, tl.where(scored, row.teacher_log_sum, 0.0))
-    tl.store(numbers.shift + number, tl.where(scored, shift, 0.0))
+    tl.store(numbers.shift + number, tl.where(scored, row.shift, 0.0))
 
 
 @triton.jit
@@ -196,16 +218,6 @@ def write_slopes(x, y, grad, columns, valid, readable, row, weight, inverse, sha
     value = tl.where(readable, value, 0.0)
     address = grad.ptr + column_offsets(columns, grad.stride_v, OPTIONS.GRAD_CONTIGUOUS)
     tl.store(address, value.to(grad.ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def load_row(numbers, number):
-    """Return the PairRow of a pair of rows."""
-    return PairRow(
-        tl.load(numbers.max + number), tl.load(numbers.log_sum + number),
-        tl.load(numbers.teacher_max + number), tl.load(numbers.teacher_log_sum + number),
-        tl.load(numbers.shift + number), tl.load(numbers.student_kl + number),
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -73,7 +73,9 @@ class Pair(ctypes.Structure):
         *((name, _DOUBLE) for name in ("beta", "temperature")),
         *(
             (name, _INT)
-            for name in ("outer", "inner", "columns", "vocab_size", "kind", "threads")
+            for name in (
+                "outer", "inner", "columns", "vocab_size", "kind", "threads", "has_norms",
+            )
         ),
     ]  # fmt: skip
 

@@ -28,6 +28,20 @@ def pair_stats(
     return stats
 
 
+def pair_terms(
+    input: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,  # [rows]
+    stats: PairStats,
+    how: Divergence,
+    vocab_size: int,
+) -> PairStats:
+    """Return the statistics with `loss` and `student_kl` of these classes, flat."""
+    stats = PairStats(*(t.clone(memory_format=torch.contiguous_format) for t in stats))
+    _run(input, teacher, None, ignored, stats, None, how, vocab_size, has_norms=True)
+    return stats
+
+
 def pair_gradient(
     input: Tensor,
     teacher: Tensor,
@@ -56,6 +70,7 @@ def _run(
     upstream: Tensor | None,
     how: Divergence,
     vocab_size: int,
+    has_norms: bool = False,
 ) -> None:
     library = cpu_library.LIBRARY
     assert library is not None
@@ -72,7 +87,7 @@ def _run(
         job = Pair(
             outer=views[0].shape[0], inner=views[0].shape[1], columns=columns,
             vocab_size=vocab_size, kind=KINDS.index(how.kind), beta=how.beta,
-            temperature=how.temperature, threads=torch.get_num_threads(),
+            temperature=how.temperature, threads=torch.get_num_threads(), has_norms=has_norms,
         )  # fmt: skip
         for name, view in zip(given, views, strict=True):
             start = view.data.data_ptr() + view.offset * view.data.element_size()

@@ -37,13 +37,26 @@ def pair_stats(
     (most, of_teacher), (log_sum, teacher_log_sum) = maxima, sums.log()
     norms = (most, log_sum, of_teacher, teacher_log_sum)
     shift = shift_of(*norms, temperature=how.temperature)
-    stats = PairStats(*torch.zeros_like(sums), *(n.to(dtype) for n in (*norms, shift)))
+    stats = PairStats(*sums, *(n.to(dtype, copy=True) for n in (*norms, shift)))
+    return pair_terms(input, teacher, ignored, stats, how, vocab_size)
+
+
+def pair_terms(
+    input: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,  # [rows]
+    stats: PairStats,
+    how: Divergence,
+    vocab_size: int,
+) -> PairStats:
+    """Return the statistics with `loss` and `student_kl` of these classes, flat."""
+    sums = torch.zeros(2, *stats.max.shape, dtype=sum_dtype(input.device), device=input.device)
     for flat, _, views in blocks(vocab_size, input, teacher):
         terms = class_terms(_log_probs(views, stats, flat, how), how)
-        stats.loss[flat] += terms[0].sum(1)
-        stats.student_kl[flat] += terms[1].sum(1)
-    stats = PairStats(*(t.to(dtype, copy=True) for t in stats))  # each in memory of its own
-    return stats if ignored is None else PairStats(*(t.masked_fill(ignored, 0.0) for t in stats))
+        for sum, term in zip(sums, terms, strict=True):
+            sum[flat] += term.sum(1)
+    loss, student_kl = (sum.to(stats.max.dtype, copy=True) for sum in sums)
+    return stats._replace(loss=loss, student_kl=student_kl).masked(ignored)
 
 
 def pair_gradient(

@@ -29,13 +29,39 @@ def pair_stats(
     stats = PairStats(
         *(torch.empty(rows, dtype=dtype, device=input.device) for _ in PairStats._fields)
     )
+    _fill(stats, input, teacher, ignored, how, vocab_size, has_norms=False)
+    return stats
+
+
+def pair_terms(
+    input: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,  # [rows]
+    stats: PairStats,
+    how: Divergence,
+    vocab_size: int,
+) -> PairStats:
+    """Return the statistics with `loss` and `student_kl` of these classes, flat."""
+    stats = PairStats(*(t.clone(memory_format=torch.contiguous_format) for t in stats))
+    _fill(stats, input, teacher, ignored, how, vocab_size, has_norms=True)
+    return stats
+
+
+def _fill(
+    stats: PairStats,
+    input: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,
+    how: Divergence,
+    vocab_size: int,
+    has_norms: bool,
+) -> None:
     for flat, (x, y) in strided_rows(input, teacher):
         with on_device(input.device):
             pair_stats_kernel[(x.shape[0] * x.shape[1],)](
                 numbers=PairNumbers(*(t[flat] for t in stats)),
-                **_arguments(x, y, None, ignored, flat, how, vocab_size),
+                **_arguments(x, y, None, ignored, flat, how, vocab_size, has_norms),
             )
-    return stats
 
 
 def pair_gradient(
@@ -76,6 +102,7 @@ def _arguments(
     flat: slice,
     how: Divergence,
     vocab_size: int,
+    has_norms: bool = False,
 ) -> dict[str, Any]:
     """What both kernels take."""
     contiguous = x.stride[2] == 1
@@ -88,6 +115,7 @@ def _arguments(
     options = PairOptions(
         KIND=KINDS.index(how.kind),
         HAS_IGNORED=ignored is not None,
+        HAS_NORMS=has_norms,
         PADDED=vocab_size < x.shape[2],
         CONTIGUOUS=contiguous,
         Y_CONTIGUOUS=y.stride[2] == 1,

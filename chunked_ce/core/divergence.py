@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .head import sum_dtype
+
 KINDS = ("forward", "reverse", "jsd")
 FAR_APART = 16.0  # maxima that differ by more: z and y are taken from them
 _SERIES = tuple(1.0 / factorial(n) for n in range(2, 14))
@@ -47,6 +49,12 @@ class PairStats(NamedTuple):
     teacher_log_sum: Tensor
     shift: Tensor  # lse of y / T less that of z / T, both of logits less their bases
 
+    def masked(self, ignored: Tensor | None) -> PairStats:
+        """Return the statistics with 0 where a row is ignored."""
+        if ignored is None:
+            return self
+        return PairStats(*(t.masked_fill(ignored, 0.0) for t in self))
+
 
 class LogProbs(NamedTuple):
     """log p, log q and their difference d, which has digits that the two have lost."""
@@ -70,6 +78,32 @@ def shift_of(
     wide = log_sum.dtype
     above = (teacher_max.to(wide) - teacher_base) - (max.to(wide) - base)
     return above / temperature + (teacher_log_sum - log_sum)
+
+
+def merge_shards(parts: PairStats, how: Divergence) -> PairStats:
+    """Return the statistics [rows] of rows whose classes lie on several shards [shards, rows].
+
+    A shard is a class of the row of shards: with a and b its shares of p and of q,
+    KL(q‖p) = KL(b‖a) + Σ b KL(q on the shard‖p on the shard), each shard's softmax its own.
+    Shares carry the rounding of their log-sums, so a divergence D is off by 1e-6 sqrt(D) in fp32.
+    The mixture of "jsd" is another on each shard; its sums are NaN until they are made anew.
+    """
+    dtype, wide = parts.max.dtype, sum_dtype(parts.max.device)
+    parts = PairStats(*(t.to(wide) for t in parts))
+    most, teacher_most = parts.max.amax(0), parts.teacher_max.amax(0)
+    log_a = (parts.max - most) / how.temperature + parts.log_sum
+    log_b = (parts.teacher_max - teacher_most) / how.temperature + parts.teacher_log_sum
+    log_sum, teacher_log_sum = log_a.logsumexp(0), log_b.logsumexp(0)
+    norms = (most, log_sum, teacher_most, teacher_log_sum)
+    shift = shift_of(*norms, temperature=how.temperature)
+    loss = torch.full_like(most, torch.nan)
+    if how.kind != "jsd":
+        log_a, log_b = log_a - log_sum, log_b - teacher_log_sum
+        among, _ = class_terms(LogProbs(log_a, log_b, log_b - log_a), how)
+        share = (log_b if how.kind == "forward" else log_a).exp()
+        nothing = (log_a == -torch.inf) | (log_b == -torch.inf)  # no softmax on the shard
+        loss = (among + (share * parts.loss).masked_fill(nothing, 0.0)).sum(0)
+    return PairStats(*(t.to(dtype) for t in (loss, loss, *norms, shift)))
 
 
 def log_probs(

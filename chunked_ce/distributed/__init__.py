@@ -1,5 +1,6 @@
-"""Cross-entropy where the vocabulary lies on several ranks (tensor parallelism)."""
+"""Losses where the vocabulary lies on several ranks (tensor parallelism)."""
 
+from .distillation import vocab_parallel_kl_div, vocab_parallel_linear_kl_div
 from .losses import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
@@ -8,6 +9,8 @@ from .losses import (
 
 __all__ = [
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_kl_div",
     "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_kl_div",
     "vocab_parallel_token_stats",
 ]

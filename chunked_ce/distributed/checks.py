@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..checks.distillation import TEACHER_NAMES, no_teacher_gradient
 from ..checks.group import process_group as process_group
-from ..checks.linear import linear_bias
+from ..checks.linear import NAMES, HeadNames, hidden_states, linear_bias, no_module
 from ..checks.values import LOGIT_DTYPES, floating, integer, same_device, shape
 
 
@@ -145,35 +146,81 @@ def _no_copies(reports: list[ShardReport]) -> None:
             )
 
 
-def shard_of_logits(input: Tensor, target: Tensor) -> None:
-    """Check `input` [..., C] and `target` [...]. A rank may have no class at all."""
-    floating("input", input, " of logits")
+def logits_of_shard(input: Tensor, name: str = "input") -> None:
+    """Check logits [..., C]. A rank may have no class at all."""
+    floating(name, input, " of logits")
     if input.dim() == 0:
-        raise ValueError("input is a 0-dimensional tensor, expected logits of shape [..., C]")
+        raise ValueError(f"{name} is a 0-dimensional tensor, expected logits of shape [..., C]")
+
+
+def shard_of_logits(input: Tensor, target: Tensor) -> None:
+    """Check `input` [..., C] and `target` [...]."""
+    logits_of_shard(input)
+    targets_of_rows(input, target, "row")
+
+
+def targets_of_rows(input: Tensor, target: Tensor, row: str) -> None:
+    """Check that each row of `input` has a target."""
     if target.shape != input.shape[:-1]:
         raise ValueError(
-            f"target has shape {shape(target)}, but input of shape {shape(input)} has one row per "
-            "target: give every rank the class index of each row, counted over all ranks"
+            f"target has shape {shape(target)}, but input of shape {shape(input)} has one {row} "
+            f"per target: give every rank the class index of each {row}, counted over all ranks"
         )
     same_device("target", target, input)
+
+
+def teachers_logits(input: Tensor, teacher: Tensor, columns: int, *, padded: bool) -> None:
+    """Check a teacher's logits of the same classes; `padded`: columns past `columns` may differ."""
+    logits_of_shard(teacher, "teacher")
+    if teacher.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            f"teacher has shape {shape(teacher)}, but input has shape {shape(input)}: give one row "
+            "of the teacher's logits per row of the student's, vocabulary last"
+        )
+    same_device("teacher", teacher, input)
+    no_teacher_gradient("teacher", teacher)
+    teachers_classes(input.shape[-1], teacher.shape[-1], columns, padded=padded)
+
+
+def teachers_classes(student: int, teacher: int, columns: int, *, padded: bool) -> None:
+    """Check that this rank has the same classes of both, `columns` of them without padding."""
+    if teacher != student and (not padded or min(student, teacher) < columns):
+        raise ValueError(
+            f"this rank has {student} classes of the student, but {teacher} of the teacher: give "
+            "every rank the same classes of both, and where they are padded differently, pass "
+            "vocab_start and vocab_size"
+        )
+
+
+def two_shards_of_heads(student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> None:
+    """Check hidden states, rows of the head and bias of each. The teacher gets no gradient."""
+    for (input, weight, bias), called in ((student, NAMES), (teacher, TEACHER_NAMES)):
+        no_module(weight, called)
+        hidden_states(input, called.input)
+        rows_of_head(weight, bias, input, called)
+    for name, tensor in zip(TEACHER_NAMES, teacher, strict=True):
+        if tensor is not None:
+            no_teacher_gradient(name, tensor)
+
+
+def rows_of_head(
+    weight: Tensor, bias: Tensor | None, input: Tensor, names: HeadNames = NAMES
+) -> None:
+    """Check `weight` [C, D], this rank's rows of the head. There may be none."""
+    floating(names.weight, weight, "", "dequantise it, or convert it to input's dtype")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{names.weight} has shape {shape(weight)}, expected [C, {input.shape[-1]}]: "
+            f"this rank's classes, for hidden states of shape {shape(input)}"
+        )
+    same_device(names.weight, weight, input)
+    linear_bias(bias, weight, names.bias)
 
 
 def shard_of_weight(weight: Tensor, bias: Tensor | None, input: Tensor, target: Tensor) -> None:
-    """Check `weight` [C, D], this rank's rows of the head. There may be none."""
-    floating("linear_weight", weight, "", "dequantise it, or convert it to input's dtype")
-    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            f"linear_weight has shape {shape(weight)}, expected [C, {input.shape[-1]}]: "
-            f"this rank's classes, for hidden states of shape {shape(input)}"
-        )
-    same_device("linear_weight", weight, input)
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target has shape {shape(target)}, but input of shape {shape(input)} has one hidden "
-            "state per target: give every rank the class index of each, counted over all ranks"
-        )
-    same_device("target", target, input)
-    linear_bias(bias, weight)
+    """Check this rank's rows of the head, and that each hidden state has a target."""
+    rows_of_head(weight, bias, input)
+    targets_of_rows(input, target, "hidden state")
 
 
 def placements(name: str, tensor: Any, dim: int, rows: bool) -> int:

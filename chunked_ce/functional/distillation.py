@@ -95,7 +95,7 @@ def kl_div(
     loss, *_ = torch.ops.chunked_ce.pair_stats(
         input, teacher, ignored, kind, beta, temperature, vocab_size, backend
     )
-    labels, skipped = _targets(input, target, ignore_index)
+    labels, skipped = targets_or_zeros(input, target, ignore_index)
     dtype = compute_dtype(input.dtype)
     return make_reduction(reduction, labels, skipped, token_weight, num_items, dtype).reduce(loss)
 
@@ -220,7 +220,7 @@ def _loss_of_heads(
     options: tuple[Any, ...],
 ) -> Tensor:
     """Call the operator, in one pass where the weights of the losses are known; reduce."""
-    labels, skipped = _targets(input, target, ignore_index)
+    labels, skipped = targets_or_zeros(input, target, ignore_index)
     reduction, token_weight, num_items = tokens
     dtype = compute_dtype(input.dtype)
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
@@ -254,7 +254,7 @@ def _rows_per_chunk(
     return checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default)
 
 
-def _targets(input: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
+def targets_or_zeros(input: Tensor, target: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
     """Return targets and their `ignore_index`; without any, such that no token is ignored."""
     if target is not None:
         return target, ignore_index

@@ -144,20 +144,38 @@ static void KIND(slopes)(const Pair *job, REAL student_kl, int64_t n, KIND(PairB
     }
 }
 
-static void KIND(put_statistics)(const Pair *job, int64_t row)
+static KIND(PairRow) KIND(given_norms)(const Pair *job, int64_t row)
+{
+    KIND(PairRow) r = {
+        (REAL)KIND(number)(job->max, row), (REAL)KIND(number)(job->log_sum, row),
+        (REAL)KIND(number)(job->teacher_max, row), (REAL)KIND(number)(job->teacher_log_sum, row),
+        (REAL)KIND(number)(job->shift, row), (REAL)KIND(number)(job->student_kl, row), 0, 0,
+    };
+    KIND(set_bases)(&r);
+    return r;
+}
+
+static KIND(PairRow) KIND(sum_norms)(const Pair *job, int64_t row)
 {
     double most = -INFINITY, teacher_most = -INFINITY, sum = 0, teacher_sum = 0;
+    KIND(PairRow) r = {0};
+    KIND(add_exponentials)(job, &job->x, row, &most, &sum);
+    KIND(add_exponentials)(job, &job->teacher, row, &teacher_most, &teacher_sum);
+    const double log_sum = log(sum), teacher_log_sum = log(teacher_sum);
+    r.max = (REAL)most, r.teacher_max = (REAL)teacher_most;
+    r.log_sum = (REAL)log_sum, r.teacher_log_sum = (REAL)teacher_log_sum;
+    KIND(set_bases)(&r);
+    const double above = (teacher_most - (double)r.teacher_base) - (most - (double)r.base);
+    r.shift = (REAL)(above / job->temperature + (teacher_log_sum - log_sum));
+    return r;
+}
+
+static void KIND(put_statistics)(const Pair *job, int64_t row)
+{
     double loss = 0, student_kl = 0;
     KIND(PairRow) r = {0};
     if (!(job->ignored && job->ignored[row])) {
-        KIND(add_exponentials)(job, &job->x, row, &most, &sum);
-        KIND(add_exponentials)(job, &job->teacher, row, &teacher_most, &teacher_sum);
-        const double log_sum = log(sum), teacher_log_sum = log(teacher_sum);
-        r.max = (REAL)most, r.teacher_max = (REAL)teacher_most;
-        r.log_sum = (REAL)log_sum, r.teacher_log_sum = (REAL)teacher_log_sum;
-        KIND(set_bases)(&r);
-        const double above = (teacher_most - (double)r.teacher_base) - (most - (double)r.base);
-        r.shift = (REAL)(above / job->temperature + (teacher_log_sum - log_sum));
+        r = (job->has_norms ? KIND(given_norms) : KIND(sum_norms))(job, row);
         const char *x = row_start(&job->x, job->inner, row), *y = row_start(&job->teacher, job->inner, row);
         for (int64_t start = 0; start < job->vocab_size; start += BLOCK) {
             KIND(PairBlock) block;
@@ -183,12 +201,7 @@ static void KIND(put_pair_gradient)(const Pair *job, int64_t row)
     char *out = row_start(&job->grad, job->inner, row);
     const int ignored = job->ignored && job->ignored[row];
     const REAL weight = (REAL)(KIND(number)(job->upstream, row) / job->temperature);
-    KIND(PairRow) r = {
-        (REAL)KIND(number)(job->max, row), (REAL)KIND(number)(job->log_sum, row),
-        (REAL)KIND(number)(job->teacher_max, row), (REAL)KIND(number)(job->teacher_log_sum, row),
-        (REAL)KIND(number)(job->shift, row), (REAL)KIND(number)(job->student_kl, row), 0, 0,
-    };
-    KIND(set_bases)(&r);
+    const KIND(PairRow) r = KIND(given_norms)(job, row);
     const int64_t scored = ignored ? 0 : job->vocab_size;
     KIND(PairBlock) block;
     for (int64_t start = 0; start < scored; start += BLOCK) {

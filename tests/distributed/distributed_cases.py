@@ -1,16 +1,10 @@
-"""What every rank runs in tests/distributed/test_distributed.py, started by torchrun: all cases in one go.
+"""Cases of the cross-entropy of several ranks, which run_cases.py runs on each.
 
 Each rank builds the same whole tensors from a seed, and compares with the oracle on all of them.
 """
 
 import importlib.util
-import json
 import math
-import os
-import sys
-import traceback
-from datetime import timedelta
-from pathlib import Path
 
 import oracle
 import pytest
@@ -766,29 +760,3 @@ def test_training_fsdp2():
     hidden = torch.randn(3, D)
     with pytest.raises(TypeError, match="linear_weight is a DTensor.*module.unshard"):
         chunked_ce.linear_cross_entropy(hidden, model.head.linear.weight, labels[0, :, 0])
-
-
-def main():
-    results = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    done = {}
-    for name, run in CASES.items():
-        torch.manual_seed(0)
-        try:
-            run()
-            done[name] = "passed"
-        except BaseException:
-            done[name] = traceback.format_exc()
-            (results / f"{rank}.json").write_text(json.dumps(done))
-            sys.exit(1)  # torchrun ends the others, which may wait for this one
-    (results / f"{rank}.json").write_text(json.dumps(done))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(
-        0
-    )  # threads of gloo may outlive the group: torch then aborts at times while Python ends
-
-
-if __name__ == "__main__":
-    main()

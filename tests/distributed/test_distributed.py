@@ -1,4 +1,4 @@
-"""Several processes over gloo, started by torchrun; what they run is in distributed_cases.py."""
+"""Several processes over gloo, started by torchrun; what they run is in run_cases.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_of_torchrun(world: int, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = [str(HERE / "distributed_cases.py"), str(tmp_path)]
+    script = [str(HERE / "run_cases.py"), str(tmp_path)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
