@@ -301,7 +301,8 @@ def validate(
     print(f"validation: loss {report.mean_nll:.3f} nats per token, perplexity "
           f"{report.perplexity:.1f} per token, {report.bits_per_byte:.3f} bits per byte, "
           f"{report.accuracy:.1%} of the tokens guessed right")  # fmt: skip
-    return report.to_dict()
+    # JSON has no NaN, such as the error over a single document.
+    return {k: None if v != v else v for k, v in report.to_dict().items()}
 
 
 def compare(model: GPT2LMHeadModel, batch: Sequence[Tensor], dtype: str) -> dict[str, Any]:

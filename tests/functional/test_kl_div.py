@@ -45,9 +45,12 @@ def largest_term(x, y, upstream, temperature=1.0, vocab_size=None, num_items=Non
 @pytest.mark.parametrize("vocab", [1, 2, 17, 301])  # one class; shorter than a group; ragged tiles
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(backend, device, kind, vocab):
-    for dtype in FLOATS if vocab == 301 else FLOATS[:1]:
-        x, y, _ = pair(5, vocab, dtype, device)
-        upstream = torch.tensor([0.3, -2.0, 0.0, 1e3, 1.0], device=device)
+    interpreted = backend == "triton"  # slow: every dtype in one tile, two in several
+    dtypes = {301: FLOATS[:3:2] if interpreted else FLOATS, 17: FLOATS}.get(vocab, FLOATS[:1])
+    rows = 2 if interpreted and vocab == 301 else 5
+    for dtype in dtypes:
+        x, y, _ = pair(rows, vocab, dtype, device)
+        upstream = torch.tensor([-2.0, 1e3, 0.0, 0.3, 1.0], device=device)[:rows]
         options = dict(kind=kind, beta=0.3, temperature=1.7, reduction="none")
         check(x, y, upstream, backend=backend, **options)
 
@@ -87,7 +90,7 @@ def test_small_and_large_shares_and_temperatures(backend, device):
 def test_options(backend, device, kind):
     x, y, target = pair(7, 100, device=device)
     weight = torch.rand(7, device=device)
-    for options in (
+    every = (
         dict(reduction="sum", target=target),
         dict(reduction="mean", target=target),
         dict(target=target, num_items=40, temperature=0.5),
@@ -95,7 +98,8 @@ def test_options(backend, device, kind):
         dict(target=target.masked_fill(target == 3, 7), ignore_index=7),
         dict(token_weight=weight),
         dict(vocab_size=61, beta=0.9),
-    ):
+    )
+    for options in every[-2:] if backend == "triton" else every:  # the interpreter is slow
         check(x, y, torch.tensor(-1.5), kind=kind, backend=backend, **options)
 
 
@@ -134,8 +138,9 @@ def test_far_apart_rows_do_not_overflow(backend, device):
 
 
 def test_strides_and_mixed_dtypes(backend, device):
-    x, y, _ = pair((2, 3), 301, device=device)
-    wide = torch.randn(2, 5, 301, device=device)
+    vocab = 77 if backend == "triton" else 301  # the interpreter is slow
+    x, y, _ = pair((2, 3), vocab, device=device)
+    wide = torch.randn(2, 5, vocab, device=device)
     for student, teacher in (
         (x[:, :-1], y[:, 1:]),
         (x, y.bfloat16()),
@@ -143,7 +148,7 @@ def test_strides_and_mixed_dtypes(backend, device):
         (x, y.double()),
         (x[..., ::2], y[..., ::2]),
         (x, wide[:, 1:4]),
-        (x, wide[0, 0].expand(2, 3, 301)),
+        (x, wide[0, 0].expand(2, 3, vocab)),
         (x.transpose(0, 1), y.transpose(0, 1)),
         (x[..., 1:-3], y[..., :-4]),
     ):
@@ -214,7 +219,7 @@ def test_same_numbers_as_liger(backend, device, beta):
 @pytest.mark.framework
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(backend, device, kind):
-    x, y, target = pair(3, 12, torch.float64, device)
+    x, y, target = pair(2, 5, torch.float64, device)
     options = dict(kind=kind, beta=0.2, temperature=1.3, target=target, reduction="sum")
     loss = lambda x: kl_div(x, y, backend=backend, **options)  # noqa: E731
     assert torch.autograd.gradcheck(loss, x.requires_grad_())
@@ -236,6 +241,8 @@ def test_compile_and_transforms(backend):
 
 @pytest.mark.framework
 def test_operators(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter is slow; the operators' code is the same for every backend")
     x, y, target = pair((2, 3), 40)
     operator = torch.ops.chunked_ce.pair_stats
     given = (y, target == -100, "jsd", 0.4, 2.0, 37, backend)

@@ -71,6 +71,9 @@ def both(function, leaves, *arguments, wanted, **options):
 @pytest.mark.parametrize("options", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_stats_of_logits(backend, device, dtype, options, wanted):
+    one_pass = "grad_in_forward" in options
+    if backend == "triton" and (wanted == ["rank"] or (dtype == torch.bfloat16 and not one_pass)):
+        pytest.skip("the interpreter is slow; other cases run the same kernels")
     x, target = batch(N, 90, dtype, device)
     x = nn.functional.pad(x, (0, 10)).requires_grad_()
     stats = both(cross_entropy, [x], target, wanted=wanted, backend=backend, **options)
@@ -117,6 +120,8 @@ def hidden_states(device="cpu", dtype=torch.float32):
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("options", LINEAR.values(), ids=LINEAR)
 def test_stats_of_hidden_states(backend, device, options, wanted):
+    if backend == "triton" and (wanted == ["rank"] or "token_chunk_size" in options):
+        pytest.skip("the interpreter is slow; chunks are not in the kernels")
     x, w, target = hidden_states(device)
     stats = both(linear_cross_entropy, [x, w], target, wanted=wanted, backend=backend, **options)
     head = {k: v for k, v in options.items() if k in HEAD}
@@ -132,7 +137,7 @@ def test_stats_of_hidden_states(backend, device, options, wanted):
             x, w, target, return_stats=wanted, backend=backend, **options
         )
     assert torch.equal(loss, plain)
-    assert_same_stats(stats, expected)
+    assert_same_stats(stats, expected, exactly=backend != "triton")  # other sums, another tile
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)

@@ -422,7 +422,8 @@ def test_small_probabilities_keep_their_digits(backend, device, dtype, depths):
 def test_bit_identity_twice_and_alone(backend, device, dtype, vocab):
     """Compare two runs, and a row alone with the same row among others."""
     rows = 9 if backend == "triton" else 64  # the interpreter is slow
-    vocab = min(vocab, 300) if backend == "triton" else vocab
+    if backend == "triton":  # every row starts on 16 bytes, as a row alone does
+        vocab = min(vocab, 300) // 8 * 8
     x, target = batch(rows, vocab, dtype, device)
 
     def both(x, target):
