@@ -116,6 +116,9 @@ def pair_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
         label = f"{kind} {dtype} {view}"
         yield f"pair stats {label}", partial(pair_triton.pair_stats, x, y, ignored, how, vocab)
         yield f"pair grad {label}", partial(pair_triton.pair_gradient, *given)
+        if kind == "jsd":  # of a shard
+            terms: Any = (x, y, ignored, stats, how, vocab)
+            yield f"pair terms {label}", partial(pair_triton.pair_terms, *terms)
 
 
 def one_pass_calls(dtypes: tuple[torch.dtype, ...], target: str) -> Iterator[Call]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.head import compute_dtype
 from .linear import hidden_states
 from .values import dense, number, same_device, shape, target_indices
 
@@ -93,7 +94,8 @@ def depth_weight(value: Any, streams: Sequence[Tensor]) -> Tensor | None:
         given = list(value.shape)
     elif isinstance(value, (list, tuple)):
         given = [len(value)]
-        value = torch.tensor([number("depth_weight", v) for v in value], device=device)
+        numbers = [number("depth_weight", v) for v in value]
+        value = torch.tensor(numbers, device=device, dtype=compute_dtype(streams[0].dtype))
     else:
         raise TypeError(
             f"depth_weight must be a Tensor [K] or a sequence of K numbers, got "

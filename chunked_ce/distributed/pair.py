@@ -140,13 +140,14 @@ class _LinearShardPair(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         upstream = _upstream(grad)
         saved, options = ctx.saved_tensors, ctx.options
-        (input, weight, bias, *_, ignored), stats = saved[:7], saved[7:]
+        given, stats = saved[:7], saved[7:]
+        input, weight, bias, ignored = *given[:3], given[-1]
         wanted, head = list(ctx.needs_input_grad[:3]), options.head
         chunks = _indices(input, options)
         gradients = Gradients(
             input, weight, bias, options.shard.columns, wanted, options.acc_dtype, chunks
         )
-        for index, x, z, y in _chunks(*saved[:7], options):
+        for index, x, z, y in _chunks(*given, options=options):
             derivative = head.derivative(z)
             head.apply_(z)
             options.teacher_head.apply_(y)

@@ -134,7 +134,7 @@ def multi_token_cross_entropy(
         linear_cross_entropy(x, head, of_x, linear_bias=bias, num_items=num_items, **options)
         for x, (head, bias), of_x in zip(streams, heads, labels, strict=True)
     ])  # fmt: skip
-    return losses if weights is None else (losses * weights).sum()
+    return losses if weights is None else (losses * weights.to(losses.dtype)).sum()
 
 
 def _labels_of_streams(

@@ -6,6 +6,7 @@ Both look for tensors among a model's outputs. With labels that is the loss.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import torch
@@ -41,18 +42,27 @@ def can_follow(model: nn.Module) -> bool:
     """Return whether a backward without a loss among the outputs can be made known."""
     if getattr(_active_ddp(), "static_graph", False):  # it wants a tensor to put its own node after
         return False
-    return not is_fully_sharded(model) or hasattr(_fsdp_state(model), "_pre_backward")
+    return all(hasattr(state, "_pre_backward") for state in _fsdp_states(model))
 
 
 def follow(model: nn.Module, hidden: Tensor) -> None:
     """Let FSDP2 prepare for backward when it reaches the hidden states."""
-    if is_fully_sharded(model) and torch.is_grad_enabled() and hidden.requires_grad:
-        hidden.register_hook(_fsdp_state(model)._pre_backward)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        for state in _fsdp_states(model):
+            hidden.register_hook(state._pre_backward)
 
 
 def _active_ddp() -> Any:
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
 
 
-def _fsdp_state(model: Any) -> Any:
-    return model._get_fsdp_state() if hasattr(model, "_get_fsdp_state") else None
+def _fsdp_states(model: nn.Module) -> list[Any]:
+    """Return the states of the FSDP2 groups that hold the model, the outermost first.
+
+    PEFT's and other wrappers may be such a group, and the model knows nothing of them. torch has a
+    mapping of all modules to their states.
+    """
+    composable = sys.modules.get("torch.distributed._composable_state")
+    known = list(getattr(composable, "_module_state_mapping", None) or {})
+    around = [m for m in known if is_fully_sharded(m) and any(n is model for n in m.modules())]
+    return [module._get_fsdp_state() for module in reversed(around)]

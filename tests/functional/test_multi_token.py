@@ -87,6 +87,23 @@ def test_loss_and_gradients(documents, shared, ragged, weighted):
     torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_depth_weight_has_the_dtype_of_the_losses(shared):
+    target, weights = tokens(), [1.0, 0.3, 0.1]
+    for dtype in (torch.float64, torch.float32):
+        x, w = torch.randn(K, B, T, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+        head = w if shared else [w] * K
+        weighted = multi_token_cross_entropy(x, head, target, depth_weight=weights)
+        exact = multi_token_cross_entropy(x, head, target).double() @ torch.tensor(
+            weights, dtype=torch.float64
+        )
+        assert weighted.dtype == dtype
+        tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(weighted.double(), exact, rtol=tolerance, atol=0)
+        wide = torch.tensor(weights, dtype=torch.float64)
+        assert multi_token_cross_entropy(x, head, target, depth_weight=wide).dtype == dtype
+
+
 def test_a_tensor_of_streams_and_modules():
     streams, target = torch.randn(K, B, T, D), tokens()
     heads = nn.ModuleList(nn.Sequential(nn.Linear(D, V), nn.Tanh()) for _ in range(K))

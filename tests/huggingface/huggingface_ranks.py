@@ -198,6 +198,17 @@ def step_without_labels(model, rank: int) -> torch.Tensor:
     return loss.detach()
 
 
+class Outside(torch.nn.Module):
+    """A module around a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs):
+        return self.model(**kwargs)
+
+
 def without_labels(rank: int) -> None:
     """DDP and FSDP2 find no loss among the outputs, and notice backward all the same."""
 
@@ -210,11 +221,15 @@ def without_labels(rank: int) -> None:
             fully_shard(layer)
         return fully_shard(model)
 
+    def wrap_outside(model):  # PEFT's models are such a group, around the enabled one
+        return fully_shard(Outside(model))
+
     wraps = {
         "Llama": DistributedDataParallel,
         "Qwen2": functools.partial(DistributedDataParallel, find_unused_parameters=True),
         "Granite": functools.partial(DistributedDataParallel, static_graph=True),
         "Gemma2": fully_shard, "Mistral": wrap_head, "Qwen3": wrap_layers,
+        "Cohere": wrap_outside,
     }  # fmt: skip
     for name, wrap in wraps.items():
         expected, gradients = whole(build(name))
