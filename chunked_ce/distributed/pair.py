@@ -126,7 +126,7 @@ class _LinearShardPair(torch.autograd.Function):
         input, _, _, _, _, _, ignored, options = arguments
 
         def visit() -> Iterator[tuple[Index, Tensor, Tensor]]:
-            for index, _, z, y in _chunks(*arguments):
+            for index, _, z, y in _chunks(arguments[:-1], options):
                 options.head.apply_(z)
                 options.teacher_head.apply_(y)
                 yield index, z, y
@@ -141,13 +141,13 @@ class _LinearShardPair(torch.autograd.Function):
         upstream = _upstream(grad)
         saved, options = ctx.saved_tensors, ctx.options
         given, stats = saved[:7], saved[7:]
-        input, weight, bias, ignored = *given[:3], given[-1]
+        (input, weight, bias), ignored = given[:3], given[-1]
         wanted, head = list(ctx.needs_input_grad[:3]), options.head
         chunks = _indices(input, options)
         gradients = Gradients(
             input, weight, bias, options.shard.columns, wanted, options.acc_dtype, chunks
         )
-        for index, x, z, y in _chunks(*given, options=options):
+        for index, x, z, y in _chunks(given, options):
             derivative = head.derivative(z)
             head.apply_(z)
             options.teacher_head.apply_(y)
@@ -172,14 +172,12 @@ def _indices(input: Tensor, options: PairOptions) -> list[Index]:
 
 
 def _chunks(
-    input: Tensor, weight: Tensor, bias: Tensor | None,
-    teacher_input: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
-    ignored: Tensor | None, options: PairOptions,
-) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:  # fmt: skip
+    given: tuple[Any, ...], options: PairOptions
+) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
     """Yield (index, hidden states, logits, teacher's logits) of each chunk, before transforms."""
+    (input, weight, bias), teacher, ignored = given[:3], given[3:6], given[6]
     chunks, columns = _indices(input, options), options.shard.columns
     student = (input.detach(), weight.detach(), None if bias is None else bias.detach())
-    teacher = (teacher_input, teacher_weight, teacher_bias)
     for (index, x, z), (_, _, y) in zip(
         walk(*student, columns, chunks, ignored),
         walk(*teacher, columns, chunks, ignored),
