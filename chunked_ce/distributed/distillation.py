@@ -18,10 +18,8 @@ from ..checks.values import is_dtensor
 from ..core.divergence import Divergence
 from ..core.head import Head, compute_dtype
 from ..core.reduction import Reduction, is_scored, make_reduction
-from ..functional.distillation import targets_or_zeros
-from ..functional.head_loss import autocast
+from ..functional.distillation import FlatHead, flat_head, rows_of_both, targets_or_zeros
 from ..ops import transforms
-from ..ops.chunks import default_rows, padded_row_bytes
 from . import checks as shard_checks
 from .pair import PairOptions, linear_shard_pair, shard_pair
 from .shards import Wanted, check_agreement, local_parts, local_tensor, placements_of_rows, shard_of
@@ -190,25 +188,41 @@ def vocab_parallel_linear_kl_div(
     checks.distilled_tokens(input, teacher_input, None, 0.0)
     tokens = _tokens(input, local_tensor("target", target, None), ignore_index, reduction,
                      token_weight, num_items)  # fmt: skip
-    columns = len(local[0])
-    shard = shard_of(columns, group, vocab_start, vocab_size)
+    chunks = chunk_bytes, token_chunk_size, acc_dtype
+    where = group, vocab_start, vocab_size
+    return _loss_of_heads(student, teacher, tokens, where, how, transform, chunks, backend)
+
+
+def _loss_of_heads(
+    student: FlatHead,
+    teacher: FlatHead,
+    tokens: _Tokens,
+    where: tuple[dist.ProcessGroup | None, int | None, int | None],  # group, start, size
+    how: tuple[str, float, float],
+    transform: tuple[float | None, float, float | None, float],
+    chunks: tuple[int | None, int | None, torch.dtype],  # their bytes, tokens, acc_dtype
+    backend: str,
+) -> Tensor:
+    """Check that the ranks agree; return the loss of hidden states [..., D] and heads [C, D]."""
+    (group, vocab_start, vocab_size), (chunk_bytes, token_chunk_size, acc_dtype) = where, chunks
+    input, weight, _ = student
+    shard = shard_of(len(weight), group, vocab_start, vocab_size)
     shard_checks.teachers_classes(
-        columns, len(local[1]), shard.columns, padded=vocab_start is not None
+        len(weight), len(teacher[1]), shard.columns, padded=vocab_start is not None
     )
-    row_bytes = sum(padded_row_bytes(max(1, shard.columns), w.element_size()) for w in local[:2])
-    default = default_rows(tokens.target.numel(), row_bytes, input.device.type)
+    flat, of_teacher, classes = flat_head(*student), flat_head(*teacher), max(1, shard.columns)
     options = PairOptions(
         shard, Divergence(*how), choose_backend(backend, input.device),
         Head(*transform[:2]), Head(*transform[2:]),
-        checks.rows_per_chunk(chunk_bytes, token_chunk_size, row_bytes, default),
-        checks.acc_dtype(acc_dtype, local[0]),
+        rows_of_both(flat, of_teacher, classes, chunk_bytes, token_chunk_size),
+        checks.acc_dtype(acc_dtype, flat[1]),
     )  # fmt: skip
     check_agreement(
-        shard, columns, input, tokens.target, Wanted(), (how, transform, *tokens.agreed),
+        shard, len(weight), input, tokens.target, Wanted(), (how, transform, *tokens.agreed),
         input.requires_grad and torch.is_grad_enabled(),
-        local[0].t() if vocab_start is None else None,
+        weight.t() if vocab_start is None else None,
     )  # fmt: skip
-    losses = linear_shard_pair(_flat(*student), _flat(*teacher), tokens.ignored, options)
+    losses = linear_shard_pair(flat, of_teacher, tokens.ignored, options)
     return tokens.reducer.reduce(losses.view(input.shape[:-1]))
 
 
@@ -245,11 +259,3 @@ def _tokens(
         make_reduction(reduction, labels, skipped, token_weight, items, dtype),
         (skipped, reduction, token_weight, items),
     )
-
-
-def _flat(
-    input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return hidden states [N, D], weight and bias in the dtype that autocast wants."""
-    hidden, weight, bias = autocast(input, weight, bias)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias

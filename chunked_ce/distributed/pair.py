@@ -175,12 +175,12 @@ def _chunks(
     given: tuple[Any, ...], options: PairOptions
 ) -> Iterator[tuple[Index, Tensor, Tensor, Tensor]]:
     """Yield (index, hidden states, logits, teacher's logits) of each chunk, before transforms."""
-    (input, weight, bias), teacher, ignored = given[:3], given[3:6], given[6]
+    input, weight, bias, teacher_input, teacher_weight, teacher_bias, ignored = given
     chunks, columns = _indices(input, options), options.shard.columns
     student = (input.detach(), weight.detach(), None if bias is None else bias.detach())
     for (index, x, z), (_, _, y) in zip(
         walk(*student, columns, chunks, ignored),
-        walk(*teacher, columns, chunks, ignored),
+        walk(teacher_input, teacher_weight, teacher_bias, columns, chunks, ignored),
         strict=True,
     ):
         yield index, x, z, y

@@ -195,7 +195,7 @@ def linear_kl_div(
     classes = checks.shared_vocab_size(vocab_size, len(linear_weight), len(teacher_weight))
     options = (
         *divergence, ce_weight, classes, *heads, choose_backend(backend, input.device),
-        _rows_per_chunk(student, teacher, classes, chunk_bytes, token_chunk_size),
+        rows_of_both(student, teacher, classes, chunk_bytes, token_chunk_size),
         checks.acc_dtype(acc_dtype, student[1]),
     )  # fmt: skip
     return _loss_of_heads(input, student, teacher, target, ignore_index, tokens, options)
@@ -241,7 +241,7 @@ def _is_sum(reduction_spec: Reduction, hidden: Tensor) -> bool:
     return known and reduction_spec.name != "none" and len(hidden) > 0
 
 
-def _rows_per_chunk(
+def rows_of_both(
     student: FlatHead,
     teacher: FlatHead,
     classes: int,
@@ -273,12 +273,12 @@ def _token_weights(
 
 
 def _flat_heads(student: FlatHead, teacher: FlatHead) -> tuple[FlatHead, FlatHead]:
-    """Check hidden states [..., D], weight and bias of each; return them as `_flat_head` does."""
+    """Check hidden states [..., D], weight and bias of each; return them as `flat_head` does."""
     checks.two_heads(student, teacher)
-    return _flat_head(*student), _flat_head(*teacher)
+    return flat_head(*student), flat_head(*teacher)
 
 
-def _flat_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> FlatHead:
+def flat_head(input: Tensor, weight: Tensor, bias: Tensor | None) -> FlatHead:
     """Return hidden states [N, D], weight and bias in the dtype that autocast wants."""
     hidden, weight, bias = autocast(input, weight, bias)
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias

@@ -90,7 +90,7 @@ def _common_vocabulary(tokenizers: Any) -> int:
         token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
     ]
     if differ:
-        token = min(differ, key=lambda t: min(v.get(t, len(ours)) for v in (ours, theirs)))
+        token = min(differ, key=lambda t: (min(v.get(t, len(ours)) for v in (ours, theirs)), t))
         said = [f"is {v[token]}" if token in v else "is missing" for v in (ours, theirs)]
         raise ValueError(
             f"the tokenizers differ in {len(differ)} tokens: {token!r} {said[0]} in the student's "

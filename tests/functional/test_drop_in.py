@@ -100,7 +100,7 @@ def compare_gradient(ours, exact, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.filterwarnings("ignore:target of shape")
 def test_every_target(backend, device, shape, kind):
-    if backend == "triton" and shape != "[N, C, d1, d2]":
+    if backend == "triton" and (shape != "[N, C, d1, d2]" or kind in ("indices", "top k")):
         pytest.skip("the interpreter is slow; the kernels' strides have tests of their own")
     shape, dim = SHAPES[shape]
     x = torch.randn(shape, device=device) * 3

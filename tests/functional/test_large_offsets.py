@@ -45,7 +45,8 @@ ENTRY_POINTS = {
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
 def test_cross_entropy(backend, device, entry, dtype):
     call, options = ENTRY_POINTS[entry]
-    for offset in OFFSETS:
+    interpreted = backend == "triton"  # slow: every power of ten, with one sign or the other
+    for offset in OFFSETS[1::4] + OFFSETS[2::4] if interpreted else OFFSETS:
         if abs(offset) > torch.finfo(dtype).max:
             continue
         x = logits(offset, dtype, device).requires_grad_()

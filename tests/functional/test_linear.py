@@ -331,7 +331,7 @@ def test_shapes_without_autocast():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(backend, device, reduction):
-    if backend == "triton" and reduction == "none":
+    if backend == "triton":
         pytest.skip("the interpreter is slow; gradcheck of token_stats runs the same kernels")
     x, w, b, target = head(torch.float64, device, n=4)
 
