@@ -20,7 +20,7 @@ long: .venv/dev
 # Every kernel with every Triton that is supported, the oldest first, for GPUs that need not be here.
 TRITON ?= 3.6.0 3.7.1 3.9.0
 compile: $(TRITON:%=.venv-triton-%/done)
-	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench compile; done
+	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench compile $(ARGS); done
 
 .venv-triton-%/done:
 	$(PYTHON) -m venv .venv-triton-$*
@@ -59,6 +59,10 @@ docs: .venv/dev
 gpu-dry-run: .venv/dev
 	$(BIN)/python -m bench gpu --dry-run $(ARGS)
 
+.venv-sanitize/done: tests/sanitize-requirements.txt
+	test -z '$(SANITIZE_PYTHON)' || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
+	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@; }
+
 package: .venv/dev
 	$(BIN)/python tests/check_package.py
 
@@ -68,9 +72,7 @@ sanitize: .venv/dev
 ifeq ($(SANITIZE_PYTHON),)
 	@echo "SANITIZER NOT RUN: it needs Python 3.12 or 3.13, and none was found (set SANITIZE_PYTHON)" >&2
 else
-	test -e .venv-sanitize/done || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
-	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r tests/sanitize-requirements.txt && \
-	  touch .venv-sanitize/done; }
+	$(MAKE) .venv-sanitize/done
 	printf '%s\n' 'token_stats binary kl_div' 'cross_entropy grad_in_forward drop_in' | xargs -P 2 -I {} sh -c \
 	  'PYTHONPATH=. .venv-sanitize/bin/python -m ttsem.sanitize pytest $$(printf "tests/*/test_%s.py " {}) -q $(ARGS)'
 endif

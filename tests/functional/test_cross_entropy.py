@@ -53,6 +53,8 @@ def check(x, target, backend, upstream="1", **options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_options(backend, device, options, reduction):
+    if backend == "triton" and reduction != "mean":
+        pytest.skip("the interpreter is slow; the reduction is not in the kernels")
     x, target = batch(6, 100, device=device)
     check(x, target, backend, "3.7", reduction=reduction, **options)
 
@@ -397,8 +399,7 @@ def test_opcheck(backend, options, device):
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("compiler", "inplace"), [("aot_eager", True), ("inductor", False)])
 def test_compile_fullgraph(backend, compiler, inplace, device):
     torch._dynamo.reset()
     head = torch.nn.Linear(8, 50, device=device)
@@ -472,8 +473,11 @@ def test_no_host_synchronization(backend, device, monkeypatch):
 # --- what a review broke --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", ["exp", "logsumexp", "square", "second loss"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("compiler", "other"),
+    [("aot_eager", name) for name in ("exp", "logsumexp", "square", "second loss")]
+    + [("inductor", "exp")],
+)
 def test_inplace_backward_compiled(other, compiler):
     torch._dynamo.reset()
     x, target = batch(4, 20)

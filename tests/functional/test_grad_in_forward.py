@@ -70,6 +70,8 @@ def test_value_and_gradient(backend, device, options, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_upstream(backend, device, reduction, options):
+    if backend == "triton" and reduction == "sum":
+        pytest.skip("the interpreter is slow; the other reduction runs the same kernel")
     x, target = batch(5, 100, device=device)
     target[target >= 77] = 3
     check(
@@ -237,6 +239,8 @@ def test_no_grad_evaluation(backend, device, monkeypatch):
 @pytest.mark.framework
 @pytest.mark.parametrize("inplace", [False, True])
 def test_operators_are_well_formed(backend, device, inplace):
+    if backend == "triton":
+        pytest.skip("the interpreter is slow; the operators' code is the same for every backend")
     x, target = batch(3, 50, device=device)
     name = "loss_and_grad_" if inplace else "loss_and_grad"
     arguments = (x, target, None, None, 0.1, 0.0, -100, 50, None, 1.0, backend)

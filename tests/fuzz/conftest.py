@@ -22,7 +22,7 @@ from hypothesis.strategies import SearchStrategy
 from chunked_ce.backends import cpu_library
 
 N, SEED = (int(os.environ.get(name) or 0) for name in ("FUZZ_CASES", "FUZZ_SEED"))
-AT_LENGTH = 10  # times what the fast slice tries, where `cases` does not say how many
+AT_LENGTH = 4  # times what the fast slice tries, where `cases` does not say how many
 TRIED: Counter[str] = Counter()
 SHARES = pytest.StashKey[int]()
 

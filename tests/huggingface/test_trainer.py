@@ -66,9 +66,9 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("per_device", [8, 4, 2, 1])
+@pytest.mark.parametrize("per_device", [8, 2])
 def test_gradient_accumulation(way, per_device, reference, tmp_path):
-    """1 x 8 against 2 x 4, 4 x 2, 8 x 1; transformers' own as the control."""
+    """1 x 8 against 4 x 2; transformers' own as the control."""
     parameters, losses, made = train(way, tmp_path, per_device)
     expected, logged, _ = reference
     for name, p in parameters.items():
