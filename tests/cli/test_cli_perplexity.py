@@ -114,7 +114,7 @@ def test_a_real_ctrl_c(folder, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    time.sleep(40)  # loading takes seconds, the text minutes
+    time.sleep(20)  # loading takes seconds, the text minutes
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -69,7 +69,8 @@ def test_the_kernels_are_checked_where_they_can_run(device):
     pytest.importorskip("triton")
     where = torch.device(device)
     assert "triton" in doctor._backends(where)
-    for check in self_check.checks_of(where, "triton").values():
+    checks = list(self_check.checks_of(where, "triton").values())
+    for check in checks[:3] if device == "cpu" else checks:  # the interpreter takes minutes
         assert check(where, "triton", torch.float32).startswith("ok")
 
 

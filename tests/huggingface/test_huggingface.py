@@ -351,7 +351,7 @@ def test_compile_fullgraph(name, way):
 
 @pytest.mark.long
 @pytest.mark.framework
-@pytest.mark.parametrize(("name", "way"), [(HEADS[0], "loss"), *((n, "enable") for n in HEADS[:3])])
+@pytest.mark.parametrize(("name", "way"), [(HEADS[0], "loss"), (HEADS[1], "enable")])
 def test_compile_fullgraph_with_inductor(name, way):
     compiled_step(name, way, "inductor")
 
