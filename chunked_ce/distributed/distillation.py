@@ -181,7 +181,8 @@ def vocab_parallel_linear_kl_div(
     how = checks.divergence(kind, beta, temperature)
     transform = checks.two_transforms(softcap, logit_scale, teacher_softcap, teacher_logit_scale)
     input, teacher_input = (
-        local_tensor(name, t, None) for name, t in (("input", input), ("teacher", teacher_input))
+        local_tensor(name, t, None)
+        for name, t in (("input", input), ("teacher_input", teacher_input))
     )
     student, teacher = (input, local[0], local[2]), (teacher_input, local[1], local[3])
     shard_checks.two_shards_of_heads(student, teacher)

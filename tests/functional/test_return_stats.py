@@ -138,7 +138,8 @@ def test_stats_of_hidden_states(backend, device, options, wanted):
             x, w, target, return_stats=wanted, backend=backend, **options
         )
     assert torch.equal(loss, plain)
-    assert_same_stats(stats, expected, exactly=backend != "triton")  # other sums, another tile
+    other_tiles = backend == "triton" and "label_smoothing" in options  # of a row with more sums
+    assert_same_stats(stats, expected, exactly=not other_tiles)
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
