@@ -84,7 +84,13 @@ def test_each_program_has_its_check() -> None:
     assert len(blocks_of(PAGE)) == len(CHECKS)
 
 
-@pytest.mark.parametrize("containing", CHECKS)
+AT_LENGTH = ["self.head, labels, shift=True", "group=dist.group.WORLD"]
+
+
+@pytest.mark.parametrize(
+    "containing",
+    [pytest.param(c, marks=pytest.mark.long) if c in AT_LENGTH else c for c in CHECKS],
+)
 def test_a_program_on_two_ranks(containing: str, tmp_path: Path) -> None:
     block = block_of(PAGE, containing)
     assert block.endswith(END)

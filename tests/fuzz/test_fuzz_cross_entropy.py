@@ -138,6 +138,6 @@ def check(call: Call, backend: str = "torch") -> None:
             )
 
 
-@cases.backends(torch=100, triton=4, long=80)
+@cases.backends(torch=100, triton=4, long=45)
 def test_cross_entropy(explore, backend):
     explore(calls(**cases.sizes(backend), largest=cases.LARGEST[backend]), check)

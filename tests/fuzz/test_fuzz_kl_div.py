@@ -259,11 +259,11 @@ def with_cross_entropy(exact: Exact, z: Tensor, call: HeadCall, dtype: torch.dty
     )
 
 
-@cases.backends(torch=40, triton=1, long=60)
+@cases.backends(torch=40, triton=1, long=25)
 def test_kl_div(explore, backend):
     explore(calls(**cases.sizes(backend), largest=cases.LARGEST[backend]), check)
 
 
-@cases.backends(torch=25, triton=1, long=30)
+@cases.backends(torch=25, triton=1, long=20)
 def test_linear_kl_div(explore, backend):
     explore(head_calls(**cases.sizes(backend)), check_heads)

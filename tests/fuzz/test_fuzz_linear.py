@@ -257,7 +257,7 @@ def check_heads(call: Call) -> None:
         torch.testing.assert_close(both, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@cases.backends(torch=40, triton=2, long=40)
+@cases.backends(torch=40, triton=2, long=30)
 def test_linear(explore, backend):
     explore(calls(**cases.sizes(backend)), check)
 

@@ -29,6 +29,6 @@ def check(call: Call, backend: str = "torch") -> None:
     truth.assert_gradient(leaf.grad, expected, tolerance, call.x.dtype, skip)
 
 
-@cases.backends(torch=70, triton=3, long=60)
+@cases.backends(torch=70, triton=3, long=40)
 def test_token_stats(explore, backend):
     explore(calls(**cases.sizes(backend), largest=cases.LARGEST[backend]), check)

@@ -116,7 +116,7 @@ def noise(call: Call) -> float:
     return of_one * max(1.0, float(up))
 
 
-@cases.backends(torch=200, triton=2, long=30)
+@cases.backends(torch=200, triton=2, long=15)
 def test_calls(explore, backend):
     """At length, of the torch backend: 2000 calls, counted in the summary."""
     # The interpreter takes half a minute for 3 x 301 x 2 x 2 labels; other tests have the long rows.
