@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
@@ -19,7 +20,7 @@ SANITIZED = "ttsem" in sys.modules
 ON_GPU = torch.cuda.is_available() and not SANITIZED
 if not (SANITIZED or ON_GPU):
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
