@@ -7,13 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-compute_dtype = {
+COMPUTE_DTYPES = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
     torch.float64: torch.float64,
-}.__getitem__
+}
 WITHOUT_FLOAT64 = {"mps"}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which logits of `dtype` are computed."""
+    return COMPUTE_DTYPES[dtype]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

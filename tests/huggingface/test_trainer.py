@@ -39,9 +39,10 @@ def trainer_of(model, folder, **options):
     given = dict(
         output_dir=str(folder), use_cpu=True, max_steps=STEPS, learning_rate=1.0, optim="sgd",
         lr_scheduler_type="constant", max_grad_norm=0.0, report_to="none", save_strategy="no",
-        disable_tqdm=True, dataloader_pin_memory=False, train_sampling_strategy="sequential",
-        logging_steps=1,
+        disable_tqdm=True, dataloader_pin_memory=False, logging_steps=1,
     )  # fmt: skip
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:  # transformers 5
+        given["train_sampling_strategy"] = "sequential"
     arguments = TrainingArguments(**(given | options))
     return Trainer(model=model, args=arguments, train_dataset=examples(), eval_dataset=examples(10))
 
