@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.gradient import Coefficients
-from ..core.head import Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, Head
 from ..core.row_stats import UNIFORM, ClassWeights, Part, RowStatistics, TokenStats
 from . import cpu_library
 from .cpu_library import DTYPES, JOB, POINTERS
@@ -33,7 +33,7 @@ def row_statistics(
     argmax: bool,
 ) -> RowStatistics:
     """Return the statistics of every row, [rows]."""
-    dtype, integers = compute_dtype(input.dtype), torch.int64
+    dtype, integers = COMPUTE_DTYPE[input.dtype], torch.int64
     rows = target.numel()
 
     def new(wanted: bool, dtype: torch.dtype) -> Tensor | None:
@@ -63,7 +63,7 @@ def row_part(
     argmax: bool,
 ) -> tuple[Part, Tensor]:
     """Return the sums of every row over a shard, and the target's logit (-inf if elsewhere)."""
-    dtype, rows = compute_dtype(input.dtype), target.numel()
+    dtype, rows = COMPUTE_DTYPE[input.dtype], target.numel()
 
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, dtype=dtype, device=input.device)
@@ -127,7 +127,7 @@ def loss_and_gradient(
     is visited once.
     """
     grad = input if inplace else torch.empty_like(input)
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     loss, *rows = (torch.empty(target.numel(), dtype=dtype, device=input.device) for _ in range(4))
     names = ("lse", "logprob", "lse_low", "loss", "token_weight")
     numbers = dict(zip(names, (*rows, loss, token_weight), strict=True))
@@ -160,7 +160,7 @@ def _run(
     """Pack the arguments into a `Job` and run it."""
     library = cpu_library.LIBRARY
     assert library is not None
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     if grad is not input:
         input = input.resolve_neg()
     if target.dtype != torch.int64 or not target.is_contiguous():

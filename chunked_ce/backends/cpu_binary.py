@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from . import cpu_library
 from .cpu_library import DTYPES, Elementwise, Rows
 from .strided_rows import strided_rows
@@ -24,14 +24,14 @@ def loss_sum(
 ) -> Tensor:
     """Return the sum [] of all losses but those left out."""
     sum = _run(_SUM, input, None, labels, weight, pos_weight, left_out=left_out)
-    return torch.tensor(sum, dtype=compute_dtype(input.dtype))
+    return torch.tensor(sum, dtype=COMPUTE_DTYPE[input.dtype])
 
 
 def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
     """Return the loss of each logit."""
-    out = torch.empty_like(input, dtype=compute_dtype(input.dtype))
+    out = torch.empty_like(input, dtype=COMPUTE_DTYPE[input.dtype])
     _run(_LOSS, input, out, labels, weight, pos_weight)
     return out
 
@@ -70,7 +70,7 @@ def _run(
     names = ("x", "out", "label", "weight", "pos_weight", "upstream")
     arguments = (input, out, labels, weight, pos_weight, upstream)
     tensors = {
-        name: t.detach() if t.dtype in DTYPES else t.detach().to(compute_dtype(input.dtype))
+        name: t.detach() if t.dtype in DTYPES else t.detach().to(COMPUTE_DTYPE[input.dtype])
         for name, t in zip(names, arguments, strict=True)
         if t is not None
     }

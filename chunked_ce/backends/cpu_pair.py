@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.divergence import KINDS, Divergence, PairStats
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from . import cpu_library
 from .cpu_library import DTYPES, Pair, Rows
 from .strided_rows import strided_rows
@@ -22,7 +22,7 @@ def pair_stats(
     vocab_size: int,
 ) -> PairStats:
     """Return the statistics of every pair of rows, flat."""
-    rows, dtype = input.shape[:-1].numel(), compute_dtype(input.dtype)
+    rows, dtype = input.shape[:-1].numel(), COMPUTE_DTYPE[input.dtype]
     stats = PairStats(*(torch.empty(rows, dtype=dtype) for _ in PairStats._fields))
     _run(input, teacher, None, ignored, stats, None, how, vocab_size)
     return stats
@@ -55,7 +55,7 @@ def pair_gradient(
 ) -> Tensor:
     """Return dL/dinput, in a new tensor or over `input`."""
     grad = input if inplace else torch.empty_like(input)
-    upstream = upstream.to(compute_dtype(input.dtype)).resolve_neg().contiguous()
+    upstream = upstream.to(COMPUTE_DTYPE[input.dtype]).resolve_neg().contiguous()
     stats = PairStats(*(t.contiguous() for t in stats))
     _run(input, teacher, grad, ignored, stats, upstream, how, vocab_size)
     return grad

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..core.gradient import Coefficients, RowGradient, row_gradient, token_loss_coefficients
-from ..core.head import IDENTITY, Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, IDENTITY, Head
 from ..core.reduction import is_scored, token_loss
 from ..core.row_stats import (
     UNIFORM,
@@ -151,7 +151,7 @@ def loss_and_gradient(
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
     """Multiply grad [..., V] in place by upstream [...] or []. Zeros (ignored rows) stay 0."""
-    factor = upstream.to(compute_dtype(grad.dtype)).expand(grad.shape[:-1]).reshape(-1, 1)
+    factor = upstream.to(COMPUTE_DTYPE[grad.dtype]).expand(grad.shape[:-1]).reshape(-1, 1)
     for rows, _, (block,) in blocks(grad.shape[-1], grad):
         block.copy_((block * factor[rows]).masked_fill_(block == 0, 0.0))
 
@@ -164,7 +164,7 @@ def _targets(input: Tensor, target: Tensor, ignore_index: int, options: Options)
     if _on_host(target) and not options.shard:
         checks.targets_in_range(target, options.vocab_size, ignore_index)
     index = target.masked_fill(outside, 0).view(*input.shape[:-1], 1)
-    logit = options.head.apply_(input.gather(-1, index).to(compute_dtype(input.dtype))).view(-1)
+    logit = options.head.apply_(input.gather(-1, index).to(COMPUTE_DTYPE[input.dtype])).view(-1)
     logit.masked_fill_(outside, -math.inf if options.shard else math.nan)
     logit.masked_fill_(logit == math.inf, math.nan)
     return _Targets(target.masked_fill(outside, -1), logit, ignored)
@@ -254,7 +254,7 @@ def block_gradient(
 def _transform(x: Tensor, head: Head) -> Tensor:
     """Return a contiguous copy of a block's logits after the head's transforms."""
     return head.apply_(
-        x.to(compute_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
+        x.to(COMPUTE_DTYPE[x.dtype], copy=True, memory_format=torch.contiguous_format)
     )
 
 
@@ -268,7 +268,7 @@ def _class_weights(
     x: Tensor, columns: slice, weights: ClassWeights, prob: Tensor | None
 ) -> Tensor | float:
     """Return the class weights w_j of a block: [R, C], [C] or 1."""
-    dtype = compute_dtype(x.dtype)
+    dtype = COMPUTE_DTYPE[x.dtype]
     w: Tensor | float = 1.0
     if prob is not None:
         w = prob.to(dtype) * weights.scale + weights.shift

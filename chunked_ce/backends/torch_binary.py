@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..core.head import compute_dtype, sum_dtype
+from ..core.head import COMPUTE_DTYPE, sum_dtype
 from .torch_blocks import blocks
 
 
@@ -33,14 +33,14 @@ def loss_sum(
             )
             loss[row, left_out[rows][row, k] - columns.start] = 0.0
         sum += loss.sum()
-    return sum.to(compute_dtype(input.dtype))
+    return sum.to(COMPUTE_DTYPE[input.dtype])
 
 
 def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
     """Return the loss of each logit."""
-    result = torch.empty_like(input, dtype=compute_dtype(input.dtype))
+    result = torch.empty_like(input, dtype=COMPUTE_DTYPE[input.dtype])
     for _, _, (out, x, *terms) in blocks(
         input.shape[-1], result, input, labels, weight, pos_weight
     ):
@@ -59,7 +59,7 @@ def gradient(
     for _, _, (out, up, x, *terms) in blocks(
         input.shape[-1], grad, upstream, input, labels, weight, pos_weight
     ):
-        z = x.to(compute_dtype(x.dtype))
+        z = x.to(COMPUTE_DTYPE[x.dtype])
         negative, positive = _factors(z, *terms)
         out.copy_((negative * z.sigmoid() - positive * z.neg().sigmoid_()).mul_(up))
     return grad
@@ -67,7 +67,7 @@ def gradient(
 
 def _losses(x: Tensor, *terms: Tensor | None) -> Tensor:
     """Return the losses, with softplus(z) = max(z, 0) + small, small = log(1 + exp(-|z|))."""
-    z = x.to(compute_dtype(x.dtype))
+    z = x.to(COMPUTE_DTYPE[x.dtype])
     negative, positive = _factors(z, *terms)
     small = logsigmoid(z.abs()).neg_()
     # A factor of 0 times an infinite loss is 0.

@@ -16,7 +16,7 @@ from ..core.divergence import (
     log_probs,
     shift_of,
 )
-from ..core.head import compute_dtype, sum_dtype
+from ..core.head import COMPUTE_DTYPE, sum_dtype
 from .torch_blocks import blocks
 
 
@@ -28,7 +28,7 @@ def pair_stats(
     vocab_size: int,
 ) -> PairStats:
     """Return the statistics of every pair of rows, flat."""
-    dtype, rows = compute_dtype(input.dtype), input.shape[:-1].numel()
+    dtype, rows = COMPUTE_DTYPE[input.dtype], input.shape[:-1].numel()
     maxima = torch.full((2, rows), -torch.inf, dtype=dtype, device=input.device)
     sums = torch.zeros(2, rows, dtype=sum_dtype(input.device), device=input.device)
     for flat, _, views in blocks(vocab_size, input, teacher):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.gradient import Coefficients
-from ..core.head import IDENTITY, Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, IDENTITY, Head
 from ..core.row_stats import UNIFORM, ClassWeights, RowStatistics, TokenStats
 from ..kernels import arguments, launch
 from ..kernels.arguments import Options
@@ -50,7 +50,7 @@ def row_statistics(
     def new(dtype: torch.dtype) -> Tensor:
         return torch.empty(target.shape, dtype=dtype, device=input.device)
 
-    floats = compute_dtype(input.dtype)
+    floats = COMPUTE_DTYPE[input.dtype]
     lse, logprob, lse_low = (new(floats) for _ in range(3))
     stats = TokenStats(
         lse,
@@ -90,7 +90,7 @@ def launch_sums(
     **wanted: bool,  # ENTROPY, MEAN_LOGPROB, RANK, ARGMAX
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
     """Sum the segments of rows. Yield (slice of rows, arguments shared with `merge_parts`)."""
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     tile = _tile(input, vocab_size, plain=head == IDENTITY and not any(wanted.values()))
     segments = launch.segments(vocab_size)
     floats, integers = (6, 2) if any(wanted.values()) else (2, 0)
@@ -201,7 +201,7 @@ def loss_and_gradient(
     """
     grad = input if inplace else torch.empty_like(input)
     target = target.reshape(-1).contiguous()
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     loss = torch.empty(target.numel(), dtype=dtype, device=input.device)
     weight = loss if token_weight is None else token_weight.reshape(-1).to(dtype).contiguous()
     of_rows = (loss, *((loss, loss) if stats is None else stats[:2]))
@@ -238,7 +238,7 @@ def loss_and_gradient(
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
     """Multiply grad [..., V] in place by upstream [...] or [], unless it is 1."""
-    upstream = upstream.reshape(-1).to(compute_dtype(grad.dtype))
+    upstream = upstream.reshape(-1).to(COMPUTE_DTYPE[grad.dtype])
     block = launch.SCALE_BLOCK
     for flat, (rows,) in strided_rows(grad):
         n = rows.shape[0] * rows.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..kernels import launch
 from ..kernels.arguments import BinaryOptions
 from ..kernels.binary import binary_kernel
@@ -24,7 +24,7 @@ def loss_sum(
     """Return the sum [] of all losses but those left out."""
     segments = launch.segments(input.shape[-1])
     rows = input.numel() // input.shape[-1]
-    parts = torch.empty(rows, segments, dtype=compute_dtype(input.dtype), device=input.device)
+    parts = torch.empty(rows, segments, dtype=COMPUTE_DTYPE[input.dtype], device=input.device)
     _launch(input, labels, weight, pos_weight, None, None, parts, left_out)
     return parts.sum(dtype=torch.float64).to(parts.dtype)
 
@@ -33,7 +33,7 @@ def elementwise(
     input: Tensor, labels: Tensor | None, weight: Tensor | None, pos_weight: Tensor | None
 ) -> Tensor:
     """Return the loss of each logit."""
-    out = torch.empty_like(input, dtype=compute_dtype(input.dtype))
+    out = torch.empty_like(input, dtype=COMPUTE_DTYPE[input.dtype])
     _launch(input, labels, weight, pos_weight, out, None, None, None)
     return out
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.divergence import KINDS, Divergence, PairStats
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..kernels import launch
 from ..kernels.arguments import PairOptions
 from ..kernels.pair import PairNumbers, pair_grad_kernel, pair_stats_kernel
@@ -25,7 +25,7 @@ def pair_stats(
     vocab_size: int,
 ) -> PairStats:
     """Return the statistics of every pair of rows, flat."""
-    rows, dtype = input.shape[:-1].numel(), compute_dtype(input.dtype)
+    rows, dtype = input.shape[:-1].numel(), COMPUTE_DTYPE[input.dtype]
     stats = PairStats(
         *(torch.empty(rows, dtype=dtype, device=input.device) for _ in PairStats._fields)
     )
@@ -77,7 +77,7 @@ def pair_gradient(
 ) -> Tensor:
     """Return dL/dinput, in a new tensor or over `input`."""
     grad = input if inplace else torch.empty_like(input)
-    upstream = upstream.to(compute_dtype(input.dtype)).contiguous()
+    upstream = upstream.to(COMPUTE_DTYPE[input.dtype]).contiguous()
     stats = PairStats(*(t.contiguous() for t in stats))
     for flat, (x, y, out) in strided_rows(input, teacher, grad):
         given = _arguments(x, y, out, ignored, flat, how, vocab_size)

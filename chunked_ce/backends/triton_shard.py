@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..core.head import Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, Head
 from ..core.row_stats import UNIFORM, Part, concatenate, merge
 from ..kernels.online_softmax import LOG2_E
 from .triton import launch_sums
@@ -35,7 +35,7 @@ def row_part(
     argmax: bool,
 ) -> tuple[Part, Tensor]:
     """Return the sums of every row over a shard, and the target's logit (-inf if elsewhere)."""
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     target = target.reshape(-1).contiguous()
     inside = (target >= 0) & (target < vocab_size)
     index = target.long().masked_fill(~inside, 0).view(*input.shape[:-1], 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from .linear import hidden_states
 from .values import dense, number, same_device, shape, target_indices
 
@@ -95,7 +95,7 @@ def depth_weight(value: Any, streams: Sequence[Tensor]) -> Tensor | None:
     elif isinstance(value, (list, tuple)):
         given = [len(value)]
         numbers = [number("depth_weight", v) for v in value]
-        value = torch.tensor(numbers, device=device, dtype=compute_dtype(streams[0].dtype))
+        value = torch.tensor(numbers, device=device, dtype=COMPUTE_DTYPE[streams[0].dtype])
     else:
         raise TypeError(
             f"depth_weight must be a Tensor [K] or a sequence of K numbers, got "

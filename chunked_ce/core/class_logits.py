@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .gradient import Coefficients
-from .head import Head, compute_dtype
+from .head import COMPUTE_DTYPE, Head
 
 
 def gather_logits(input: Tensor, classes: Tensor, head: Head) -> Tensor:
     """Return the logits z [..., K] of `classes` [..., K], which must be in range."""
-    return head.apply_(input.gather(-1, classes).to(compute_dtype(input.dtype)))
+    return head.apply_(input.gather(-1, classes).to(COMPUTE_DTYPE[input.dtype]))
 
 
 def gather_gradient(

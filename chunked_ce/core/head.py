@@ -7,18 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-COMPUTE_DTYPES = {
+COMPUTE_DTYPE = {  # that logits of a dtype are computed in; torch.compile follows a dict
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
 WITHOUT_FLOAT64 = {"mps"}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which logits of `dtype` are computed."""
-    return COMPUTE_DTYPES[dtype]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -47,7 +42,7 @@ class Head(NamedTuple):
         """
         if self.softcap is None:
             return self.logit_scale
-        y = x.to(compute_dtype(x.dtype), copy=True).mul_(2 * self.logit_scale / self.softcap)
+        y = x.to(COMPUTE_DTYPE[x.dtype], copy=True).mul_(2 * self.logit_scale / self.softcap)
         e = y.abs_().neg_().exp_()
         return (e * (4 * self.logit_scale)).div_(e.add_(1.0).square_())
 

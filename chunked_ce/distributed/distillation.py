@@ -16,7 +16,7 @@ from .. import checks
 from ..backends import choose_backend
 from ..checks.values import is_dtensor
 from ..core.divergence import Divergence
-from ..core.head import Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, Head
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..functional.distillation import FlatHead, flat_head, rows_of_both, targets_or_zeros
 from ..ops import transforms
@@ -253,7 +253,7 @@ def _tokens(
     checks.token_weight(token_weight, input.shape[:-1], input)
     items = checks.num_items(num_items, reduction, input)
     labels, skipped = targets_or_zeros(input, target, ignore_index)
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     return _Tokens(
         labels,
         None if target is None else ~is_scored(labels, skipped).reshape(-1),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..core.reduction import make_reduction, token_loss
 from ..core.row_stats import TokenStats
 from ..functional.head_loss import autocast
@@ -170,7 +170,7 @@ def vocab_parallel_cross_entropy(
     )  # fmt: skip
     reducer = make_reduction(
         reduction, call.target, options.ignore_index, token_weight, num_items,
-        compute_dtype(call.input.dtype),
+        COMPUTE_DTYPE[call.input.dtype],
     )  # fmt: skip
     stats = shard_stats(call.input, call.target, options)
     return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))
@@ -263,7 +263,7 @@ def vocab_parallel_linear_cross_entropy(
         backend, loss_options, input.requires_grad and torch.is_grad_enabled(),
     )._replace(**chunks)  # fmt: skip
     reducer = make_reduction(
-        reduction, target, options.ignore_index, token_weight, num_items, compute_dtype(input.dtype)
+        reduction, target, options.ignore_index, token_weight, num_items, COMPUTE_DTYPE[input.dtype]
     )
     stats = linear_shard_stats(input, weight, bias, target, options)
     return reducer.reduce(token_loss(stats, label_smoothing, z_loss_weight))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.divergence import Divergence, PairStats, merge_shards
-from ..core.head import IDENTITY, Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, IDENTITY, Head
 from ..ops.chunks import Gradients, Index, chunk_indices, walk
 from .collectives import all_gather
 from .shards import Shard
@@ -67,7 +67,7 @@ def _statistics(
 ) -> PairStats:
     """Return the statistics of whole rows, the same bits on every rank."""
     run, how, shard = backends.pair_backend(options.backend), options.how, options.shard
-    dtype = compute_dtype(like.dtype)
+    dtype = COMPUTE_DTYPE[like.dtype]
     sent = like.new_zeros(len(PairStats._fields), rows, dtype=dtype)
     for name in ("max", "teacher_max"):  # of a shard without classes
         sent[PairStats._fields.index(name)] = -torch.inf

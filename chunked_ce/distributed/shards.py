@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks.values import LOGIT_DTYPES, is_dtensor
-from ..core.head import Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, Head
 from ..core.reduction import is_scored
 from ..core.row_stats import Part, TokenStats, finish, merge, zero_ignored
 from . import checks
@@ -160,7 +160,7 @@ def partial_sums(
     wanted: Wanted,
 ) -> Tensor:
     """Return this rank's partial sums as one tensor [fields, rows], ready to send."""
-    dtype = compute_dtype(logits.dtype)
+    dtype = COMPUTE_DTYPE[logits.dtype]
     if shard.columns == 0 or target.numel() == 0:
         zeros = torch.zeros(target.shape, dtype=dtype, device=target.device)
         minus_infinity = zeros - math.inf

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.head import IDENTITY, Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, IDENTITY, Head
 from ..functional.head_loss import autocast
 from ..huggingface.deferred import DeferredLogits
 from ..ops.chunks import Logits, padded_row_bytes
@@ -54,7 +54,7 @@ class LogitRows(NamedTuple):
         """Return the bytes of a row of logits, once computed."""
         if self.weight is None:
             return 0
-        wide = self.head != IDENTITY and compute_dtype(self.weight.dtype) != self.weight.dtype
+        wide = self.head != IDENTITY and COMPUTE_DTYPE[self.weight.dtype] != self.weight.dtype
         return padded_row_bytes(len(self.weight), self.weight.element_size() + 4 * wide)
 
     def on_host(self) -> LogitRows:
@@ -77,4 +77,4 @@ class LogitChunks:
         logits = self.product.of(values.to(self.rows.device))
         if self.rows.head == IDENTITY:
             return logits
-        return self.rows.head.apply_(logits.to(compute_dtype(logits.dtype)))
+        return self.rows.head.apply_(logits.to(COMPUTE_DTYPE[logits.dtype]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import choose_backend
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..core.reduction import Reduction, is_scored, make_reduction
 from ..ops import linear_pair, pair, transforms  # noqa: F401 (the first two register operators)
 from ..ops.chunks import default_rows, padded_row_bytes
@@ -96,7 +96,7 @@ def kl_div(
         input, teacher, ignored, kind, beta, temperature, vocab_size, backend
     )
     labels, skipped = targets_or_zeros(input, target, ignore_index)
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     return make_reduction(reduction, labels, skipped, token_weight, num_items, dtype).reduce(loss)
 
 
@@ -222,7 +222,7 @@ def _loss_of_heads(
     """Call the operator, in one pass where the weights of the losses are known; reduce."""
     labels, skipped = targets_or_zeros(input, target, ignore_index)
     reduction, token_weight, num_items = tokens
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     reduction_spec = make_reduction(reduction, labels, skipped, token_weight, num_items, dtype)
     fused = _is_sum(reduction_spec, student[0])
     weights = _token_weights(labels, skipped, reduction_spec, dtype) if fused else None

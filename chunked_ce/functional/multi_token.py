@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..core.reduction import is_scored
 from .head_loss import LinearHead
 from .linear import linear_cross_entropy
@@ -162,7 +162,7 @@ def _weighted_sum(
 ) -> Tensor:
     """Return the weighted sum of the streams' means, as one sum over their weighted tokens."""
     x = torch.cat([x.reshape(-1, x.shape[-1]) for x in streams])
-    dtype = compute_dtype(x.dtype)
+    dtype = COMPUTE_DTYPE[x.dtype]
     if num_items is None:
         scored = [is_scored(of_x, options["ignore_index"]).sum() for of_x in labels]
         counts = torch.stack(scored).to(x.device, dtype)

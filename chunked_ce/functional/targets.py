@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..checks.loss import LossOptions
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..core.reduction import Reduction, apply_weight, is_scored, make_reduction, smooth_labels
 from ..core.row_stats import TokenStats
 from ..ops.library import Classes, Outputs
@@ -132,7 +132,7 @@ def describe_target(
     labels = target_of(
         target, dim, weight, options.label_smoothing, ignore_index, vocab_size, options.spread_rest
     )
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     labels, token_weight = with_token_weight(
         labels, options.token_weight, options.z_loss_weight, dtype
     )

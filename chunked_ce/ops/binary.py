@@ -19,7 +19,7 @@ from .. import backends, checks
 from ..backends import cpu_binary
 from ..backends import torch_binary as binary_torch
 from ..core.class_logits import is_first_occurrence
-from ..core.head import compute_dtype, sum_dtype
+from ..core.head import COMPUTE_DTYPE, sum_dtype
 from .library import library, no_double_backward
 
 _LABELS = "Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
@@ -38,7 +38,7 @@ def _binary_loss(
     backend: str,
 ) -> Tensor:
     if input.numel() == 0:
-        return input.new_zeros(input.shape if by_element else (), dtype=compute_dtype(input.dtype))
+        return input.new_zeros(input.shape if by_element else (), dtype=COMPUTE_DTYPE[input.dtype])
     run = _backend(backend)
     x, labels, w, v = _rows(input.detach(), target, weight, pos_weight)
     loss: Tensor
@@ -50,7 +50,7 @@ def _binary_loss(
         return loss
     backends.check_targets(target, x.shape[-1], ignore_index, on_host=target.device.type == "cpu")
     classes, valid = _positive_classes(target, x, ignore_index)
-    z = x.gather(-1, classes).to(compute_dtype(x.dtype))
+    z = x.gather(-1, classes).to(COMPUTE_DTYPE[x.dtype])
     factors = _factors(classes, z, w, v)
     terms = (logsigmoid(z).neg_() * factors).masked_fill_(factors == 0, 0.0)
     if by_element:
@@ -81,7 +81,7 @@ def _binary_grad(
         grad: Tensor = run.gradient(x, labels, w, v, upstream)
         return grad.view(input.shape)
     classes, valid = _positive_classes(target, x, ignore_index)
-    z = x.gather(-1, classes).to(compute_dtype(x.dtype))
+    z = x.gather(-1, classes).to(COMPUTE_DTYPE[x.dtype])
     slopes = z.neg().sigmoid_().neg_().mul_(_factors(classes, z, w, v))
     grad = run.gradient(x, None, w, None, upstream)
     slopes = slopes * upstream.gather(-1, classes)
@@ -170,7 +170,7 @@ def _differentiable_binary_loss(input: Tensor, *arguments: Any) -> Any:
 
 def _fake_binary_loss(input: Tensor, *arguments: Any) -> Tensor:
     by_element = arguments[4]
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     return torch.empty_like(input, dtype=dtype) if by_element else input.new_empty((), dtype=dtype)
 
 

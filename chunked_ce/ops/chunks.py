@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks.values import is_dtensor
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..core.reduction import is_scored
 
 Index = slice | Tensor
@@ -136,7 +136,7 @@ class Gradients:
         added_up = len(chunks) > 1 and weight.dtype.itemsize < acc_dtype.itemsize
         self.sum_dtype = acc_dtype if added_up else weight.dtype
         self.bias_sum = self.of_bias.new_zeros(
-            vocab_size if for_bias else 0, dtype=compute_dtype(weight.dtype)
+            vocab_size if for_bias else 0, dtype=COMPUTE_DTYPE[weight.dtype]
         )
         self.wanted = wanted
 

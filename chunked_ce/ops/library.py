@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from ..core.row_stats import TokenStats, detach_stats
 
 library = torch.library.Library("chunked_ce", "DEF")
@@ -97,7 +97,7 @@ def new_outputs(
     argmax: bool,
 ) -> tuple[Tensor, ...]:
     """Return new memory for the outputs of a statistics' operator."""
-    floats, integers = compute_dtype(input.dtype), torch.int64
+    floats, integers = COMPUTE_DTYPE[input.dtype], torch.int64
 
     def new(dtype: torch.dtype, wanted: bool = True) -> Tensor:
         return input.new_empty(target.shape if wanted else 0, dtype=dtype)
@@ -117,7 +117,7 @@ def new_stats(like: Tensor, rows: int, stats: Sequence[bool]) -> TokenStats | No
     """
     if not stats:
         return None
-    floats = compute_dtype(like.dtype)
+    floats = COMPUTE_DTYPE[like.dtype]
     lse, logprob = (like.new_zeros(rows, dtype=floats) for _ in range(2))
     entropy, rank, argmax = stats
     return TokenStats(

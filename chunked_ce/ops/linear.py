@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..core.head import Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, Head
 from ..core.reduction import apply_weight, is_scored
 from . import flops
 from .chunks import Gradients, chunks_of, gradient_like, scale_gradients, walk
@@ -85,7 +85,7 @@ def _linear_loss(
     input, weight, head = input.detach(), weight.detach(), Head(softcap, logit_scale)
     chunks = chunks_of(target, ignore_index, rows_per_chunk, drop_ignored, vocab_size, logits_dtype)
     ignored = None if drop_ignored else ~is_scored(target, ignore_index)
-    total = input.new_zeros((), dtype=compute_dtype(input.dtype))
+    total = input.new_zeros((), dtype=COMPUTE_DTYPE[input.dtype])
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     of_rows = new_stats(input, target.numel(), stats) if stats else None
     for index, x, logits in walk(input, weight, bias, vocab_size, chunks, ignored, logits_dtype):
@@ -161,7 +161,7 @@ def _fake_linear_loss(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Any, ...]:
     *_, wanted, _, stats = rest
-    loss = input.new_empty((), dtype=compute_dtype(input.dtype))
+    loss = input.new_empty((), dtype=COMPUTE_DTYPE[input.dtype])
     given = zip((input, weight, bias), wanted, strict=True)
     of_rows = stats_list(new_stats(input, target.numel(), stats))
     return loss, *(gradient_like(t, w) for t, w in given), of_rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.divergence import Divergence
-from ..core.head import IDENTITY, Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, IDENTITY, Head
 from ..core.reduction import apply_weight, is_scored
 from .chunks import Gradients, chunk_indices, gradient_like, scale_gradients, walk
 from .library import library
@@ -54,7 +54,7 @@ def _linear_pair(
         backends.check_targets(target, vocab_size, ignore_index, on_host=target.is_cpu)
     ignored = None if target is None else ~is_scored(target, ignore_index)
     input, weight = input.detach(), weight.detach()
-    losses = input.new_zeros(len(input), dtype=compute_dtype(input.dtype))
+    losses = input.new_zeros(len(input), dtype=COMPUTE_DTYPE[input.dtype])
     chunks = chunk_indices(losses, ignore_index, rows_per_chunk, drop_ignored=False)
     gradients = Gradients(input, weight, bias, vocab_size, wanted, acc_dtype, chunks)
     teacher = teacher_input.detach(), teacher_weight.detach(), teacher_bias
@@ -109,7 +109,7 @@ def _cross_entropy(
 
 
 def _fake_linear_pair(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    dtype, given = compute_dtype(input.dtype), zip((input, weight, bias), rest[-2], strict=True)
+    dtype, given = COMPUTE_DTYPE[input.dtype], zip((input, weight, bias), rest[-2], strict=True)
     losses, total = input.new_empty(input.shape[0], dtype=dtype), input.new_empty((), dtype=dtype)
     return losses, total, *(gradient_like(t, want) for t, want in given)
 

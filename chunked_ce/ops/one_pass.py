@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..core.head import Head, compute_dtype
+from ..core.head import COMPUTE_DTYPE, Head
 from ..core.reduction import Reduction
 from ..core.row_stats import TokenStats
 from .library import (
@@ -100,7 +100,7 @@ def _loss_and_gradient(
     ignore_index, vocab_size, softcap, logit_scale, backend = shared
     backends.check_targets(target, vocab_size, ignore_index)
     if target.numel() == 0:
-        loss = input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
+        loss = input.new_empty(target.shape, dtype=COMPUTE_DTYPE[input.dtype])
         return loss, torch.empty_like(input)
     loss, grad = backends.loss_and_gradient(
         backend, input.detach(), target, weight, divisor, smoothing, z_loss_weight,
@@ -129,7 +129,7 @@ def _loss_and_grad_(input: Tensor, *arguments: Any) -> Tensor:
 
 
 def _fake_loss_and_grad_(input: Tensor, target: Tensor, *_: Any) -> Tensor:
-    return input.new_empty(target.shape, dtype=compute_dtype(input.dtype))
+    return input.new_empty(target.shape, dtype=COMPUTE_DTYPE[input.dtype])
 
 
 def _fake_loss_and_grad(

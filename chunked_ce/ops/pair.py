@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..core.divergence import Divergence, PairStats
-from ..core.head import compute_dtype
+from ..core.head import COMPUTE_DTYPE
 from .library import library, no_double_backward
 
 _OPTIONS = "str kind, float beta, float temperature, SymInt vocab_size, str backend"
@@ -41,7 +41,7 @@ def _pair_stats(
 ) -> tuple[Tensor, ...]:
     rows = input.shape[:-1]
     if rows.numel() == 0:
-        return tuple(input.new_empty(rows, dtype=compute_dtype(input.dtype)) for _ in range(7))
+        return tuple(input.new_empty(rows, dtype=COMPUTE_DTYPE[input.dtype]) for _ in range(7))
     run = backends.pair_backend(backend)
     x, y, skip = _matrices(input, teacher, ignored)
     stats = run.pair_stats(x, y, skip, Divergence(kind, beta, temperature), vocab_size)
@@ -98,7 +98,7 @@ def _differentiable_pair_stats(input: Tensor, *arguments: Any) -> Any:
 
 
 def _fake_pair_stats(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(input.dtype)
+    dtype = COMPUTE_DTYPE[input.dtype]
     return tuple(input.new_empty(input.shape[:-1], dtype=dtype) for _ in range(7))
 
 
