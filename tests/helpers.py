@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,6 @@ def assert_gradient(
 
 def fuse_multiply_add() -> None:
     """Triton's interpreter rounds twice where every GPU rounds once."""
-    if find_spec("triton") is None:
-        return
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -84,8 +81,6 @@ def fuse_multiply_add() -> None:
 
 def patch_the_language_once() -> None:
     """Triton's interpreter patches its language anew for every call of a device function: half its time."""
-    if find_spec("triton") is None:
-        return
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-COMPUTE_DTYPE = {  # that logits of a dtype are computed in; torch.compile follows a dict
+# By the dtype of the logits. A dict, for torch 2.6 does not compile the bound method of one.
+COMPUTE_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,

@@ -31,7 +31,7 @@ def of(found, kernel, part, **also):
 
 
 def test_sm_90_bfloat16(tmp_path):
-    vocabularies = (50257, 128256)  # odd, and a multiple of 16, which all the other heads have
+    vocabularies = (32000, 50257, 128256, 151936, 262144)
     found = audit(tmp_path, "--vocab", *map(str, vocabularies))
     assert not [f for f in found if f["spills"]]
     for vocab in vocabularies:

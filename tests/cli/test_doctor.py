@@ -223,17 +223,22 @@ def spoil_statistics(*arguments, **wanted):
     return rows._replace(stats=rows.stats._replace(logprob=rows.stats.logprob * 1.001))
 
 
+def spoil_gradient(*arguments, **options):
+    return logits_gradient(*arguments, **options).mul_(1.1)
+
+
 def broken(*arguments, **options):
     raise RuntimeError("no kernel image\nis available")
 
 
-row_statistics = backend_torch.row_statistics
+row_statistics, logits_gradient = backend_torch.row_statistics, backend_torch.logits_gradient
 
 
 @pytest.mark.parametrize(
     ("function", "instead", "said"),
     [
         ("row_statistics", spoil_statistics, "token_stats, float32: FAILED: ArithmeticError: logprob is off by"),
+        ("logits_gradient", spoil_gradient, "gradient is off by"),
         ("logits_gradient", broken, "FAILED: RuntimeError: no kernel image"),
     ],
 )  # fmt: skip

@@ -140,7 +140,8 @@ def test_end_of_text_goes_with_what_is_before_it(model, tokenizer):
     ]
     assert to_end.tokens == before.tokens + 1 and to_end.bytes == before.bytes
     assert inner[0].tokens == inner[1].tokens and inner[0].nll_sum == inner[1].nll_sum
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         own = evaluate_perplexity(model, text=text + END, after="an ", **counts)
     assert (own.tokens, own.bytes) == (to_end.tokens, to_end.bytes)
 
