@@ -14,7 +14,7 @@ if (
 
 import pytest
 import torch
-from helpers import fuse_multiply_add, patch_the_language_once
+import triton_interpreter
 
 SANITIZED = "ttsem" in sys.modules
 ON_GPU = torch.cuda.is_available() and not SANITIZED
@@ -118,5 +118,4 @@ def interpreter() -> None:
         with contextlib.suppress(ImportError):
             for module in ("triton", "triton_binary", "triton_pair", "triton_shard"):
                 importlib.import_module(f"chunked_ce.backends.{module}")
-        fuse_multiply_add()
-        patch_the_language_once()
+        triton_interpreter.prepare()

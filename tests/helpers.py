@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,44 +62,6 @@ def assert_gradient(
     torch.testing.assert_close(
         ours.double(), truth, rtol=ULP[dtype], atol=float(largest * noise), equal_nan=True
     )
-
-
-def fuse_multiply_add() -> None:
-    """Triton's interpreter rounds twice where every GPU rounds once."""
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_fma(self, x, y, z):
-        wide = np.longdouble if x.data.dtype == np.float64 else np.float64
-        with np.errstate(all="ignore"):
-            exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-            return TensorHandle(exact.astype(x.data.dtype), x.dtype)
-
-    InterpreterBuilder.create_fma = create_fma
-
-
-def patch_the_language_once() -> None:
-    """Triton's interpreter patches its language anew for every call of a device function: half its time."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    @cache
-    def modules(fn):
-        return {name for name, m in (("tl", tl), ("core", tl.core)) if m in fn.__globals__.values()}
-
-    def patch_once(fn):
-        if modules(fn) <= patched:
-            return None  # of a device function, which restores nothing
-        patched.update(modules(fn))
-        scope = patch(fn)
-        if scope is not None:  # older versions leave the language patched
-            restore = scope.restore
-            scope.restore = lambda: (restore(), patched.clear())
-        return scope
-
-    interpreter._patch_lang = patch_once
 
 
 def blocks_of(page: str) -> list[str]:

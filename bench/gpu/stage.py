@@ -55,11 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_interpreter() -> None:
-    """Set up the interpreter as the tests do: it rounds like a GPU, and takes half the time."""
+    """Set up the interpreter as the tests do."""
     sys.path.append(str(ROOT / "tests"))
-    helpers = importlib.import_module("helpers")
-    helpers.fuse_multiply_add()
-    helpers.patch_the_language_once()
+    importlib.import_module("triton_interpreter").prepare()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_gradient, fuse_multiply_add, patch_the_language_once
+import triton_interpreter
+from helpers import assert_gradient
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -389,8 +390,7 @@ def test_head_options():
 def test_backend_triton():
     if dist.get_world_size() > 2 or importlib.util.find_spec("triton") is None:
         return  # the interpreter is slow, and two ranks show it
-    fuse_multiply_add()
-    patch_the_language_once()
+    triton_interpreter.prepare()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, target = batch(dtype, 5)
         x[3, 40:] = -math.inf

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import triton_interpreter
 from distributed_cases import SIZES, D, N, V, assert_loss, assert_near, batch, shards
-from helpers import assert_gradient, fuse_multiply_add, patch_the_language_once
+from helpers import assert_gradient
 from torch.distributed.device_mesh import init_device_mesh
 
 from chunked_ce.distributed import vocab_parallel_kl_div, vocab_parallel_linear_kl_div
@@ -69,8 +70,7 @@ def test_values_and_gradients():
 def test_backend_triton():
     if dist.get_world_size() > 2 or importlib.util.find_spec("triton") is None:
         return  # the interpreter is slow, and two ranks show it
-    fuse_multiply_add()
-    patch_the_language_once()
+    triton_interpreter.prepare()
     for backend in ("triton", "torch"):
         for kind in KINDS:
             x, y, target = pair(n=4)
