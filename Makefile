@@ -3,7 +3,9 @@ PYTHON ?= python3
 # Pins the tested versions; `make test CONSTRAINTS=` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# Python compiles what it imports, the first time: a third of what is installed here.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/python $(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
 
 .PHONY: gpu-dry-run train test long compile fuzz mutate coverage lint types docs sanitize package clean
@@ -22,10 +24,11 @@ TRITON ?= 3.6.0 3.7.1 3.9.0
 compile: $(TRITON:%=.venv-triton-%/done)
 	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench compile $(ARGS); done
 
-.venv-triton-%/done:
-	$(PYTHON) -m venv .venv-triton-$*
-	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-triton-$*/bin/python -m pip install --quiet --disable-pip-version-check triton==$*
+.venv-triton-%/done: .venv/dev
+	$(BIN)/python -m venv .venv-triton-$*
+	.venv-triton-$*/bin/python $(PIP) --no-deps triton==$*
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; $(BIN)/python -c "$$purelib" \
+	  > "$$(.venv-triton-$*/bin/python -c "$$purelib")/everything_else.pth"
 	touch $@
 
 # N random cases against the truth, from a seed that is printed: `make fuzz N=20000 SEED=7` tries the same ones again.
@@ -61,7 +64,7 @@ gpu-dry-run: .venv/dev
 
 .venv-sanitize/done: tests/sanitize-requirements.txt
 	test -z '$(SANITIZE_PYTHON)' || { $(SANITIZE_PYTHON) -m venv .venv-sanitize && \
-	  .venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@; }
+	  .venv-sanitize/bin/python $(PIP) -r $< && touch $@; }
 
 package: .venv/dev
 	$(BIN)/python tests/check_package.py
