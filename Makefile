@@ -3,10 +3,11 @@ PYTHON ?= python3
 # Pins the tested versions; `make test CONSTRAINTS=` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-# Python compiles what it imports, the first time: a third of what is installed here.
-PIP := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := -m pip install --quiet --disable-pip-version-check
 INSTALL := $(BIN)/python $(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SANITIZE_PYTHON ?= $(shell sh tests/find_python312.sh)
+# Else every process that a test starts compiles the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: gpu-dry-run train test long compile fuzz mutate coverage lint types docs sanitize package clean
 
