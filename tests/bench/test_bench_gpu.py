@@ -32,7 +32,6 @@ from chunked_ce.backends import gpu
 from chunked_ce.kernels import launch
 
 pytestmark = [
-    pytest.mark.real_sizes,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is the CPU's"),
 ]
 CPU = torch.device("cpu")

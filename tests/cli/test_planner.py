@@ -68,7 +68,6 @@ def step_of(name, head):
     return lambda x, w, t: torch.autograd.grad(loss(x, w, t), (x, w))
 
 
-@pytest.mark.real_sizes
 @pytest.mark.parametrize(
     ("head", "tokens", "device"),
     [
@@ -128,7 +127,6 @@ def test_compiled_agrees_with_what_the_process_takes():
     assert measured == pytest.approx(estimates["torch.compile"].peak_bytes, rel=0.05)
 
 
-@pytest.mark.real_sizes
 def test_the_tracer_counts_what_is_alive_at_once():
     def step(x):
         y = x + 1  # 4 KiB

@@ -20,8 +20,6 @@ FOLDER = ROOT / "examples"
 NAMES = ["classify_digits", "segmentation", "multilabel"]
 HELPERS = ["digits", "side_by_side"]
 
-pytestmark = pytest.mark.real_sizes
-
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
