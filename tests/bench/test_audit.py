@@ -30,6 +30,7 @@ def of(found, kernel, part, **also):
     ]
 
 
+@pytest.mark.long
 def test_sm_90_bfloat16(tmp_path):
     vocabularies = (32000, 50257, 128256, 151936, 262144)
     found = audit(tmp_path, "--vocab", *map(str, vocabularies))
@@ -50,6 +51,7 @@ def test_sm_90_bfloat16(tmp_path):
     assert cluster["instructions"] <= 22 and cluster["ctas_per_sm"] >= 2
 
 
+@pytest.mark.long
 def test_pairs_of_rows(tmp_path):
     """Distillation: 16-byte accesses at an odd vocabulary, few instructions where no log is taken."""
     found = audit(tmp_path, "--vocab", "50257", "--pairs")

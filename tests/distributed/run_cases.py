@@ -8,9 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import distributed_cases
+import group_mean_cases
+import head_cases
 import pair_cases
 import torch
 import torch.distributed as dist
+
+CASES = distributed_cases.CASES | pair_cases.CASES | group_mean_cases.CASES | head_cases.CASES
 
 
 def main():
@@ -18,7 +22,7 @@ def main():
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     done = {}
-    for name, run in (distributed_cases.CASES | pair_cases.CASES).items():
+    for name, run in CASES.items():
         torch.manual_seed(0)
         try:
             run()

@@ -385,6 +385,7 @@ def one_rank(rank, size, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_ranks_report(tmp_path):
     if not dist.is_available():
         pytest.skip("torch without distributed")

@@ -234,8 +234,9 @@ def one_rank(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_ranks_report(size, tmp_path):
+@pytest.mark.long
+def test_ranks_report(tmp_path):
+    size = 4
     pytest.importorskip("transformers")
     if not dist.is_available():
         pytest.skip("torch without distributed")

@@ -395,7 +395,14 @@ def test_no_gradient_no_extra_work():
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize(("tracer", "reduction"), [("inductor", "mean"), ("aot_eager", "none")])
+@pytest.mark.parametrize(
+    ("tracer", "reduction"),
+    [
+        ("aot_eager", "mean"),
+        ("aot_eager", "none"),
+        pytest.param("inductor", "mean", marks=pytest.mark.long),
+    ],
+)
 def test_compile_fullgraph(tracer, reduction):
     x, w, b, target = head()
 

@@ -276,7 +276,14 @@ def test_autocast():
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize(("tracer", "wanted"), [("aot_eager", True), ("inductor", EVERYTHING)])
+@pytest.mark.parametrize(
+    ("tracer", "wanted"),
+    [
+        ("aot_eager", True),
+        ("aot_eager", EVERYTHING),
+        pytest.param("inductor", EVERYTHING, marks=pytest.mark.long),
+    ],
+)
 def test_compile_fullgraph(tracer, wanted):
     x, w, target = hidden_states()
 

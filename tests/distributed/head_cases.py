@@ -1,11 +1,10 @@
-"""One rank of test_sharded_heads.py: heads in pieces on the ranks, against the whole head.
+"""Heads in pieces on the ranks, against the whole head: part of what run_cases.py runs.
 
 Every check compares the loss and all gradients with the whole head followed by torch's own loss,
 counts the gathers of the head, and looks for a tensor of all logits.
 """
 
-import os
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -195,22 +194,14 @@ def column_parallel():
     assert_gradients(model, {n: 3 * g for n, g in expected.items()})
 
 
-def main():
-    dist.init_process_group("gloo")
-    for statistics in (False, True):
-        for name in HEADS:
-            for own_group in (True, False):
-                fsdp2(name, statistics, own_group)
-            for placement in (Shard(0), Shard(1), Replicate()):
-                dtensors(name, statistics, placement)
-    column_parallel()
-    bad_input()
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    sys.stdout.write(f"rank {rank} agrees\n")
-    sys.stdout.flush()
-    os._exit(0)  # threads of gloo may outlive the group: torch then aborts at times
-
-
-if __name__ == "__main__":
-    main()
+CASES = {"head: bad input": bad_input, "head: column parallel": column_parallel}
+for statistics in (False, True):
+    for name in HEADS:
+        for own_group in (True, False):
+            CASES[f"head: FSDP2, {name}, {statistics}, {own_group}"] = partial(
+                fsdp2, name, statistics, own_group
+            )
+        for placement in (Shard(0), Shard(1), Replicate()):
+            CASES[f"head: {placement}, {name}, {statistics}"] = partial(
+                dtensors, name, statistics, placement
+            )
