@@ -191,6 +191,7 @@ def test_a_case_says_where_and_by_how_much():
     )
 
 
+@pytest.mark.long
 def test_what_cannot_run_and_what_is_late(context, monkeypatch):
     some_cases(monkeypatch, "tensors on a second GPU, which is not the current one")
     assert check.run(context) == 0
