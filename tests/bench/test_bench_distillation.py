@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 
 from bench import distillation
@@ -10,6 +11,7 @@ from bench.cases import LINEAR, Case
 SMALL = "--tokens 40 --hidden 16 --teacher-hidden 24 --vocab 500 --repeats 2 --threads 1".split()
 
 
+@pytest.mark.long
 def test_table_and_csv(tmp_path, capsys):
     path = tmp_path / "distillation.csv"
     options = ["--kind", "jsd", "--dtype", "bfloat16", "--csv", str(path)]

@@ -54,6 +54,7 @@ def test_csv_holds_the_times_and_the_screen_the_ratios(tmp_path, capsys):
     assert f"{LIGER}, linear: not run: its kernels need a GPU" in printed
 
 
+@pytest.mark.long
 @needs_proc
 def test_memory_section(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))

@@ -90,6 +90,7 @@ def test_memory_is_measured_beside_the_prediction(tmp_path, monkeypatch, capsys)
     assert header.split()[-3:] == ["predicted", "measured", "ratio"]
 
 
+@pytest.mark.long
 def test_nothing_is_begun_after_the_deadline(tmp_path, monkeypatch, capsys):
     late = suites.SUITES["full"]._replace(budget=0.0)
     monkeypatch.setitem(suites.SUITES, "full", late)

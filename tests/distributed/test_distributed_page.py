@@ -84,13 +84,8 @@ def test_each_program_has_its_check() -> None:
     assert len(blocks_of(PAGE)) == len(CHECKS)
 
 
-IN_FAST_TESTS = "vocab_parallel_cross_entropy"
-
-
-@pytest.mark.parametrize(
-    "containing",
-    [c if c == IN_FAST_TESTS else pytest.param(c, marks=pytest.mark.long) for c in CHECKS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("containing", CHECKS)
 def test_a_program_on_two_ranks(containing: str, tmp_path: Path) -> None:
     block = block_of(PAGE, containing)
     assert block.endswith(END)

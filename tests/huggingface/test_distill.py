@@ -236,6 +236,7 @@ def test_a_head_that_is_no_linear_layer_has_its_logits_computed(part):
     assert trained and largest_difference(trained, {n: gradients[n] for n in trained}) < 2e-5
 
 
+@pytest.mark.long
 @pytest.mark.framework
 def test_compiled_student():
     student, teacher = build("Llama"), teacher_of("Llama")

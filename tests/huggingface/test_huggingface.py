@@ -344,6 +344,7 @@ def compiled_step(name, way, tracer):
     assert isinstance(compiled(input_ids=batch()["input_ids"]).logits, torch.Tensor)
 
 
+@pytest.mark.long
 @pytest.mark.framework
 def test_compile_fullgraph():
     compiled_step("Llama", "loss", "aot_eager")

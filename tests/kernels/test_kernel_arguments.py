@@ -134,6 +134,7 @@ def compiled_kinds(*arguments):
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_compilation_count_other_sizes():
     """Vary rows, V, strides, the start of the logits and ignore_index: one compilation for all."""
     one = {f"{name}_kernel": 1 for name in KERNELS}
