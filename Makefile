@@ -25,6 +25,7 @@ TRITON ?= 3.6.0 3.7.1 3.9.0
 compile: $(TRITON:%=.venv-triton-%/done)
 	set -e; for version in $(TRITON); do .venv-triton-$$version/bin/python -W ignore -m bench compile $(ARGS); done
 
+# Only Triton is its own: the rest, torch first, is .venv's.
 .venv-triton-%/done: .venv/dev
 	$(BIN)/python -m venv .venv-triton-$*
 	.venv-triton-$*/bin/python $(PIP) --no-deps triton==$*

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 # Relative step of each dtype's rounding; the interpreter truncates where a GPU rounds to nearest.
@@ -62,6 +62,18 @@ def assert_gradient(
     torch.testing.assert_close(
         ours.double(), truth, rtol=ULP[dtype], atol=float(largest * noise), equal_nan=True
     )
+
+
+class AdaptedHead(nn.Module):
+    """A frozen layer and an adapter; without out_features."""
+
+    def __init__(self, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(hidden, vocab).requires_grad_(False)
+        self.a, self.b = nn.Linear(hidden, 4, bias=False), nn.Linear(4, vocab, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2.0 * self.b(self.a(x))
 
 
 def blocks_of(page: str) -> list[str]:

@@ -5,8 +5,9 @@ from functools import cache
 from typing import Any
 
 
+@cache
 def prepare() -> None:
-    """Call it once in a process, before the first kernel."""
+    """Call it before the first kernel."""
     _fuse_multiply_add()
     _patch_the_language_once()
     _leave_overflow_to_the_sanitizer()

@@ -14,17 +14,17 @@ SMALL = "--tokens 40 --hidden 16 --teacher-hidden 24 --vocab 500 --repeats 2 --t
 @pytest.mark.long
 def test_table_and_csv(tmp_path, capsys):
     path = tmp_path / "distillation.csv"
-    options = ["--kind", "jsd", "--dtype", "bfloat16", "--csv", str(path)]
+    options = ["--kind", "jsd", "--dtype", "float32", "bfloat16", "--csv", str(path)]
     assert distillation.main([*SMALL, *options]) == 0
     rows = list(csv.DictReader(path.open()))
     assert {r["mode"] for r in rows} == {"forward+backward, jsd"}
     assert {(r["provider"], r["dtype"]) for r in rows} == {
-        (p, "bfloat16") for p in ("eager", "chunked_ce")
+        (p, d) for p in ("eager", "chunked_ce") for d in ("float32", "bfloat16")
     }
     assert all(r["note"] == "teacher D = 24" and r["device"] for r in rows)
     assert all(float(r["value"]) > 0 for r in rows if r["metric"] == "seconds")
     printed = capsys.readouterr().out
-    assert printed.count("gradient error") == 1 and "other processes" in printed
+    assert printed.count("gradient error") == 2 and "other processes" in printed
 
 
 def test_every_kind_agrees_with_eager():

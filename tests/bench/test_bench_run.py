@@ -49,13 +49,13 @@ def replace(monkeypatch, form, name, change):
 
 
 def test_a_suite_writes_one_folder(tmp_path, capsys):
-    command = ["quick", *TINY, "--vocab", "300", "--provider", *OURS, *GPU_ONLY]
+    command = ["quick", *TINY, "--provider", *OURS, *GPU_ONLY]
     assert bench.main([*command, "--out", str(tmp_path)]) == 0
     rows, printed = rows_of(tmp_path), capsys.readouterr().out
     assert tuple(rows[0]) == records.COLUMNS
     assert {r["dtype"] for r in rows} == {"float32", "bfloat16"}
     of_run = [r for r in rows if not r["device"].startswith("predicted")]
-    assert {r["V"] for r in of_run} == {"300"} and {r["N"] for r in of_run} == {"16"}
+    assert {r["V"] for r in of_run} == {"70", "300"} and {r["N"] for r in of_run} == {"16"}
     times = [r for r in rows if r["metric"] == "seconds"]
     assert all(0 < float(r["q20"]) <= float(r["value"]) <= float(r["q80"]) for r in times)
     logits_times = {(p, mode, "") for p in ("eager", "chunked_ce") for mode in ("forward", BOTH)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import AdaptedHead
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,19 +23,7 @@ from chunked_ce import linear_cross_entropy, linear_token_stats
 N, D, V, CHUNK = 24, 16, 101, 5
 
 
-class Adapted(nn.Module):
-    """A frozen layer and an adapter; without out_features."""
-
-    def __init__(self):
-        super().__init__()
-        self.base = nn.Linear(D, V).requires_grad_(False)
-        self.a, self.b = nn.Linear(D, 4, bias=False), nn.Linear(4, V, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + 2.0 * self.b(self.a(x))
-
-
-HEADS = {"linear": lambda: nn.Linear(D, V), "adapted": Adapted}
+HEADS = {"linear": lambda: nn.Linear(D, V), "adapted": partial(AdaptedHead, D, V)}
 
 
 class Seen(TorchDispatchMode):

@@ -2,17 +2,20 @@
 
 import copy
 import weakref
+from functools import partial
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import AdaptedHead
 from torch import nn
 
 from chunked_ce import backends, linear_cross_entropy, linear_token_stats
 from chunked_ce.functional.heads import plain_linear
 
 N, D, V = 23, 16, 101
+adapted = partial(AdaptedHead, D, V)
 
 
 class RoundedWeight(torch.autograd.Function):
@@ -32,16 +35,6 @@ class FakeQuantized(nn.Linear):
         return F.linear(x, RoundedWeight.apply(self.weight), self.bias)
 
 
-class Adapted(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.base = nn.Linear(D, V).requires_grad_(False)
-        self.a, self.b = nn.Linear(D, 4, bias=False), nn.Linear(4, V, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + 2.0 * self.b(self.a(x))
-
-
 class Outside(nn.Module):
     """As a function that closes over what was computed before: its graph is shared by all chunks."""
 
@@ -58,7 +51,7 @@ def capped():  # whose last operator keeps the logits for backward
 
 
 HEADS = {
-    "adapted": Adapted,
+    "adapted": adapted,
     "fake_quantized": lambda: FakeQuantized(D, V),
     "capped": capped,
     "outside": Outside,
@@ -204,7 +197,7 @@ def test_dropout_is_the_same_in_backward(reduction):
 
 
 def test_token_stats():
-    head, (x, target) = Adapted(), batch()
+    head, (x, target) = adapted(), batch()
     wanted = dict(entropy=True, mean_logprob=True, rank=True, argmax=True)
     stats = linear_token_stats(x, head, target, token_chunk_size=5, **wanted)
     expected = oracle.token_stats(head(x), target)
@@ -217,7 +210,7 @@ def test_token_stats():
 
 
 def test_probabilities_and_class_weights():
-    head, (x, target) = Adapted(), batch()
+    head, (x, target) = adapted(), batch()
     prob, weight = torch.randn(N, V).softmax(-1), torch.rand(V)
     for labels, options in ((prob, {}), (target, dict(weight=weight)), (prob, dict(weight=weight))):
         loss = linear_cross_entropy(x, head, labels, token_chunk_size=5, **options)
@@ -225,7 +218,7 @@ def test_probabilities_and_class_weights():
 
 
 def test_shifted_tokens():
-    head, x, tokens = Adapted(), torch.randn(2, 9, D), torch.randint(0, V, (2, 9))
+    head, x, tokens = adapted(), torch.randn(2, 9, D), torch.randint(0, V, (2, 9))
     shifted = F.pad(tokens[:, 1:], (0, 1), value=-100)
     expected = F.cross_entropy(head(x).flatten(0, 1), shifted.flatten())
     loss = linear_cross_entropy(x, head, tokens, shift=True, token_chunk_size=5)
@@ -236,14 +229,14 @@ def test_shifted_tokens():
 
 @pytest.mark.parametrize("n", [0, 5])
 def test_no_token_counts(n):
-    head, x = Adapted(), torch.randn(n, D, requires_grad=True)
+    head, x = adapted(), torch.randn(n, D, requires_grad=True)
     loss = linear_cross_entropy(x, head, torch.full((n,), -100), reduction="sum")
     loss.backward()
     assert loss == 0 and not x.grad.any() and not head.a.weight.grad.any()
 
 
 def test_autocast_as_the_head_has_it():
-    head, (x, target) = Adapted(), batch()
+    head, (x, target) = adapted(), batch()
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(x, head, target, token_chunk_size=5, reduction="none")
         expected = F.cross_entropy(head(x).float(), target, reduction="none")
@@ -268,16 +261,16 @@ def test_a_plain_linear_layer_is_its_weight():
 
 
 def test_without_gradients():
-    head, (x, target) = Adapted(), batch()
+    head, (x, target) = adapted(), batch()
     with torch.no_grad():
         loss = linear_cross_entropy(x, head, target)
     assert not loss.requires_grad
-    frozen = Adapted().requires_grad_(False)
+    frozen = adapted().requires_grad_(False)
     assert not linear_cross_entropy(x.detach(), frozen, target).requires_grad
 
 
 def test_double_backward_and_transforms_are_errors():
-    head, (x, target) = Adapted(), batch()
+    head, (x, target) = adapted(), batch()
     loss = linear_cross_entropy(x, head, target)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(loss, x, create_graph=True)
@@ -298,9 +291,9 @@ X, T = torch.randn(3, D), torch.tensor([0, 5, -100])
         (lambda h: h[:, : 8 + h.shape[0]], {}, ValueError, "expected the same for every token"),
         (lambda h: h[:, :4], {}, IndexError, "target 5 in row 1"),
         (nn.Linear(D, V), dict(linear_bias=torch.ones(V)), ValueError, "leave it out"),
-        (Adapted(), dict(logits_dtype=torch.float32), ValueError, "computes its logits itself"),
-        (Adapted(), dict(vocab_size=102), ValueError, "has 101 classes"),
-        (Adapted(), dict(backend="no"), ValueError, "backend"),
+        (adapted(), dict(logits_dtype=torch.float32), ValueError, "computes its logits itself"),
+        (adapted(), dict(vocab_size=102), ValueError, "has 101 classes"),
+        (adapted(), dict(backend="no"), ValueError, "backend"),
         ("no head", {}, TypeError, "linear_weight must be a Tensor"),
     ],
 )

@@ -324,7 +324,12 @@ def test_deep_copy_of_head():
     assert isinstance(copy.deepcopy(whole)(**batch()).logits, DeferredLogits)
 
 
-def compiled_step(name, way, tracer):
+@pytest.mark.long
+@pytest.mark.framework
+@pytest.mark.parametrize(
+    ("name", "way", "tracer"), [("Llama", "loss", "aot_eager"), ("Gemma2", "enable", "inductor")]
+)
+def test_compile_fullgraph(name, way, tracer):
     model = build(name)
     expected, gradients, _ = step(model)
     if way == "enable":
@@ -342,18 +347,6 @@ def compiled_step(name, way, tracer):
     assert isinstance(outputs.logits, DeferredLogits) == (way == "enable")
     assert outputs.logits.argmax(-1).shape == batch()["labels"].shape
     assert isinstance(compiled(input_ids=batch()["input_ids"]).logits, torch.Tensor)
-
-
-@pytest.mark.long
-@pytest.mark.framework
-def test_compile_fullgraph():
-    compiled_step("Llama", "loss", "aot_eager")
-
-
-@pytest.mark.long
-@pytest.mark.framework
-def test_compile_fullgraph_with_inductor():
-    compiled_step(HEADS[1], "enable", "inductor")
 
 
 @pytest.mark.framework
