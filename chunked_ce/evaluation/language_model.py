@@ -91,9 +91,9 @@ def examine(
     """
     ids = max(documents, key=len)[: context_length + 1].to(device)
     probe, *further = _probes(ids[:context_length][:PROBE_TOKENS])
+    products = HeadProduct()
     try:
-        with HeadProduct() as products:
-            logits = _logits_of(model, probe)
+        logits = products.watch(lambda: _logits_of(model, probe))
     except TypeError as error:
         raise checks.not_of_ids_alone(error) from error
     checks.model_logits(logits, probe)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ..checks.values import LOGIT_DTYPES
 from .deferred import DeferredLogits
@@ -27,12 +27,23 @@ class HeadProduct(TorchFunctionMode):
         super().__init__()
         self.seen: list[weakref.ref[Tensor]] = []
         self.deferred: Tensor | None = None
+        self.watching = False
+
+    def __exit__(self, *exception: Any) -> None:
+        """Leave torch's stack of modes, if a signal has not taken this one off it already.
+
+        Torch takes a mode off for a call in a generator, which a signal may leave unfinished; the
+        mode is put back when the generator is freed, and then watches nothing.
+        """
+        if _get_current_function_mode() is self:
+            super().__exit__(*exception)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.linear and len(args) > 1 and all(map(_is_plain, args[:2])):
+        product = self.watching and function is F.linear and len(args) > 1
+        if product and all(map(_is_plain, args[:2])):
             input, weight = args[:2]
             if args[1] is self.deferred:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
@@ -52,12 +63,17 @@ class HeadProduct(TorchFunctionMode):
         """Return `call()`, in which a product with `weight` is :class:`DeferredLogits`."""
         if weight is None:
             return call()
+        self.deferred = weight
+        return self.watch(call)
+
+    def watch(self, call: Callable[[], Any]) -> Any:
+        """Return `call()`, whose products are noted."""
         with self:
             try:
-                self.deferred = weight
+                self.watching = True
                 return call()
-            finally:  # not by a call: a mode that another Ctrl-C leaves behind defers nothing
-                self.deferred = None
+            finally:  # not by a call: a mode that another Ctrl-C leaves behind does nothing
+                self.watching = False
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -119,6 +120,40 @@ def test_logits_used_by_the_model():
     expected = model(torch.arange(3, 9)[None])
     HeadProduct().defer(model.head.weight, lambda: model(torch.arange(3, 9)[None]))
     assert type(uses[1]) is torch.Tensor and torch.equal(uses[1], expected)
+
+
+def modes():
+    return torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_signal_within_torchs_own_handling_of_modes():
+    """Torch takes the mode off its stack in a generator, which a signal may leave unfinished."""
+    model, (ids,), unfinished = Tiny(), documents(3 * CONTEXT), []
+
+    def interrupt(z):
+        if signals and len(z.shape) == 3 and z.shape[1] == CONTEXT:
+            unfinished.append(torch.overrides._pop_mode_temporarily())
+            unfinished[-1].__enter__()
+            raise KeyboardInterrupt
+        return z
+
+    signals, model.transform = [], interrupt
+    whole = evaluate_perplexity(model, ids, context_length=CONTEXT)
+    for outer in (nullcontext(), torch.device("cpu"), HeadProduct()):
+        with outer:
+            before = modes()
+            signals.append(1)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate_perplexity(model, ids, context_length=CONTEXT)
+            assert modes() == before
+            signals.clear()
+            unfinished.clear()  # which puts it back
+            (left,) = set(modes()) - set(before)
+            seen = len(left.seen)
+            again = evaluate_perplexity(model, ids, context_length=CONTEXT)
+            assert again.nll_sum == whole.nll_sum and len(left.seen) == seen
+            torch.overrides._pop_mode()
+            assert modes() == before
 
 
 def test_head_hooks():
