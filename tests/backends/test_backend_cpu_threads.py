@@ -116,7 +116,7 @@ def test_fork(tmp_path, busy):
     assert run(tmp_path, FORK.format(busy=busy)) == "[0, 0, 0, 0, 0] True"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_worker_processes(tmp_path, method):
     program = f"""
 torch.set_num_threads(3)
@@ -189,7 +189,7 @@ for threads in (1, 2, 5):
     assert run(tmp_path, program) == "0 1 4"
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_number_of_threads_from_the_environment(tmp_path, threads):
     """Compare with torch, which uses at most as many threads as there are cores."""
     program = (
@@ -245,7 +245,14 @@ def damage(file: Path, damage_kind: str) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage_kind", ["of another architecture", "cut off", "no library"])
+@pytest.mark.parametrize(
+    "damage_kind",
+    [
+        pytest.param("of another architecture", marks=pytest.mark.long),
+        "cut off",
+        pytest.param("no library", marks=pytest.mark.long),
+    ],
+)
 def test_library_load_failure(tmp_path, damage_kind):
     """Expect one warning with the file name; "auto" uses plain PyTorch, and "cpu" raises."""
     shutil.copytree(ROOT / "chunked_ce", tmp_path / "chunked_ce", dirs_exist_ok=True)

@@ -1,5 +1,6 @@
 """python -m bench cpu on tiny sizes: it runs, writes what it says, and measures memory right."""
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT
 
 from bench import cpu, measure, providers, records
 
@@ -145,8 +145,10 @@ def test_spinning_processes_end_with_the_measurement():
 
 
 @pytest.mark.parametrize("module", ["bench.cpu", "bench.linear", "bench.perplexity"])
-def test_a_program_runs_by_its_own_name(module):
-    root = ROOT
-    command = [sys.executable, "-m", module, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0 and f"usage: python -m {module.replace('.', ' ')}" in done.stdout
+def test_a_program_runs_by_its_own_name(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert end.value.code == 0
+    assert f"usage: python -m {module.replace('.', ' ')}" in capsys.readouterr().out

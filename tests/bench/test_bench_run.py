@@ -48,6 +48,7 @@ def replace(monkeypatch, form, name, change):
     monkeypatch.setattr(providers, "TABLE", tuple(map(changed, providers.TABLE)))
 
 
+@pytest.mark.long
 def test_a_suite_writes_one_folder(tmp_path, capsys):
     command = ["quick", *TINY, "--provider", *OURS, *GPU_ONLY]
     assert bench.main([*command, "--out", str(tmp_path)]) == 0

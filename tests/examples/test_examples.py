@@ -49,9 +49,8 @@ def test_curves_are_torchs(name: str, double: None) -> None:
         assert curve == pytest.approx(theirs, rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    "name", [NAMES[0], *(pytest.param(n, marks=pytest.mark.long) for n in NAMES[1:])]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_as_a_command(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)

@@ -225,6 +225,7 @@ def extra_memory(n, v, k, labels):
 needs_proc = pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
 
 
+@pytest.mark.long
 @needs_proc
 def test_extra_memory():
     assert (

@@ -436,6 +436,7 @@ def test_flop_counter(reduction, frozen, products):
     assert counter.get_total_flops() == products * 2 * x.numel() * w.shape[0]
 
 
+@pytest.mark.long
 def test_flop_counter_that_was_there_before_the_first_call():
     """Formulas are registered late, because importing torch's counter takes long."""
     code = """

@@ -126,6 +126,7 @@ class Evil:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.long
 def test_a_models_folder_is_data(tmp_path):
     """Read without a network; its pickle is not."""
     for needed in ("matplotlib", "tokenizers", "tqdm", "transformers"):
