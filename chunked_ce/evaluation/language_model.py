@@ -210,10 +210,17 @@ def evaluating(model: Any) -> Iterator[None]:
     """Set evaluation mode; afterwards each module is as it was."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        yield
-    finally:
+
+    def set_back() -> None:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+    try:
+        try:
+            if isinstance(model, nn.Module):
+                model.eval()
+            yield
+        finally:
+            set_back()
+    finally:  # again, for a Ctrl-C may strike the first
+        set_back()

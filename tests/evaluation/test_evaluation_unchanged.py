@@ -85,6 +85,22 @@ def test_model_after_signal():
     assert struck
 
 
+def test_a_signal_while_modes_are_set_back():
+    class Struck(Tiny):
+        def __setattr__(self, name, value):
+            if name == "training" and value and signals:
+                raise signals.pop()
+            super().__setattr__(name, value)
+
+    signals: list[BaseException] = []
+    model = Struck().train()
+    before = state(model)
+    signals.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_perplexity(model, documents(40), context_length=CONTEXT)
+    check_unchanged(model, before)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["two models", "one model"])
 def test_two_threads(shared):
     """A thread's deferral is no other thread's."""
