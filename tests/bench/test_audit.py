@@ -74,6 +74,7 @@ def test_against_liger(tmp_path):
     assert theirs > 30  # 2-byte accesses: this is what an aligned window saves
 
 
+@pytest.mark.long
 def test_growth(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "growth.csv"
@@ -89,6 +90,7 @@ def test_growth(tmp_path):
         assert int(row["partial_buffer_bytes"]) <= 8 * n + logits / 1000
 
 
+@pytest.mark.long
 def test_errors():
     program = [sys.executable, "-m", "bench", "audit", "--vocab", "none"]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)

@@ -67,6 +67,7 @@ def test_busy_measures_again_with_its_own_bounds(tmp_path, capsys):
         assert "other processes, compilers included, took" in part or "needs /proc" in part
 
 
+@pytest.mark.long
 @needs_proc
 def test_memory_section(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))
@@ -94,6 +95,7 @@ def peak_of_two_tensors() -> int:
     return extra
 
 
+@pytest.mark.long
 @needs_proc
 def test_peak_memory_is_that_of_the_step():
     """16 + 32 + 32 MiB are alive at once. As much was alive before, which does not count."""

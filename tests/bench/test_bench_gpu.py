@@ -61,6 +61,7 @@ def test_a_right_kernel_is_said_to_be_right(context, monkeypatch, capsys):
     assert "7 right, 0 wrong, 0 not run" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_named_and_not_timed(context, monkeypatch, capsys):
     some_cases(monkeypatch, "float32 V=31 plain")
     right = chunked_ce.cross_entropy

@@ -67,6 +67,7 @@ def test_memory_section(tmp_path, monkeypatch, capsys):
     assert "chunked_ce / eager" in printed and "/ eager, measured" in printed
 
 
+@pytest.mark.long
 @needs_proc
 def test_what_does_not_fit_is_not_run_and_eagers_memory_is_computed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))

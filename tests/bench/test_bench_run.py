@@ -78,6 +78,7 @@ def test_a_suite_writes_one_folder(tmp_path, capsys):
     assert "liger, linear: not run: its kernels need a GPU" in printed
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
 def test_memory_is_measured_beside_the_prediction(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "in_fresh_process", lambda function, *args: function(*args))

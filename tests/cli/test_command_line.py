@@ -135,6 +135,7 @@ torch.testing.assert_close(compiled(x, target), torch.tensor(4.0).log())
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_any_module_can_be_imported_first():
     """Before torch, when no other module of the library is loaded: no import goes in a circle."""
     program = """

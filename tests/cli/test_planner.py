@@ -109,7 +109,7 @@ def extra_of(name, head, tokens):
 @pytest.mark.parametrize(
     "name",
     [
-        "cross_entropy",
+        pytest.param("cross_entropy", marks=pytest.mark.long),
         pytest.param("cross_entropy, in place", marks=pytest.mark.long),
         "linear_cross_entropy, 64 MiB",
     ],

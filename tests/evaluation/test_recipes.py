@@ -213,6 +213,7 @@ def test_lm_eval_without_bos_takes_eos(model):
     assert evaluate_perplexity(without, ids, recipe="lm-eval-rolling").bos == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_token_ids(model, recipe):
     """Token ids are joined as they are; BOS is put before them where it is given."""
@@ -227,6 +228,7 @@ def test_token_ids(model, recipe):
         assert by_ids.bos == (bos if bos is None or bos == 5 else 0) or recipe == "lm-eval-rolling"
 
 
+@pytest.mark.long
 def test_batch_size_changes_nothing(model):
     tokenizer = tokenizer_with(True)
     for recipe in RECIPES:

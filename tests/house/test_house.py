@@ -127,6 +127,7 @@ def test_calls_have_few_positional_booleans():
     assert not many
 
 
+@pytest.mark.long
 def test_documents_former_import_path():
     """Also as the first import of a process, in which torch is not loaded yet."""
     program = "from chunked_ce.documents import from_text; import chunked_ce; chunked_ce.documents"
