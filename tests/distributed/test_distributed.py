@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,13 @@ def test_no_process_group() -> None:
 
 
 @pytest.fixture
-def dtensor() -> Iterator[Callable[[torch.Tensor], Any]]:
+def dtensor(group: Any) -> Callable[[torch.Tensor], Any]:
     """Make DTensors in a group of this process alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
-    try:
-        yield lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
-    finally:
-        dist.destroy_process_group()
+    return lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
 
 
 LOGITS = chunked_ce.cross_entropy, vocab_parallel_cross_entropy
