@@ -58,7 +58,7 @@ class Reduction(NamedTuple):
         """Return the loss with z-loss. Class weights do not change the divisor of the z-loss."""
         if self.z_divisor is None or z_loss_weight == 0:
             return self.reduce(add_z_loss(cross_entropy, lse, z_loss_weight))
-        z_reduction = self._replace(divisor=self.z_divisor)
+        z_reduction = Reduction(self.name, self.weight, self.z_divisor)
         return self.reduce(cross_entropy) + z_reduction.reduce(z_loss_weight * lse.square())
 
     def allows_grad_in_forward(self, dtype: torch.dtype) -> bool:

@@ -52,7 +52,9 @@ def over_ranks(reducer: Reduction, group: Any) -> Reduction:
 
 def _device(group: Any, device: torch.device) -> torch.device:
     """Return the device on which the group's backend communicates a tensor of `device`."""
-    accelerator = torch.accelerator.current_accelerator()
+    # Torch 2.6 raises where there is none, later ones return None.
+    available = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if available else None
     if accelerator is None or dist.get_backend(group) in ("gloo", "mpi", "undefined"):
         return torch.device("cpu")
     return device if device.type == accelerator.type else accelerator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from .targets import Target, loss_and_stats
 
 def plain_linear(head: object) -> nn.Linear | None:
     """Return the head if its weight and bias say all that it does."""
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
         return None
     hooks = (
         head._forward_hooks, head._forward_pre_hooks, head._backward_hooks,
@@ -68,12 +69,27 @@ def split_head(
     checks.stateless_head(head, input)
     width = getattr(head, "out_features", None)
     if type(width) is not int:
-        token = input.detach().reshape(-1, input.shape[-1])[:1]
-        with torch.no_grad():
-            logits = head(token)
+        token, logits = logits_of_a_token(head, input)
         checks.head_logits(logits, token)
         width = logits.shape[1]
     return head, input.new_empty(()).expand(width, input.shape[-1]), None
+
+
+def logits_of_a_token(call: Callable[[Tensor], Tensor], input: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first hidden state [1, D] and its logits [1, V], to count them.
+
+    Autocast of torch 2.6 would keep weights that it casts here, without gradients, for later calls.
+    """
+    token, cached = (
+        input.detach().reshape(-1, input.shape[-1])[:1],
+        torch.is_autocast_cache_enabled(),
+    )
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            return token, call(token)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def loss_of_called_head(

@@ -7,7 +7,7 @@ Each tells the operator which statistics it needs. From these it computes each t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -182,4 +182,8 @@ def with_token_weight(
         return target, token_weight
     counts = counts.to(dtype)
     combined = counts if token_weight is None else counts * token_weight.to(dtype)
-    return replace(target, weight=None), combined
+    # Not by `replace`, nor by `_replace` of tuples: torch 2.6 does not trace them.
+    unweighted = ClassIndices(
+        target.index, target.ignore_index, target.vocab_size, weight=None, label_smoothing=0.0
+    )
+    return unweighted, combined

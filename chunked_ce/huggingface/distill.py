@@ -165,9 +165,8 @@ class Distilled(Enabled):
         if not self._deferring:
             return run(*args, **kwargs)
         before = self._teacher_logits
-        self._teacher_logits = self._ask_teacher(
-            dict(zip(self._student_names, args, strict=False)) | kwargs
-        )
+        named = {self._student_names[i]: value for i, value in enumerate(args)}
+        self._teacher_logits = self._ask_teacher(named | kwargs)
         try:
             return run(*args, **kwargs)
         finally:

@@ -260,7 +260,7 @@ def _model_forward(model: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: Enabled | None = vars(self).get(STATE)
+        state: Enabled | None = self.__dict__.get(STATE)
         run = method if original is None else functools.partial(original, self)
         if state is None:
             return run(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional.heads import logits_of_a_token
 from . import checks
 
 
@@ -29,15 +30,11 @@ def address(tensor: Tensor) -> int:
         return 0
 
 
-def logits_of_a_token(
-    module: torch.nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor
-) -> int:
+def width_of(module: torch.nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     """Return how many logits a head makes of a token: its `out_features`, or counted."""
     width = getattr(module, "out_features", None)
     if type(width) is not int:
-        token = hidden.detach().reshape(-1, hidden.shape[-1])[:1]
-        with torch.no_grad():
-            width = call(token).shape[-1]
+        width = logits_of_a_token(call, hidden)[1].shape[-1]
     return width
 
 

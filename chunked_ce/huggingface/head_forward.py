@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import checks
 from .backward import deferred_class, follow
 from .deferred import DeferredLogits
-from .head import Head, logits_of_a_token
+from .head import Head, width_of
 
 if TYPE_CHECKING:
     from .enable import Enabled
@@ -23,9 +24,9 @@ STATE = "_chunked_ce"
 
 def head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | DeferredLogits:
     """Defer the logits of an enabled model's head, or compute them."""
-    state: Enabled | None = vars(self).get(STATE)
+    state: Enabled | None = self.__dict__.get(STATE)
     own = None if state is None else state._forward_before(self)
-    forward = type(self).forward.__get__(self) if own is None else own
+    forward = partial(type(self).forward, self) if own is None else own
     plain = own is None and checks.is_linear(self)
     sharded = checks.is_sharded(input, *self.parameters())
     traced = not plain and torch.compiler.is_compiling()  # a tracer calls no head within a loss
@@ -45,7 +46,7 @@ def head_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor 
             state._deferring = before
         return logits
 
-    width = call.out_features = logits_of_a_token(self, call, input)  # type: ignore[attr-defined]
+    width = call.out_features = width_of(self, call, input)  # type: ignore[attr-defined]
     given = (input, call, width, list(self.parameters()), state._on_use)
     return _defer(state, Head.of_call(*given))
 
@@ -59,7 +60,7 @@ def _defer(state: Enabled, head: Head) -> DeferredLogits:
 
 def head_copied(self: Any, memo: dict[int, Any]) -> Any:
     """Make a deep copy: enabled within a copy of the model, plain if copied alone."""
-    state: Enabled = vars(self)[STATE]
+    state: Enabled = self.__dict__[STATE]
     whole = id(state._model) in memo
     changes = [c for c in state._changes if c[0] is self and (not whole or c[1] == "__deepcopy__")]
     now = {name: vars(self).pop(name) for _, name, _, _ in changes if name in vars(self)}

@@ -73,7 +73,7 @@ class HeadProduct(TorchFunctionMode):
                 self.watching = True
                 return call()
             finally:  # not by a call: a mode that another Ctrl-C leaves behind does nothing
-                self.watching = False
+                self.watching, self.deferred = False, None
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -8,13 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import distributed_cases
+import evaluation_cases
 import group_mean_cases
 import head_cases
 import pair_cases
 import torch
 import torch.distributed as dist
 
-CASES = distributed_cases.CASES | pair_cases.CASES | group_mean_cases.CASES | head_cases.CASES
+FILES = distributed_cases, pair_cases, group_mean_cases, head_cases, evaluation_cases
+CASES = {name: run for file in FILES for name, run in file.CASES.items()}
 
 
 def main():

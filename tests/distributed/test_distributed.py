@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def test_ranks_of_torchrun(world: int, tmp_path: Path) -> None:
             assert result == "passed", f"rank {rank} of {world}, {name}:\n{result}"
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(results) == world
-    assert all(len(cases) > 20 for cases in results.values())
+    assert all(cases == results["0"] for cases in results.values())
+    files = Counter(name.split()[0] for name in results["0"])
+    assert {"pair": 9, "group:": 8, "head:": 22, "evaluation:": 2}.items() <= files.items()
+    assert files.total() == 67
 
 
 def test_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:

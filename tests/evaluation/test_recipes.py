@@ -213,8 +213,10 @@ def test_lm_eval_without_bos_takes_eos(model):
     assert evaluate_perplexity(without, ids, recipe="lm-eval-rolling").bos == 2
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=[pytest.mark.long] * (r == "hf-stride")) for r in RECIPES],
+)
 def test_token_ids(model, recipe):
     """Token ids are joined as they are; BOS is put before them where it is given."""
     tokenizer = tokenizer_with(False)

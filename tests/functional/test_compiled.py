@@ -22,7 +22,6 @@ def compile_kernels(*arguments, **variables):
     return subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
-@pytest.mark.long
 def test_float16_spills(tmp_path):
     done = compile_kernels(
         "--dtype", "float16", "--target", "gfx942", "--json", str(tmp_path / "built.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from helpers import ROOT
 
 import chunked_ce
 from chunked_ce.backends import cpu_library
+from chunked_ce.evaluation import documents as evaluation_documents
 
 LIBRARY = [p for p in sorted((ROOT / "chunked_ce").rglob("*.py")) if "kernels" not in p.parts]
 # What the interpreter executes in Python and a GPU does not: only their addresses are the host's.
@@ -127,9 +129,13 @@ def test_calls_have_few_positional_booleans():
     assert not many
 
 
-@pytest.mark.long
 def test_documents_former_import_path():
-    """Also as the first import of a process, in which torch is not loaded yet."""
+    module = importlib.import_module("chunked_ce.documents")
+    assert module.from_text is evaluation_documents.from_text
+
+
+@pytest.mark.long
+def test_documents_former_import_path_before_torch():
     program = "from chunked_ce.documents import from_text; import chunked_ce; chunked_ce.documents"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

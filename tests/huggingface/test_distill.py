@@ -244,7 +244,7 @@ def test_compiled_student():
     student.zero_grad()
     try:
         with distill(student, teacher):
-            compiled = torch.compile(student, backend="aot_eager")
+            compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
             loss = compiled(**batch()).loss
             loss.backward()
     finally:
