@@ -165,7 +165,8 @@ class Distilled(Enabled):
         if not self._deferring:
             return run(*args, **kwargs)
         before = self._teacher_logits
-        named = {self._student_names[i]: value for i, value in enumerate(args)}
+        names = self._student_names  # torch 2.6 does not trace zip with `strict`
+        named = {names[i]: value for i, value in enumerate(args[: len(names)])}
         self._teacher_logits = self._ask_teacher(named | kwargs)
         try:
             return run(*args, **kwargs)
