@@ -105,14 +105,10 @@ def extra_of(name, head, tokens):
     return extra
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not measure.memory_is_measurable(), reason="needs /proc")
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("cross_entropy", marks=pytest.mark.long),
-        pytest.param("cross_entropy, in place", marks=pytest.mark.long),
-        "linear_cross_entropy, 64 MiB",
-    ],
+    "name", ["cross_entropy", "cross_entropy, in place", "linear_cross_entropy, 64 MiB"]
 )
 def test_agrees_with_what_the_process_takes(name):
     # In bf16 the product for the weight's gradient takes an fp32 copy of it besides.
